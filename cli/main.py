@@ -1,0 +1,85 @@
+"""`rmd`: one entry point, one module a command.
+
+A command's module is imported only when that command is asked for, so `rmd --help` costs no torch import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "cascade": ("cli.cascade", "Show a cascade's steps: stage, mapped and teacher's time, size, logSNR."),
+    "backbones": ("cli.backbones", "List the backbones: parameters, teacher schedule, guidance, cascade, tokens."),
+    "data": ("cli.data", "Fetch, render, caption and split the embedded model's pictures."),
+    "train-teacher": ("cli.train_teacher", "Train the embedded autoencoder and teacher."),
+    "distill": ("cli.distill", "Distil a teacher into a few-step cascade (RMD, TDM, DMD2, SwD)."),
+    "evaluate": ("cli.evaluate", "Measure a checkpoint on the held-out sets, and draw its contact sheets."),
+    "generate": ("cli.generate", "Draw one prompt or a file of them."),
+    "build": ("cli.build", "Compile a checkpoint into one engine per component, size and batch bucket."),
+    "engines": ("cli.engines", "List, verify, measure and prune built engines."),
+    "serve": ("cli.serve", "Serve a checkpoint over OpenAI-compatible HTTP."),
+    "bench": ("cli.bench", "Measure speed-ups and engines, side by side in one run."),
+}
+
+
+class LazyCommands(TyperGroup):
+    """Lists `COMMANDS` from the table above and imports one only to run it or to show its help."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: object, cmd_name: str):  # type: ignore[no-untyped-def]
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, summary = COMMANDS[cmd_name]
+        if not _help_of_all(sys.argv):
+            module = importlib.import_module(module_name)
+            app = getattr(module, "app", None)
+            if app is None:
+                app = typer.Typer(add_completion=False, rich_markup_mode=None)
+                app.command()(module.command)
+            command = get_command(app)
+            command.name = cmd_name
+            command.short_help = summary
+            return command
+        # The overview needs only names and summaries.
+        stub = typer.Typer(add_completion=False)
+        stub.command(help=summary)(lambda: None)
+        command = get_command(stub)
+        command.name = cmd_name
+        return command
+
+
+def _help_of_all(argv: Sequence[str]) -> bool:
+    return len(argv) <= 1 or argv[1] in ("--help", "-h")
+
+
+app = typer.Typer(cls=LazyCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def _root() -> None:
+    """RMD: distil a diffusion model into a few-step multi-resolution cascade, compile it, serve it."""
+
+
+def main() -> None:
+    """Run the command line. Errors that a user can mend are one line on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("RMD_TRACEBACK"):
+            raise
+        typer.echo(f"rmd: {error}", err=True)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Every test runs on the CPU, on one thread, offline."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_fixed_seed() -> None:
+    """Small tensors gain nothing from threads, and the machine may have few; global randomness starts alike."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
