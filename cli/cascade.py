@@ -1,0 +1,83 @@
+"""`rmd cascade show`: a cascade's steps, from a preset, without loading a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rmd.cascade import Cascade
+    from rmd.noise_schedule import NoiseSchedule
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def _root() -> None:
+    """Cascades: which step runs at which size and time."""
+
+
+@app.command()
+def show(
+    preset: Annotated[str, typer.Option(help="A backbone's or public student's cascade, such as sdxl.")] = "embedded",
+    thresholds: Annotated[str | None, typer.Option(help="logSNR thresholds, ascending: -6,-2.5")] = None,
+    resolution_map: Annotated[str | None, typer.Option("--map", help="shift, logsnr, none or inverse.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Steps per stage, such as 1+3, 0+4 or 1+1+2.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a cascade's steps: stage, mapped and teacher's timestep, size, logSNR.
+
+    logSNR is the backbone's own at the teacher's timestep: what the thresholds are compared with.
+    """
+    from rmd.cascade import preset as named
+    from rmd.cascade import preset_noise_schedule
+
+    cascade = named(preset, thresholds=_numbers(thresholds), resolution_map=resolution_map, schedule=schedule)
+    rows = _rows(cascade, preset_noise_schedule(preset))
+    if json:
+        import json as json_module
+
+        typer.echo(json_module.dumps({"steps": rows}))
+        return
+    _print_table(cascade, rows)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--thresholds {text!r} is not a list of numbers such as -6,-2.5") from None
+
+
+def _rows(cascade: Cascade, schedule: NoiseSchedule) -> list[dict[str, Any]]:
+    return [
+        {
+            "stage": step.stage,
+            "timestep": step.timestep,
+            "teacher_timestep": step.teacher_timestep,
+            "width": step.size.width,
+            "height": step.size.height,
+            "logsnr": None if step.teacher_timestep == 1000 else schedule.log_snr(step.teacher_timestep / 1000),
+        }
+        for step in cascade.steps
+    ]
+
+
+def _print_table(cascade: Cascade, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{cascade.name} {cascade.schedule_name}, map {cascade.resolution_map}")
+    for column in ("stage", "timestep", "teacher's", "size", "logSNR"):
+        table.add_column(column, justify="right")
+    for step, row in zip(cascade.steps, rows, strict=True):
+        log_snr = "-inf" if row["logsnr"] is None else f"{row['logsnr']:.3f}"
+        table.add_row(str(step.stage), str(step.timestep), str(step.teacher_timestep), str(step.size), log_snr)
+    console = Console()
+    console.print(table)
+    for stage in cascade.stages:
+        low, high = stage.teacher_interval
+        console.print(f"stage {stage.index}: matched on the teacher's axis from {low:.3f} to {high:.3f}")

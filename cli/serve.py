@@ -1,0 +1,82 @@
+"""``rmd serve``: the HTTP server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    checkpoint: Annotated[Path | None, typer.Option(help="The student's checkpoint folder.")] = None,
+    engines: Annotated[Path | None, typer.Option(help="The folder of built engines.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Engine backend: auto, inductor, tensorrt ... or eager.")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda:0.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="The model's id; default: the folder's name.")] = None,
+    teacher: Annotated[bool | None, typer.Option("--teacher/--no-teacher", help="Offer schedule 'teacher'.")] = None,
+    build_missing: Annotated[
+        bool | None, typer.Option("--build/--no-build", help="Build missing engines before serving.")
+    ] = None,
+    queue_items: Annotated[int | None, typer.Option(help="Pictures admitted at once.")] = None,
+    deadline_seconds: Annotated[float | None, typer.Option(help="Longest time from admission to reply.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Torch threads.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve a checkpoint over OpenAI's image API.
+
+    Every setting can also come from the environment (RMD_PORT=8000 ...) or a YAML file (--config). API keys come
+    from RMD_API_KEYS or the file, never from a flag, which every process list would show.
+    """
+    import logging
+
+    from pydantic import ValidationError
+
+    from server.loading import load_model
+    from server.progress import ProgressLine
+    from server.run import make_server
+    from server.service import Service
+    from server.settings import CONFIG_VARIABLE, ServerSettings
+
+    if config is not None:
+        os.environ[CONFIG_VARIABLE] = str(config)
+    flags: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "engines": engines,
+        "backend": backend,
+        "device": device,
+        "host": host,
+        "port": port,
+        "model_name": model_name,
+        "serve_teacher": teacher,
+        "build_missing": build_missing,
+        "queue_items": queue_items,
+        "deadline_seconds": deadline_seconds,
+        "threads": threads,
+        "log_level": log_level,
+    }
+    try:
+        settings = ServerSettings(**{name: value for name, value in flags.items() if value is not None})
+    except (ValidationError, FileNotFoundError) as error:
+        typer.secho(f"rmd serve: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    typer.echo(settings.describe())
+
+    failures: list[BaseException] = []
+
+    def stop_at_failure(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    with ProgressLine() as line:
+        service = Service(settings, load_model, on_failed=stop_at_failure, on_progress=line.update)
+        server = make_server(service)
+        server.run()
+    if failures:
+        typer.secho(f"rmd serve: {failures[0]}", fg="red", err=True)
+        raise typer.Exit(1)

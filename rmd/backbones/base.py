@@ -1,0 +1,327 @@
+"""What every backbone offers: prompts in, an x0 prediction at a size and a time, pictures or films out.
+
+The samplers, the losses, the engines and the server only ever speak to :class:`Backbone`; which network stands behind
+it, and whether that network predicts noise or velocity, stays inside the adapter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from rmd.noise_schedule import NoiseSchedule
+from rmd.size import Size
+
+if TYPE_CHECKING:
+    from rmd.cascade import Cascade
+
+Conditioning = dict[str, Tensor]
+"""Named text conditions, batch first. The names are arguments of the denoiser's ``forward``."""
+
+ComponentConfigs = Mapping[str, Mapping[str, Any]]
+"""Component name as in ``model_index.json`` -> the content of its ``config.json``."""
+
+
+class Executor(Protocol):
+    """Runs one component of a backbone at one size: eagerly, or as a compiled engine."""
+
+    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The component's output; ``size`` is None for components whose shapes do not depend on it (text encoders)."""
+        ...
+
+
+class EagerExecutor:
+    """The reference executor: calls the component modules as they are, without gradients."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = dict(modules)
+
+    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Calls ``modules[component](**inputs)``.
+
+        Raises:
+            KeyError: there is no such component.
+        """
+        if component not in self.modules:
+            raise KeyError(f"no component {component!r}; this backbone has {', '.join(sorted(self.modules))}")
+        with torch.inference_mode():
+            output: Tensor = self.modules[component](**inputs)
+        return output
+
+
+class BackboneError(ValueError):
+    """A folder, size or request that a backbone cannot serve; the message says which and what to do."""
+
+
+class Backbone(ABC):
+    """A text-to-image or text-to-video diffusion model behind one interface.
+
+    Subclasses set the class attributes, implement the abstract methods and leave the arithmetic between network output
+    and x0 to this class. Components are flat modules (:meth:`component_modules`): named tensors in, one tensor out, so
+    that each can be exported and compiled alone.
+
+    Attributes:
+        schedule: noise schedule; all conversions run in float32 or better.
+        dtype: the dtype in which the networks run.
+        device: where inputs are made and networks run.
+        executor: what runs the components; replace it to use compiled engines.
+    """
+
+    name: ClassVar[str]
+    prediction: ClassVar[Literal["epsilon", "velocity"]]
+    media: ClassVar[Literal["image", "video"]] = "image"
+    size_multiple: ClassVar[int]
+    """Width and height in pixels must be multiples of this."""
+    latent_channels: ClassVar[int]
+    spatial_compression: ClassVar[int] = 8
+    frames_per_second: ClassVar[int] = 16
+
+    teacher_steps: int
+    teacher_guidance: float
+    flow_shift: float = 1.0
+    sizes: tuple[Size, ...]
+    """The sizes its cascades use, ascending; the teacher works at the largest."""
+
+    schedule: NoiseSchedule
+    dtype: torch.dtype
+    device: torch.device
+    executor: Executor
+
+    def __init__(
+        self,
+        *,
+        schedule: NoiseSchedule,
+        modules: Mapping[str, nn.Module],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.schedule = schedule
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._modules = {name: module.eval() for name, module in modules.items()}
+        self.executor = EagerExecutor(self._modules)
+
+    # ---- construction -------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        weights: bool = True,
+    ) -> Self:
+        """Reads a diffusers folder (safetensors only).
+
+        ``weights=False`` builds the networks on the meta device: tokenizers, schedules and shapes work, and an executor
+        with engines of its own must do the rest, so that no second copy of the weights is held.
+
+        Raises:
+            BackboneError: not a diffusers folder, a component is missing, or its weights are not safetensors.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls,
+        config: ComponentConfigs,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """The same networks with random weights; on the ``meta`` device no memory is taken. Has no tokenizer."""
+
+    # ---- what a family defines ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def example_inputs(self, component: str, size: Size | None, batch: int) -> dict[str, Tensor]:
+        """Inputs of ``component`` in their exact names, shapes and dtypes, with harmless values, for export."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text conditions of ``prompts``; every tensor has ``len(prompts)`` rows and a fixed text length."""
+
+    @abstractmethod
+    def random_conditioning(self, batch: int) -> Conditioning:
+        """Conditions of the right names, shapes and dtypes with random values: for benches and export."""
+
+    @abstractmethod
+    def tokens(self, size: Size) -> int:
+        """Picture tokens in the denoiser's (largest) attention at ``size``."""
+
+    @abstractmethod
+    def default_cascade(self) -> Cascade:
+        """The preset cascade of this backbone."""
+
+    # ---- shapes -------------------------------------------------------------------------------------------------
+
+    def component_modules(self) -> dict[str, nn.Module]:
+        """The exportable components: ``forward(**named tensors)`` -> one tensor, the raw output of the network."""
+        return dict(self._modules)
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Shape of one latent without batch: (C, H, W), or (C, T, H, W) for films."""
+        self.validate_size(size)
+        return (self.latent_channels, size.height // self.spatial_compression, size.width // self.spatial_compression)
+
+    def validate_size(self, size: Size) -> None:
+        """Raises :class:`BackboneError` when the backbone cannot do ``size``."""
+        if size.width < self.size_multiple or size.height < self.size_multiple:
+            raise BackboneError(f"size {size} is too small for {self.name}: at least {self.size_multiple} pixels a side")
+        if size.width % self.size_multiple or size.height % self.size_multiple:
+            raise BackboneError(
+                f"size {size} does not fit {self.name}: width and height must be multiples of {self.size_multiple}"
+            )
+        if self.media == "image" and size.num_frames != 1:
+            raise BackboneError(f"size {size} asks for {size.num_frames} frames, and {self.name} makes single pictures")
+
+    def tokens_per_stage(self, cascade: Cascade) -> tuple[int, ...]:
+        """Picture tokens of each stage of ``cascade``."""
+        return tuple(self.tokens(stage.size) for stage in cascade.stages)
+
+    def denoiser_parameters(self) -> int:
+        """Number of parameters of the denoiser."""
+        return sum(p.numel() for p in self._modules["denoiser"].parameters())
+
+    @property
+    def full_size(self) -> Size:
+        """The teacher's size."""
+        return max(self.sizes)
+
+    # ---- text ---------------------------------------------------------------------------------------------------
+
+    def encode_unconditional(self, batch: int) -> Conditioning:
+        """The conditions that guidance contrasts with; the empty prompt unless a family does otherwise."""
+        return repeat_rows(self.encode_prompts([""]), batch)
+
+    def size_conditions(self, size: Size, batch: int) -> Conditioning:
+        """Further denoiser inputs that name the stage's own size; none unless a family has them."""
+        return {}
+
+    # ---- denoising ----------------------------------------------------------------------------------------------
+
+    def network_timestep(self, t: Tensor) -> Tensor:
+        """What the network sees for times ``t`` in [0, 1]: ``1000 t`` as float32, shape (B,)."""
+        return (t.double() * 1000.0).float()
+
+    def denoiser_inputs(
+        self, latents: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], size: Size, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The named inputs of the ``denoiser`` component; floating conditions and latents in ``dtype``."""
+        dtype = dtype or self.dtype
+        batch = latents.shape[0]
+        inputs = {"latents": latents.to(dtype), "timestep": self.network_timestep(t.to(latents.device).expand(batch))}
+        for name, value in conditioning.items():
+            if value.shape[0] != batch:
+                raise ValueError(f"condition {name!r} has {value.shape[0]} rows for {batch} latents")
+            inputs[name] = value.to(latents.device, dtype if value.is_floating_point() else value.dtype)
+        # Sizes stay float32: bfloat16 cannot hold every number of pixels.
+        inputs.update({name: value.to(latents.device) for name, value in self.size_conditions(size, batch).items()})
+        return inputs
+
+    def predict_output(
+        self, latents: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], size: Size, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The denoiser's own prediction (noise or velocity) as float32, shape of ``latents``.
+
+        ``denoiser`` is a module of the component's signature, called with gradients (training); without one the
+        executor runs.
+        """
+        self._check_latents(latents, size)
+        if denoiser is None:
+            output = self.run("denoiser", size, self.denoiser_inputs(latents, t, conditioning, size))
+        else:
+            dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), self.dtype)
+            output = denoiser(**self.denoiser_inputs(latents, t, conditioning, size, dtype))
+        return output.float()
+
+    def predict_x0(
+        self, latents: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], size: Size, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The prediction of the clean latent.
+
+        Args:
+            latents: (B, C, [T], H, W) at time ``t``.
+            t: (B,) in [0, 1].
+            conditioning: B rows each.
+            size: the size in pixels that the latents stand for.
+            denoiser: see :meth:`predict_output`.
+
+        Returns:
+            x0, float32, shape of ``latents``.
+        """
+        return self.x0_from_output(latents, self.predict_output(latents, t, conditioning, size, denoiser), t)
+
+    def guided_x0(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Mapping[str, Tensor],
+        uncond: Mapping[str, Tensor] | None,
+        scale: float,
+        size: Size,
+        denoiser: nn.Module | None = None,
+    ) -> Tensor:
+        """Classifier-free guidance ``uncond + scale (cond - uncond)`` in one batch of 2 B; none at ``scale`` 1.
+
+        Guiding the network's output equals guiding x0 (one is affine in the other at a given x_t and t) and does not
+        multiply the rounding error of small ``alpha``.
+        """
+        if uncond is None or scale == 1.0:
+            return self.predict_x0(latents, t, conditioning, size, denoiser)
+        batch = latents.shape[0]
+        t = t.to(latents.device).expand(batch)
+        both = {k: torch.cat([repeat_rows({k: uncond[k]}, batch)[k].to(v), v]) for k, v in conditioning.items()}
+        output = self.predict_output(torch.cat([latents, latents]), torch.cat([t, t]), both, size, denoiser)
+        without, given = output.chunk(2)
+        return self.x0_from_output(latents, without + scale * (given - without), t)
+
+    def x0_from_output(self, latents: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """x0 from the network's prediction, in float32 or better whatever the network's dtype.
+
+        The conversion of ``epsilon`` divides by alpha, as small as 0.006 at the start of PixArt's schedule.
+        """
+        latents, output = latents.float(), output.float()
+        if self.prediction == "epsilon":
+            return self.schedule.x0_from_eps(latents, output, t)
+        return self.schedule.x0_from_v(latents, output, t)
+
+    # ---- decoding -----------------------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor, size: Size) -> Tensor:
+        """Pictures (B, 3, H, W) or films (B, 3, T, H, W), float32 in [0, 1]."""
+        self._check_latents(latents, size)
+        pixels = self.run("decoder", size, {"latents": latents.to(self.device, self.decoder_dtype)})
+        return (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """The dtype in which the decoder runs; it may differ from ``dtype`` where the latter would overflow."""
+        parameters = self._modules["decoder"].parameters() if "decoder" in self._modules else iter(())
+        return next((p.dtype for p in parameters), self.dtype)
+
+    # ---- helpers ------------------------------------------------------------------------------------------------
+
+    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Runs a component through the executor; the result may be saved for backward by later operations."""
+        output = self.executor.run(component, size, inputs)
+        return output.clone() if output.is_inference() else output
+
+    def _check_latents(self, latents: Tensor, size: Size) -> None:
+        expected = self.latent_shape(size)
+        if tuple(latents.shape[1:]) != expected:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} are not {self.name} at {size}: (B, {expected})")
+
+
+def repeat_rows(conditioning: Mapping[str, Tensor], batch: int) -> Conditioning:
+    """Repeats one-row conditions ``batch`` times; conditions that have ``batch`` rows pass unchanged."""
+    return {
+        name: value if value.shape[0] == batch else value.expand(batch, *value.shape[1:])
+        for name, value in conditioning.items()
+    }

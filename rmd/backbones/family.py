@@ -1,0 +1,212 @@
+"""What the adapters over stock diffusers networks share: loading, building, text tables, example inputs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Conditioning
+from rmd.backbones.folder import DiffusersFolder
+from rmd.backbones.random_weights import build_random
+from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
+from rmd.presets import PROFILES
+from rmd.size import Size
+
+if TYPE_CHECKING:
+    from rmd.cascade import Cascade
+
+
+class DiffusersBackbone(Backbone):
+    """A backbone whose components are classes of diffusers and transformers, in a folder that diffusers wrote.
+
+    Subclasses name their components and write :meth:`wrap`, the text part and the size conditions.
+    """
+
+    components: ClassVar[Mapping[str, str]]
+    """Sub-folder -> class as ``module:Class``."""
+    tokenizers: ClassVar[Mapping[str, int]]
+    """Tokenizer's sub-folder -> text length in tokens. Fixed lengths keep the shapes of engines static."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Components that a folder may leave out."""
+    denoiser_folder: ClassVar[str] = "transformer"
+    profile: ClassVar[str]
+    """Key in :data:`rmd.presets.PROFILES`: the teacher's schedule, guidance and sizes."""
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        *,
+        configs: ComponentConfigs,
+        tokenizers: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """Takes the loaded networks by sub-folder; use :meth:`load` or :meth:`from_config`."""
+        self.configs = {name: dict(config) for name, config in configs.items()}
+        # The network's own record has the defaults that a file may leave out.
+        self.configs[self.denoiser_folder] = dict(raw[self.denoiser_folder].config)
+        self._tokenizers = dict(tokenizers)
+        defaults = PROFILES[self.profile]
+        self.teacher_steps = defaults.teacher_steps
+        self.teacher_guidance = defaults.teacher_guidance
+        self.flow_shift = defaults.flow_shift
+        self.sizes = defaults.sizes
+        super().__init__(
+            schedule=self.schedule_from(configs["scheduler"]), modules=self.wrap(raw), dtype=dtype, device=device
+        )
+
+    # ---- what a family defines ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def wrap(self, raw: Mapping[str, Any]) -> dict[str, nn.Module]:
+        """The exportable components over the networks of ``raw`` (see :mod:`rmd.backbones.wrappers`)."""
+
+    @abstractmethod
+    def text_widths(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each floating condition, without batch."""
+
+    # ---- construction -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        weights: bool = True,
+    ) -> Self:
+        """See :meth:`Backbone.load`; ``hub:<owner>/<name>[@<revision>]`` is fetched first."""
+        source = DiffusersFolder.open(folder)
+        present = [name for name in cls.components if name not in cls.optional or source.has(name)]
+        source.require(*present, "scheduler")
+        targets = {name: cls.components[name] for name in present}
+        raw = {
+            name: source.load(name, target, cls.component_dtype(name, source.config(name), dtype), _device(device), weights)
+            for name, target in targets.items()
+        }
+        wanted = [name for name in cls.tokenizers if name.replace("tokenizer", "text_encoder") in present]
+        source.require(*wanted)
+        configs = {name: source.config(name) for name in [*present, "scheduler"]}
+        configs["model_index"] = source.index
+        tokenizers = {name: source.tokenizer(name) for name in wanted}
+        return cls(raw, configs=configs, tokenizers=tokenizers, dtype=dtype, device=device)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ComponentConfigs,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Random weights in place on ``device``; components that ``config`` leaves out are not built.
+
+        A bench that has no transformers, or needs no text, simply leaves the text encoders out.
+
+        Raises:
+            BackboneError: the denoiser's or the scheduler's configuration is missing.
+        """
+        for name in (cls.denoiser_folder, "scheduler"):
+            if name not in config:
+                raise BackboneError(f"{cls.name}: the configuration lacks {name!r}")
+        raw = {
+            name: build_random(target, config[name], cls.component_dtype(name, config[name], dtype), _device(device))
+            for name, target in cls.components.items()
+            if name in config
+        }
+        return cls(raw, configs=config, tokenizers={}, dtype=dtype, device=device)
+
+    @classmethod
+    def component_dtype(cls, component: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+        """The dtype of one component: autoencoders that overflow in float16 run in bfloat16 instead."""
+        if component == "vae" and dtype == torch.float16 and config.get("force_upcast", True):
+            return torch.bfloat16
+        return dtype
+
+    @classmethod
+    def schedule_from(cls, scheduler: Mapping[str, Any]) -> NoiseSchedule:
+        """The noise schedule that a scheduler's configuration describes.
+
+        Raises:
+            BackboneError: another parametrisation than the family's, or an unknown table of betas.
+        """
+        if cls.prediction == "velocity":
+            return RectifiedFlow()
+        if scheduler.get("prediction_type", "epsilon") != "epsilon":
+            raise BackboneError(f"{cls.name} predicts noise; the scheduler says {scheduler['prediction_type']!r}")
+        kind = scheduler.get("beta_schedule", "linear")
+        betas = float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02))
+        if kind == "scaled_linear":
+            return VariancePreserving.scaled_linear(*betas)
+        if kind == "linear":
+            return VariancePreserving.linear(*betas)
+        raise BackboneError(f"{cls.name}: beta_schedule {kind!r} is not supported; known are linear, scaled_linear")
+
+    # ---- shapes and examples ------------------------------------------------------------------------------------
+
+    def default_cascade(self) -> Cascade:
+        """The paper's preset."""
+        from rmd.cascade import preset
+
+        return preset(self.profile)
+
+    def random_conditioning(self, batch: int) -> Conditioning:
+        """See :meth:`Backbone.random_conditioning`."""
+        return {
+            name: torch.randn(batch, *shape, device=self.device, dtype=self.dtype)
+            for name, shape in self.text_widths().items()
+        }
+
+    def example_inputs(self, component: str, size: Size | None, batch: int) -> dict[str, Tensor]:
+        """See :meth:`Backbone.example_inputs`.
+
+        Raises:
+            BackboneError: unknown component, or a size is needed and not given.
+        """
+        if component not in self._modules:
+            raise BackboneError(f"{self.name} has no component {component!r}; it has {', '.join(self._modules)}")
+        if component.startswith("text_encoder"):
+            return self.example_text(component, batch)
+        if size is None:
+            raise BackboneError(f"the component {component!r} needs a size")
+        latents = torch.randn(batch, *self.latent_shape(size), device=self.device)
+        if component == "decoder":
+            return {"latents": latents.to(self.decoder_dtype)}
+        t = torch.full((batch,), 0.5, device=self.device)
+        return self.denoiser_inputs(latents, t, self.random_conditioning(batch), size)
+
+    def example_text(self, component: str, batch: int) -> dict[str, Tensor]:
+        """Token inputs of one text encoder."""
+        length = self.tokenizers[component.replace("text_encoder", "tokenizer")]
+        return {"input_ids": torch.ones(batch, length, dtype=torch.int64, device=self.device)}
+
+    # ---- text ---------------------------------------------------------------------------------------------------
+
+    def tokenize(self, tokenizer: str, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, int64 of shape (B, fixed length); longer prompts are cut.
+
+        Raises:
+            BackboneError: the backbone was built from a configuration and has no tokenizer.
+        """
+        if tokenizer not in self._tokenizers:
+            raise BackboneError(f"this {self.name} has no {tokenizer!r}; load it from a folder to encode prompts")
+        if not prompts:
+            raise ValueError("no prompts to encode")
+        encoded = self._tokenizers[tokenizer](
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizers[tokenizer],
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+
+def _device(device: torch.device | str) -> torch.device:
+    return torch.device(device)

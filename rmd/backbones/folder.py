@@ -1,0 +1,145 @@
+"""Reading a diffusers folder: safetensors only, no remote code, one clear error for what is missing.
+
+A hub repository is fetched only where it is asked for in so many words, ``hub:<owner>/<name>[@<revision>]``; a plain
+``owner/name`` is a relative path like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmd.backbones.base import BackboneError
+from rmd.backbones.random_weights import build_random, resolve
+
+HUB_PREFIX = "hub:"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*/merges.txt", "*/*.model"]
+
+
+class DiffusersFolder:
+    """A folder with a ``model_index.json`` and one sub-folder a component."""
+
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.path = path
+        self.index = index
+
+    @classmethod
+    def open(cls, source: Path | str) -> DiffusersFolder:
+        """Opens a folder, or fetches ``hub:<owner>/<name>[@<revision>]`` first.
+
+        Raises:
+            BackboneError: there is no such folder, it is not a diffusers folder, or the hub cannot be reached.
+        """
+        path = _fetch(str(source)) if str(source).startswith(HUB_PREFIX) else Path(source)
+        index_file = path / "model_index.json"
+        if not path.is_dir():
+            raise BackboneError(f"{path} is not a folder; to fetch from the hub write {HUB_PREFIX}<owner>/<name>")
+        if not index_file.is_file():
+            raise BackboneError(f"{path} is not a diffusers folder: it has no model_index.json")
+        try:
+            index = json.loads(index_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BackboneError(f"{index_file} is not valid JSON: {error}") from error
+        if not isinstance(index, dict):
+            raise BackboneError(f"{index_file} must hold an object")
+        return cls(path, index)
+
+    def has(self, component: str) -> bool:
+        """Whether the index names the component (entries of ``[null, null]`` are absent ones)."""
+        entry = self.index.get(component)
+        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+    def require(self, *components: str) -> None:
+        """Raises :class:`BackboneError` naming the first of ``components`` that is absent."""
+        for component in components:
+            if not self.has(component) or not (self.path / component).is_dir():
+                raise BackboneError(f"{self.path} lacks the component {component!r} (folder and model_index.json entry)")
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's ``config.json`` (``scheduler_config.json`` for schedulers)."""
+        folder = self.path / component
+        for name in ("config.json", "scheduler_config.json"):
+            if (folder / name).is_file():
+                try:
+                    config = json.loads((folder / name).read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise BackboneError(f"{folder / name} is not valid JSON: {error}") from error
+                return dict(config)
+        raise BackboneError(f"{folder} has no config.json")
+
+    def load(self, component: str, target: str, dtype: torch.dtype, device: torch.device, weights: bool) -> Any:
+        """Loads one model.
+
+        Args:
+            component: its sub-folder.
+            target: its class as ``module:Class``.
+            dtype: dtype of its parameters, but for those that the class keeps in float32.
+            device: where it goes.
+            weights: False builds it on the meta device from its configuration alone.
+        """
+        if not weights:
+            return build_random(target, self.config(component), dtype, torch.device("meta"))
+        folder = self.path / component
+        variant = self._variant(folder, component)
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
+        from_transformers = target.startswith("transformers:")
+        options["dtype" if from_transformers else "torch_dtype"] = dtype
+        try:
+            model = resolve(target).from_pretrained(str(folder), **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BackboneError(f"{folder} could not be loaded as {target.split(':')[1]}: {reason}") from error
+        return model.to(device)
+
+    def tokenizer(self, component: str) -> Any:
+        """The tokenizer in a sub-folder; code from the folder is never run."""
+        transformers = import_module("transformers")
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                str(self.path / component), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"no tokenizer could be read from {self.path / component}: {error}") from error
+
+    def _variant(self, folder: Path, component: str) -> str | None:
+        """None for plain weight files, or the one variant (such as fp16) that is there; refuses pickled weights."""
+        files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".safetensors"))
+        if not files:
+            pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES)
+            if pickles:
+                raise BackboneError(
+                    f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert them to safetensors"
+                )
+            raise BackboneError(f"{self.path}: the component {component!r} has no *.safetensors weights")
+        stems = {_variant_of(name) for name in files}
+        if "" in stems:
+            return None
+        if len(stems) > 1:
+            raise BackboneError(f"{folder} holds several weight variants ({', '.join(sorted(stems))}); keep one")
+        return stems.pop()
+
+
+def _variant_of(file_name: str) -> str:
+    """``model.fp16-00001-of-00002.safetensors`` -> ``fp16``; the empty string for plain names."""
+    stem = re.sub(r"-\d+-of-\d+$", "", file_name.removesuffix(".safetensors"))
+    return stem.partition(".")[2]
+
+
+def _fetch(source: str) -> Path:
+    repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
+    if repository.count("/") != 1:
+        raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
+    hub = import_module("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:  # the client's many errors all mean the same to the caller
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BackboneError(
+            f"{repository} could not be fetched from the hub ({reason}); download it elsewhere and pass its folder"
+        ) from error

@@ -1,0 +1,295 @@
+"""A checkpoint folder: a diffusers folder with a `cascade.json`, checked before anything of it is loaded.
+
+Only safetensors are read. A pickled weight file anywhere in the folder is refused, since loading one runs code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rmd.cascade import Cascade
+from rmd.fields import field_of, integer, mapping, number, text
+
+FORMAT = 1
+CASCADE_FILE = "cascade.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Where diffusers keeps what the backbones call by role.
+_FOLDERS_BY_ROLE = {"denoiser": ("transformer", "unet"), "decoder": ("vae",)}
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """How the teacher is sampled, and where it lies (relative to the checkpoint's folder), if it is at hand."""
+
+    steps: int
+    guidance_scale: float
+    flow_shift: float = 1.0
+    folder: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TeacherSpec:
+        """Read the "teacher" object of `cascade.json`.
+
+        Raises:
+            ValueError: a field is missing or has a wrong value; the message names it.
+        """
+        return cls(
+            steps=field_of(data, "steps", _positive_integer, "teacher."),
+            guidance_scale=field_of(data, "guidance_scale", number, "teacher."),
+            flow_shift=field_of(data, "flow_shift", number, "teacher.") if "flow_shift" in data else 1.0,
+            folder=None if data.get("folder") is None else field_of(data, "folder", text, "teacher."),
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A validated checkpoint folder.
+
+    Attributes:
+        path: the folder.
+        backbone_name: key of the backbone registry.
+        cascades: by schedule name.
+        default: name of the schedule that is used unless another is asked for.
+        teacher: how the teacher is sampled, or None.
+        distillation: free-form record of how the checkpoint came about.
+    """
+
+    path: Path
+    backbone_name: str
+    cascades: dict[str, Cascade]
+    default: str
+    teacher: TeacherSpec | None = None
+    distillation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def default_cascade(self) -> Cascade:
+        """The default schedule's cascade."""
+        return self.cascades[self.default]
+
+    @property
+    def teacher_path(self) -> Path | None:
+        """The teacher's folder, or None when the checkpoint names none."""
+        if self.teacher is None or self.teacher.folder is None:
+            return None
+        return self.path / self.teacher.folder
+
+    @classmethod
+    def read(cls, folder: Path | str) -> CheckpointFolder:
+        """Read and check a folder: `cascade.json`, no pickled weights, every safetensors file complete.
+
+        Raises:
+            FileNotFoundError: the folder, `cascade.json` or a weight file that an index lists does not exist.
+            ValueError: anything else that is wrong; the message names the file and the field.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; give the path of a checkpoint folder")
+        check_weights(folder)
+        path = folder / CASCADE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; a checkpoint folder needs one, as distillation writes it "
+                f"(rmd.checkpoint.write_cascade_json)"
+            )
+        try:
+            return cls(path=folder, **_parse(read_json(path)))
+        except ValueError as error:
+            message = str(error)
+            raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+
+    def digest(self, component: str) -> str:
+        """sha256 of a component's weights: its folder's name, or its role ("denoiser", "decoder").
+
+        One weight file gives that file's own sha256; several give the sha256 over their sorted names and digests.
+
+        Raises:
+            FileNotFoundError: the folder has no such component.
+        """
+        for name in _FOLDERS_BY_ROLE.get(component, (component,)):
+            files = sorted((self.path / name).glob("*.safetensors"))
+            if len(files) == 1:
+                return file_digest(files[0])
+            if files:
+                lines = "".join(f"{file.name} {file_digest(file)}\n" for file in files)
+                return hashlib.sha256(lines.encode()).hexdigest()
+        raise FileNotFoundError(f"{self.path} holds no safetensors weights of component {component!r}")
+
+
+def _positive_integer(value: Any) -> int:
+    if integer(value) < 1:
+        raise ValueError(f"must be at least 1, not {value}")
+    return int(value)
+
+
+def _parse(data: Any) -> dict[str, Any]:
+    top = mapping(data)
+    if field_of(top, "format", integer) != FORMAT:
+        raise ValueError(f"field 'format': must be {FORMAT}, not {top['format']}; use a matching version of rmd")
+    schedules: dict[str, Any] = field_of(top, "schedules", mapping)
+    if not schedules:
+        raise ValueError("field 'schedules': must hold at least one schedule")
+    cascades: dict[str, Cascade] = {}
+    for name, entry in schedules.items():
+        try:
+            cascades[name] = Cascade.from_dict(entry)
+        except ValueError as error:
+            raise ValueError(f"schedules[{name!r}]: {error}") from None
+    default: str = field_of(top, "default", text)
+    if default not in cascades:
+        raise ValueError(f"field 'default': {default!r} is not one of the schedules {', '.join(cascades)}")
+    teacher = top.get("teacher")
+    distillation = top.get("distillation")
+    return {
+        "backbone_name": field_of(top, "backbone", text),
+        "cascades": cascades,
+        "default": default,
+        "teacher": None if teacher is None else TeacherSpec.from_dict(field_of(top, "teacher", mapping)),
+        "distillation": {} if distillation is None else field_of(top, "distillation", mapping),
+    }
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not UTF-8 JSON; the message names the file, line and column.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder. Linked folders are followed (teacher and student share components), loops are not."""
+    seen: set[str] = set()
+    for root, directories, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            directories.clear()
+            continue
+        seen.add(real)
+        directories.sort()
+        for name in sorted(names):
+            yield Path(root) / name
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse pickled weights anywhere in the folder; check that every safetensors file is there and complete.
+
+    Raises:
+        ValueError: a pickled or broken weight file, or no weights at all.
+        FileNotFoundError: an index lists a weight file that is not there.
+    """
+    found = False
+    for path in _files(folder):
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            raise ValueError(
+                f"{path} is a pickled file, which can run code when it is loaded; only safetensors are read: "
+                f"convert it (save_pretrained with safe_serialization=True) or remove it"
+            )
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+            found = True
+        elif path.name.endswith(".safetensors.index.json"):
+            for name in sorted(set(field_of(mapping(read_json(path)), "weight_map", mapping).values())):
+                if not (path.parent / str(name)).is_file():
+                    raise FileNotFoundError(f"{path} lists {name}, which is not there; fetch or copy it again")
+    if not found:
+        raise ValueError(f"{folder} holds no safetensors weights")
+
+
+def check_safetensors(path: Path) -> None:
+    """Check that a safetensors file is as long as its header says, without reading the weights.
+
+    Raises:
+        ValueError: it is cut short or is no safetensors file; the message names the way out.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) == 8 and 8 + length > size and length <= _LONGEST_HEADER:
+            raise ValueError(f"{path} is cut short inside its header; fetch or copy it again")
+        try:
+            if not 2 <= length <= _LONGEST_HEADER:
+                raise ValueError
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+            expected = 8 + length + int(end)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise ValueError(f"{path} is not a safetensors file; fetch or copy it again") from None
+    if size < expected:
+        raise ValueError(f"{path} is cut short: {size} of {expected} bytes are there; fetch or copy it again")
+    if size > expected:
+        raise ValueError(f"{path} has {size - expected} bytes too many; fetch or copy it again")
+
+
+@lru_cache(maxsize=256)
+def _digest_of(path: str, size: int, modified_ns: int) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, computed once a process for each (path, size, time of change)."""
+    stat = path.stat()
+    return _digest_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def write_cascade_json(
+    folder: Path | str,
+    *,
+    backbone: str,
+    cascades: Mapping[str, Cascade],
+    default: str,
+    teacher: TeacherSpec | None = None,
+    distillation: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a folder's `cascade.json` atomically and return its path.
+
+    Raises:
+        ValueError: the default is not one of the cascades, or there is none.
+    """
+    if default not in cascades:
+        raise ValueError(f"default {default!r} is not one of the schedules {', '.join(cascades) or '(none)'}")
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "backbone": backbone,
+        "default": default,
+        "schedules": {name: cascade.to_dict() for name, cascade in cascades.items()},
+        "teacher": None if teacher is None else asdict(teacher),
+        "distillation": dict(distillation or {}),
+    }
+    path = Path(folder) / CASCADE_FILE
+    content = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, prefix=".cascade-", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            # Temporary files are private; the checkpoint is meant to be read by the service's own user.
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return path

@@ -1,0 +1,1 @@
+"""HTTP shapes and routes. No scheduling happens here."""

@@ -1,0 +1,100 @@
+"""The ASGI application: routes, error shapes, and the service's life."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse, Response
+
+from server.api import files, health, images, models
+from server.errors import ApiError, Fault, fault_for_status
+from server.middleware import Accounting, BoundBody, RequireKey
+from server.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application around a service; its lifespan starts and stops the service."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.stop)
+
+    app = FastAPI(
+        title="rmd",
+        summary="Few-step, multi-resolution picture generation behind OpenAI's image API.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    for router in (images.router, models.router, health.router, files.router):
+        app.include_router(router)
+    app.add_api_route("/", _index, include_in_schema=False)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    # the last one added is the outermost
+    app.add_middleware(BoundBody, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(RequireKey, keys=service.keys)
+    app.add_middleware(Accounting, metrics=service.metrics)
+    return app
+
+
+async def _index() -> Response:
+    return RedirectResponse("/docs")
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return validation_error(error.errors()).response()
+
+
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """Return the 400 for the first of pydantic's errors, naming the field. The input itself is not echoed."""
+    first: dict[str, Any] = errors[0] if errors else {"type": "unknown", "loc": (), "msg": "the request is not valid"}
+    kind, where = first["type"], [part for part in first["loc"][1:] if isinstance(part, str)]
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "syntax error")
+        return ApiError(Fault.BAD_FIELD, f"The body is not valid JSON: {reason}.", code="invalid_json")
+    if not where:
+        return ApiError(
+            Fault.BAD_FIELD,
+            "The body must be a JSON object, sent with 'Content-Type: application/json'.",
+            code="invalid_body",
+        )
+    name = where[0][:64]
+    if kind == "extra_forbidden":
+        text = f"Unknown field '{name}'; /docs lists the known ones."
+        return ApiError(Fault.BAD_FIELD, text, param=name, code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(
+            Fault.BAD_FIELD, f"The field '{name}' is required.", param=name, code="missing_required_parameter"
+        )
+    return ApiError(Fault.BAD_FIELD, f"Invalid '{name}': {first['msg']}.", param=name)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Give unknown routes, wrong methods and unreadable bodies the one error shape."""
+    assert isinstance(error, HTTPException)
+    fault = fault_for_status(error.status_code)
+    path = request.url.path[:80]
+    if fault is Fault.NOT_FOUND:
+        text = f"There is no {request.method} {path} here; /docs lists the routes."
+        return ApiError(fault, text, code="unknown_url").response()
+    if fault is Fault.WRONG_METHOD:
+        allowed = (error.headers or {}).get("Allow", "")
+        text = f"{path} does not take {request.method}; use {allowed or 'another method'}."
+        return ApiError(fault, text, headers=dict(error.headers or {})).response()
+    return ApiError(fault, f"{error.detail}.", headers=dict(error.headers or {})).response()

@@ -1,0 +1,40 @@
+"""Optional API keys: ``Authorization: Bearer <key>``, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from pydantic import SecretStr
+
+from server.errors import ApiError, Fault
+
+
+class KeyRing:
+    """The accepted keys, kept as SHA-256 digests so that comparing leaks neither length nor prefix."""
+
+    def __init__(self, keys: Iterable[SecretStr]) -> None:
+        self._digests = tuple(hashlib.sha256(key.get_secret_value().encode()).digest() for key in keys)
+
+    @property
+    def open(self) -> bool:
+        """True where no key is configured and every caller is let in."""
+        return not self._digests
+
+    def check(self, authorization: str | None) -> None:
+        """Let the caller in or raise :class:`ApiError` (401).
+
+        Every configured key is compared, found or not, so that the time says nothing.
+        """
+        if self.open:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        offered = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+        matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                Fault.BAD_KEY,
+                "This server asks for an API key: send it as 'Authorization: Bearer <key>'.",
+                headers={"WWW-Authenticate": "Bearer"},
+            )

@@ -1,0 +1,116 @@
+"""Every way a request can end badly: one enum gives the status, OpenAI's error type and the metric's label.
+
+The body on the wire is always ``{"error": {"message", "type", "param", "code"}}``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+COMPLETED = "completed"
+
+
+@dataclass(frozen=True)
+class FaultKind:
+    """How one kind of failure is told to the client and counted.
+
+    ``retry`` is False where sending the same request again cannot help; the reply then carries
+    ``x-should-retry: false``, which the official client obeys.
+    """
+
+    status: int
+    type: str
+    code: str
+    outcome: str
+    retry: bool
+
+
+class Fault(Enum):
+    """The error table of the HTTP surface."""
+
+    BAD_FIELD = FaultKind(400, "invalid_request_error", "invalid_value", "bad_request", False)
+    BAD_KEY = FaultKind(401, "authentication_error", "invalid_api_key", "unauthorized", False)
+    NOT_FOUND = FaultKind(404, "invalid_request_error", "not_found", "not_found", False)
+    WRONG_METHOD = FaultKind(405, "invalid_request_error", "method_not_allowed", "bad_request", False)
+    CONFLICT = FaultKind(409, "invalid_request_error", "conflict", "conflict", False)
+    TOO_LARGE = FaultKind(413, "invalid_request_error", "too_large", "too_large", False)
+    QUEUE_FULL = FaultKind(429, "rate_limit_error", "queue_full", "queue_full", True)
+    CLIENT_GONE = FaultKind(499, "client_error", "client_gone", "client_gone", False)
+    ENGINE_FAILED = FaultKind(500, "server_error", "engine_failed", "engine_failed", False)
+    INTERNAL = FaultKind(500, "server_error", "internal_error", "internal_error", True)
+    NOT_READY = FaultKind(503, "server_error", "not_ready", "not_ready", True)
+    DRAINING = FaultKind(503, "server_error", "draining", "draining", True)
+    DEADLINE = FaultKind(504, "server_error", "deadline_exceeded", "deadline", False)
+
+
+OUTCOMES: tuple[str, ...] = (COMPLETED, *dict.fromkeys(fault.value.outcome for fault in Fault))
+
+
+class ApiError(Exception):
+    """A failure that is told to the client in OpenAI's error shape.
+
+    Args:
+        fault: the row of the error table.
+        message: one sentence that names the field and the way out.
+        param: the request field at fault, if one is.
+        code: overrides the table's machine-readable code.
+        retry_after: whole seconds for the ``Retry-After`` header.
+    """
+
+    def __init__(
+        self,
+        fault: Fault,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.fault = fault
+        self.message = message
+        self.param = param
+        self.code = code or fault.value.code
+        self.retry_after = retry_after
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON body."""
+        return {
+            "error": {"message": self.message, "type": self.fault.value.type, "param": self.param, "code": self.code}
+        }
+
+    def response(self) -> JSONResponse:
+        """Return the HTTP reply with its retry headers."""
+        headers = dict(self.headers)
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if not self.fault.value.retry:
+            headers["x-should-retry"] = "false"
+        return JSONResponse(self.body(), status_code=self.fault.value.status, headers=headers)
+
+
+def fault_for_status(status: int) -> Fault:
+    """Return the table's row for a bare HTTP status raised by the framework."""
+    by_status = {
+        400: Fault.BAD_FIELD,
+        401: Fault.BAD_KEY,
+        404: Fault.NOT_FOUND,
+        405: Fault.WRONG_METHOD,
+        409: Fault.CONFLICT,
+        413: Fault.TOO_LARGE,
+        429: Fault.QUEUE_FULL,
+        503: Fault.NOT_READY,
+        504: Fault.DEADLINE,
+    }
+    return by_status.get(status, Fault.BAD_FIELD if 400 <= status < 500 else Fault.INTERNAL)
+
+
+def outcome_of_status(status: int) -> str:
+    """Return the metric label of a reply that was sent with this status."""
+    return COMPLETED if status < 400 else fault_for_status(status).value.outcome

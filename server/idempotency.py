@@ -1,0 +1,92 @@
+"""``Idempotency-Key``: the same key and body get the same reply, stored or still being made.
+
+A keyed request runs on after its client has gone: that is what the key is for, since the retry then finds the reply.
+Only successful replies are kept; after an error the same key may try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import ApiError, Fault
+
+Reply = dict[str, Any]
+
+
+@dataclass
+class _Kept:
+    body_digest: bytes
+    task: asyncio.Task[Reply]
+    since: float
+
+
+class IdempotencyStore:
+    """Replies by key, bounded in number and time. Lives on one event loop.
+
+    Args:
+        max_replies: the oldest finished reply is forgotten beyond this.
+        life_seconds: how long a reply is kept.
+    """
+
+    def __init__(
+        self, max_replies: int, life_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max = max_replies
+        self._life = life_seconds
+        self._clock = clock
+        self._kept: OrderedDict[tuple[bytes, str], _Kept] = OrderedDict()
+
+    async def run(
+        self, owner: bytes, key: str, body_digest: bytes, make: Callable[[], Awaitable[Reply]]
+    ) -> tuple[Reply, bool]:
+        """Return the reply for ``key`` and whether it was made for an earlier request.
+
+        Args:
+            owner: digest of the caller's API key: keys of different callers never meet.
+            key: the header's value.
+            body_digest: digest of the request's body.
+            make: makes the reply; runs at most once at a time a key.
+
+        Raises:
+            ApiError: 409 where the key was used with another body; whatever ``make`` raises.
+        """
+        self._prune()
+        slot = (owner, key)
+        kept = self._kept.get(slot)
+        if kept is not None and kept.body_digest != body_digest:
+            raise ApiError(
+                Fault.CONFLICT,
+                "This Idempotency-Key was used with another body; use a new key for a new request.",
+                param="Idempotency-Key",
+                code="idempotency_key_reused",
+            )
+        replayed = kept is not None
+        if kept is None:
+            kept = _Kept(body_digest, asyncio.ensure_future(_as_coroutine(make)), self._clock())
+            self._kept[slot] = kept
+            kept.task.add_done_callback(lambda task: self._forget_failure(slot, task))
+        # shield: a client that leaves must not cancel the work that its retry will ask for
+        return await asyncio.shield(kept.task), replayed
+
+    def _forget_failure(self, slot: tuple[bytes, str], task: asyncio.Task[Reply]) -> None:
+        failed = task.cancelled() or task.exception() is not None
+        if failed and (kept := self._kept.get(slot)) is not None and kept.task is task:
+            del self._kept[slot]
+
+    def _prune(self) -> None:
+        now = self._clock()
+        done = [slot for slot, kept in self._kept.items() if kept.task.done()]
+        surplus = len(self._kept) - self._max
+        for slot in done:
+            if now - self._kept[slot].since > self._life or surplus > 0:
+                del self._kept[slot]
+                surplus -= 1
+
+
+async def _as_coroutine(make: Callable[[], Awaitable[Reply]]) -> Reply:
+    return await make()

@@ -1,0 +1,96 @@
+"""What the server serves: one checkpoint's backbones, its schedules and what they cost on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rmd.backbones.base import Backbone
+from rmd.cascade import Cascade
+from rmd.size import Size
+from server.scheduling.latency import STUDENT, LatencyTable, StationKey
+
+TEACHER_SCHEDULE = "teacher"
+EAGER_TEACHER = "eager_teacher"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One way through the model: a cascade and the weights (lane) that it runs on."""
+
+    name: str
+    cascade: Cascade
+    lane: str
+
+    @property
+    def guided(self) -> bool:
+        """True where guidance is applied at inference: then guidance_scale and negative_prompt mean something."""
+        return self.cascade.guidance_scale != 1.0
+
+    @property
+    def hands_over(self) -> bool:
+        """True where a step changes size, so that noise_intensity means something."""
+        return len(self.cascade.stages) > 1
+
+
+@dataclass(frozen=True)
+class TeacherBaseline:
+    """The teacher's own latency for one picture on this machine, timed at start.
+
+    ``seconds = encode + steps * guided step + decode``, all eager, at batch 1.
+    """
+
+    kind: str
+    steps: int
+    guided_step_seconds: float
+    encode_seconds: float
+    decode_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one picture."""
+        return self.encode_seconds + self.steps * self.guided_step_seconds + self.decode_seconds
+
+
+@dataclass
+class ServedModel:
+    """A checkpoint, ready to run. ``lanes`` maps weights to backbones; text and decoding use the student's."""
+
+    model_id: str
+    created: int
+    lanes: Mapping[str, Backbone]
+    schedules: Mapping[str, Schedule]
+    default: str
+    latencies: LatencyTable
+    executor_kind: str = "eager"
+    baseline: TeacherBaseline | None = None
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The student."""
+        return self.lanes[STUDENT]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The finished sizes on offer, smallest first."""
+        return tuple(sorted({schedule.cascade.full_size for schedule in self.schedules.values()}))
+
+    def stations(self) -> tuple[StationKey, ...]:
+        """Return every station of the schedules on offer, in the order a picture meets them."""
+        keys = {
+            StationKey("denoise", schedule.lane, step.size): None
+            for schedule in self.schedules.values()
+            for step in schedule.cascade.steps
+        }
+        denoise = sorted(keys, key=lambda key: (key.lane != STUDENT, key.size))
+        decode = [StationKey("decode", size=size) for size in self.sizes]
+        return (StationKey("encode"), *denoise, *decode)
+
+    def costs(self, cascade: Cascade, lane: str) -> tuple[float, ...]:
+        """Return the expected seconds of one lone picture from each step to its end; the last entry is decoding."""
+        rows = 1 if cascade.guidance_scale == 1.0 else 2
+        costs = [self.latencies.seconds(StationKey("decode", size=cascade.full_size), 1)]
+        for step in reversed(cascade.steps):
+            costs.append(costs[-1] + self.latencies.seconds(StationKey("denoise", lane, step.size), rows))
+        return tuple(reversed(costs))

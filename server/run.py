@@ -1,0 +1,64 @@
+"""uvicorn with a drain before its shutdown."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import FrameType
+
+import uvicorn
+
+from server.app import create_app
+from server.service import Service
+
+log = logging.getLogger("rmd.server")
+
+_KEEP_ALIVE_SECONDS = 75
+_LAST_REPLIES_SECONDS = 10
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGTERM or Ctrl-C: refuse new requests (503), finish the accepted ones, then stop.
+
+    uvicorn alone would close its listening socket at once, so that a load balancer sees refused connections where
+    it should see 503 and a failing readiness probe. A second signal stops without waiting.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal; called on the main thread."""
+        if self._draining:
+            super().handle_exit(sig, frame)
+            return
+        self._draining = True
+        threading.Thread(target=self.drain, name="rmd-drain", daemon=True).start()
+
+    def drain(self) -> None:
+        """Finish what was accepted, at most ``drain_seconds`` long, then let uvicorn stop."""
+        self._service.drain()
+        log.info("draining: %d request(s) to finish", self._service.admission.requests)
+        if not self._service.wait_idle(self._service.settings.drain_seconds):
+            log.warning("drain_seconds passed: %d request(s) are given up", self._service.admission.requests)
+            self._service.stop()
+        self.should_exit = True
+
+
+def make_server(service: Service) -> DrainingServer:
+    """Return a server for ``service.settings.host`` and ``port``."""
+    settings = service.settings
+    config = uvicorn.Config(
+        create_app(service),
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_LAST_REPLIES_SECONDS,
+        server_header=False,
+    )
+    return DrainingServer(config, service)
+
+

@@ -1,0 +1,1 @@
+"""Stations, policy, admission and the one thread that owns the device."""

@@ -1,0 +1,325 @@
+"""The executor: one thread owns the device, and every batch of every station runs on it.
+
+The thread first loads the model, then repeats: drop what is cancelled or late, ask the policy for the next batch,
+run it, hand its entries on. Nothing else touches the device, so no lock is held while a batch runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from server.errors import ApiError, Fault
+from server.media import Pixels, encode_picture
+from server.metrics import Metrics
+from server.model import ServedModel
+from server.scheduling.latency import StationKey
+from server.scheduling.policy import StagePolicy
+from server.scheduling.request import (
+    Entry,
+    Failed,
+    FinishedPicture,
+    Generation,
+    Item,
+    PartialPicture,
+    Preview,
+)
+from server.scheduling.stations import Station, Stations
+from server.scheduling.steps import StageRunner
+
+log = logging.getLogger("rmd.server")
+
+PACKAGE = "package"
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What one batch gave: its seconds, partial pictures now due, and pixels where it decoded."""
+
+    seconds: float
+    previews: Sequence[Preview]
+    pictures: Sequence[Pixels]
+
+
+class DeviceExecutor:
+    """Owns the device thread and the queues.
+
+    Args:
+        load: builds or loads the model; runs on the device thread.
+        metrics: where batches and pictures are counted.
+        package_threads: threads that compress pictures beside the device.
+        on_ready: called on the device thread once the model is loaded.
+        on_failed: called on the device thread where loading raised, or the loop itself broke.
+        on_picture: called with (generation, item) for each finished picture.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], ServedModel],
+        metrics: Metrics,
+        *,
+        package_threads: int = 2,
+        on_ready: Callable[[ServedModel], None] = lambda model: None,
+        on_failed: Callable[[BaseException], None] = lambda error: None,
+        on_picture: Callable[[Generation, Item], None] = lambda generation, item: None,
+    ) -> None:
+        self._load = load
+        self._metrics = metrics
+        self._on_ready = on_ready
+        self._on_failed = on_failed
+        self._on_picture = on_picture
+        self._stations = Stations()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._packaging = 0
+        self._model: ServedModel | None = None
+        self._pool = ThreadPoolExecutor(package_threads, thread_name_prefix="rmd-package")
+        self._thread = threading.Thread(target=self._main, name="rmd-device", daemon=True)
+
+    # -- called from any thread ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the device thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False once the device thread has ended."""
+        return self._thread.is_alive()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Let the batch in progress finish, fail whatever is left with 503, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        self._pool.shutdown(wait=True, cancel_futures=False)
+
+    def submit(self, generation: Generation) -> None:
+        """Put an admitted generation's items before the encode station."""
+        with self._changed:
+            if self._stopping:
+                self._settle(generation, ApiError(Fault.DRAINING, "The server is stopping.", retry_after=1))
+                return
+            for item in generation.items:
+                self._stations.join(item.station(), item)
+            self._changed.notify_all()
+
+    def cancel(self, generation: Generation, error: ApiError) -> None:
+        """End a generation: what waits leaves its queue at once, what runs is dropped at the next hand-over."""
+        with self._changed:
+            self._settle(generation, error)
+
+    def depths(self) -> dict[str, int]:
+        """Return how many entries wait at each station, by label."""
+        with self._changed:
+            depths = {key.label: depth for key, depth in self._stations.depths().items()}
+            depths[PACKAGE] = self._packaging
+        return depths
+
+    # -- the device thread -----------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            model = self._load()
+            self._model = model
+            runner, policy = StageRunner(model), StagePolicy(model.latencies)
+            with self._changed:
+                self._stations.open(model.stations())
+            self._on_ready(model)
+            while (batch := self._next_batch(policy)) is not None:
+                self._run(runner, model, *batch)
+        except BaseException as error:  # the thread must never die silently: readiness has to say so
+            log.exception("the device thread ended")
+            self._on_failed(error)
+        finally:
+            with self._changed:
+                self._stopping = True
+                for entry in self._stations.remove(lambda entry: True):
+                    self._settle(entry.generation, ApiError(Fault.DRAINING, "The server is stopping.", retry_after=1))
+
+    def _next_batch(self, policy: StagePolicy) -> tuple[Station, list[Entry]] | None:
+        """Wait for work and take the next batch; None when stopping."""
+        with self._changed:
+            while not self._stopping:
+                self._drop_late()
+                chosen = policy.choose(self._stations, time.monotonic())
+                if chosen is not None:
+                    station, entries = chosen
+                    self._stations.take(station, entries)
+                    now = time.monotonic()
+                    for entry in entries:
+                        if isinstance(entry, Item):
+                            entry.record.queue += now - entry.joined
+                    return station, entries
+                self._changed.wait()
+        return None
+
+    def _run(self, runner: StageRunner, model: ServedModel, station: Station, entries: list[Entry]) -> None:
+        """Run one batch. Where it raises, every entry is tried alone, and only the guilty fail."""
+        try:
+            done = self._work(runner, model, station.key, entries)
+        except Exception as error:
+            if len(entries) == 1:
+                self._fail(entries[0], error)
+                return
+            log.warning("a batch of %d at %s raised (%s); trying each alone", len(entries), station.key.label, error)
+            self._metrics.retried_batches.labels(station.key.label).inc()
+            for entry in entries:
+                self._run(runner, model, station, [entry])
+            return
+        self._account(model, station.key, entries, done.seconds)
+        self._hand_on(station.key, entries, done)
+
+    def _work(self, runner: StageRunner, model: ServedModel, key: StationKey, entries: Sequence[Entry]) -> _Done:
+        """Do one batch's work on the device. Raises whatever the network raises, before any entry is changed."""
+        started = time.perf_counter()
+        items = [entry for entry in entries if isinstance(entry, Item)]
+        previews: list[Preview] = []
+        pictures: list[Pixels] = []
+        if key.kind == "encode":
+            runner.encode(items)
+        elif key.kind == "denoise":
+            previews = runner.denoise(key, items)
+        else:
+            assert key.size is not None
+            pictures = runner.decode(key.size, [entry for entry in entries if isinstance(entry, Item | Preview)])
+        if model.backbone.device.type == "cuda":
+            torch.cuda.synchronize(model.backbone.device)
+        return _Done(time.perf_counter() - started, previews, pictures)
+
+    def _hand_on(self, key: StationKey, entries: Sequence[Entry], done: _Done) -> None:
+        """Send each entry to its next station; whose generation has ended meanwhile leaves the house here."""
+        with self._changed:
+            for preview in done.previews:
+                if not preview.generation.failed:
+                    self._stations.join(StationKey("decode", size=preview.size), preview)
+            for entry in entries if key.kind != "decode" else ():
+                if entry.generation.failed:
+                    self._leave(entry)
+                elif isinstance(entry, Item):
+                    self._stations.join(entry.station(), entry)
+            self._packaging += len(done.pictures)
+        if key.kind == "decode":
+            for entry, pixels in zip(entries, done.pictures, strict=True):
+                self._pool.submit(self._package, entry, pixels, key)
+
+    def _account(
+        self, model: ServedModel, key: StationKey, entries: Sequence[Entry], seconds: float
+    ) -> None:
+        """Write one batch into the metrics, the latency table and its items' own records."""
+        label = key.label
+        items = [entry for entry in entries if isinstance(entry, Item)]
+        rows = sum(item.rows for item in items) if key.kind == "denoise" else len(entries)
+        model.latencies.observe(key, rows, seconds)
+        self._metrics.batch_size.labels(label).observe(len(entries))
+        self._metrics.step_seconds.labels(label).observe(seconds)
+        self._metrics.device_busy_seconds.inc(seconds)
+        if key.kind == "denoise" and key.size is not None:
+            self._metrics.steps.labels(label).inc(len(items))
+            self._metrics.tokens.labels(label).inc(rows * model.lanes[key.lane].tokens(key.size))
+        for item in items:
+            record = item.record
+            record.batches.setdefault(label, []).append(len(entries))
+            if key.kind == "encode":
+                record.encode += seconds
+            elif key.kind == "decode":
+                record.decode += seconds
+            else:
+                record.stages[label] = record.stages.get(label, 0.0) + seconds
+
+    # -- packaging (pool threads) ----------------------------------------------------------------------------------
+
+    def _package(self, entry: Entry, pixels: Pixels, key: StationKey) -> None:
+        """Compress one picture and send it; runs beside the device."""
+        try:
+            self._package_one(entry, pixels, key)
+        except Exception as error:
+            self._fail(entry, error)
+        finally:
+            with self._changed:
+                self._packaging -= 1
+                self._leave(entry)
+
+    def _package_one(self, entry: Entry, pixels: Pixels, key: StationKey) -> None:
+        generation, spec = entry.generation, entry.generation.spec
+        if generation.failed:
+            return
+        started = time.perf_counter()
+        metadata = dict(spec.metadata)
+        if isinstance(entry, Item):
+            metadata["rmd:seed"] = str(entry.seed)
+        content = encode_picture(pixels, spec.output_format, spec.output_compression, metadata)
+        if isinstance(entry, Preview) and key.size is not None:
+            generation.sink(PartialPicture(entry.item.index, entry.partial_index, key.size, content))
+        elif isinstance(entry, Item):
+            entry.record.package = time.perf_counter() - started
+            self._count(entry)
+            with self._changed:  # places are free before the client hears of it
+                self._leave(entry)
+            generation.sink(FinishedPicture(entry.index, content, entry.record))
+
+    def _count(self, item: Item) -> None:
+        spec, record = item.generation.spec, item.record
+        self._metrics.pictures.labels(spec.schedule).inc()
+        self._metrics.queue_seconds.labels(spec.schedule).observe(record.queue)
+        self._metrics.decode_seconds.observe(record.decode)
+        for stage, seconds in record.stages.items():
+            self._metrics.stage_seconds.labels(spec.schedule, stage).observe(seconds)
+        self._on_picture(item.generation, item)
+
+    # -- endings ---------------------------------------------------------------------------------------------------
+
+    def _drop_late(self) -> None:
+        """Fail every generation whose deadline has passed (504), wherever it waits. Called with the lock held."""
+        now = time.monotonic()
+        late = {id(entry.generation): entry.generation for s in self._stations for entry in s.entries
+                if entry.generation.deadline <= now}
+        for generation in late.values():
+            self._settle(generation, deadline_error())
+
+    def _fail(self, entry: Entry, error: Exception) -> None:
+        """Fail one entry's generation with 500; the reason goes to the log, not to the client."""
+        log.error("one request failed: %s: %s", type(error).__name__, error, exc_info=error)
+        with self._changed:
+            if isinstance(entry, Preview):
+                return  # a partial picture is a courtesy; the picture itself goes on
+            self._settle(
+                entry.generation,
+                ApiError(Fault.ENGINE_FAILED, "The model failed on this request; others are not affected."),
+            )
+            self._leave(entry)
+
+    def _settle(self, generation: Generation, error: ApiError) -> None:
+        """Mark a generation as failed, once, tell its client and empty the queues of it. Called with the lock held."""
+        if generation.failed or generation.remaining_items == 0:
+            return
+        generation.failed = True
+        generation.sink(Failed(error))
+        waiting = self._stations.remove(lambda entry: entry.generation is generation)
+        self._metrics.dropped.labels(error.fault.value.outcome).inc(generation.remaining_items)
+        for entry in waiting:
+            self._leave(entry)
+
+    def _leave(self, entry: Entry) -> None:
+        """Count an item out; the permit goes back with the generation's last one. Called with the lock held."""
+        if not isinstance(entry, Item):
+            return
+        generation = entry.generation
+        if not entry.left:
+            entry.left = True
+            generation.remaining_items -= 1
+        if generation.remaining_items == 0:
+            generation.permit.release(finished=not generation.failed)
+
+
+def deadline_error() -> ApiError:
+    """Return the 504 that a late generation gets."""
+    return ApiError(Fault.DEADLINE, "The deadline passed before the picture was finished; ask for less or try later.")

@@ -1,0 +1,219 @@
+"""One server's state and its verbs: load, admit, cancel, drain, and the snapshot behind the gauges."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from server.auth import KeyRing
+from server.errors import ApiError, Fault
+from server.files import FileStore
+from server.idempotency import IdempotencyStore
+from server.metrics import Metrics, Snapshot
+from server.model import ServedModel
+from server.scheduling.admission import Admission
+from server.scheduling.executor import DeviceExecutor
+from server.scheduling.request import Event, Generation, GenerationSpec, Item
+from server.settings import ServerSettings
+
+log = logging.getLogger("rmd.server")
+
+_SPEEDUP_WINDOW = 100
+
+
+class State(Enum):
+    """Where the server is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the start-up is: ``done`` of ``total`` parts, and what is going on."""
+
+    done: int = 0
+    total: int = 1
+    text: str = "starting"
+
+
+ModelLoader = Callable[[ServerSettings, Callable[[Progress], None]], ServedModel]
+
+
+class Service:
+    """Ties settings, queue, executor, metrics and stores together; one a process.
+
+    Args:
+        settings: see :class:`ServerSettings`.
+        loader: builds the model on the device thread and reports its progress.
+        on_failed: called (on the device thread) where the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        loader: ModelLoader,
+        on_failed: Callable[[BaseException], None] = lambda error: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.settings = settings
+        self.keys = KeyRing(settings.api_keys)
+        self.files = FileStore(int(settings.files_megabytes * 1e6), settings.files_seconds)
+        self.replies = IdempotencyStore(settings.idempotency_replies, settings.idempotency_seconds)
+        self.metrics = Metrics(self.snapshot)
+        self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6))
+        self.progress = Progress()
+        self.failure: str | None = None
+        self._model: ServedModel | None = None
+        self._draining = False
+        self._notify_failed = on_failed
+        self._notify_progress = on_progress
+        self._recent: dict[str, deque[float]] = {}
+        self._recent_lock = threading.Lock()
+        self._executor = DeviceExecutor(
+            lambda: loader(settings, self._report),
+            self.metrics,
+            package_threads=settings.package_threads,
+            on_ready=self._ready,
+            on_failed=self._failed,
+            on_picture=self._picture_done,
+        )
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """The present state."""
+        if self.failure is not None:
+            return State.FAILED
+        if self._draining:
+            return State.DRAINING
+        return State.LOADING if self._model is None else State.READY
+
+    @property
+    def alive(self) -> bool:
+        """False once the device thread is gone: nothing can be drawn any more."""
+        return self._executor.alive
+
+    def start(self) -> None:
+        """Start loading; :attr:`state` turns READY when the model is warm."""
+        self._executor.start()
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; accepted ones are finished."""
+        self._draining = True
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Block until no request is left or ``timeout`` seconds passed; True where none is left."""
+        return self.admission.wait_idle(timeout)
+
+    def stop(self) -> None:
+        """Stop the device thread."""
+        self._draining = True
+        self._executor.stop()
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> ServedModel:
+        """The model, whatever the drain state.
+
+        Raises:
+            ApiError: 503 while it is loading, or where loading failed.
+        """
+        if self._model is None:
+            what = "could not load its model" if self.failure else f"is still loading ({self.progress.text})"
+            raise ApiError(Fault.NOT_READY, f"The server {what}; see /health/ready.", retry_after=5)
+        return self._model
+
+    def check_accepting(self) -> None:
+        """Raise 503 where the server is not taking requests."""
+        if self.state is State.DRAINING:
+            raise ApiError(
+                Fault.DRAINING, "The server is finishing its last requests before it stops.", retry_after=5
+            )
+        if self.state is not State.READY:
+            _ = self.model
+            raise ApiError(Fault.NOT_READY, "The server's device thread has ended; see /health/ready.", retry_after=5)
+
+    def submit(self, spec: GenerationSpec, sink: Callable[[Event], None]) -> Generation:
+        """Admit one request and queue it; its events go to ``sink`` from other threads.
+
+        Raises:
+            ApiError: 503 where not accepting, 429 where the queue is full.
+        """
+        self.check_accepting()
+        permit = self.admission.acquire(len(spec.seeds), len(spec.seeds) * spec.cascade.full_size.pixels)
+        try:
+            deadline = time.monotonic() + self.settings.deadline_seconds
+            generation = Generation(spec, permit, deadline, sink, self.model.costs(spec.cascade, spec.lane))
+            self._executor.submit(generation)
+        except BaseException:
+            permit.release()
+            raise
+        return generation
+
+    def cancel(self, generation: Generation, error: ApiError) -> None:
+        """End a request early. Does nothing where it has ended already."""
+        self._executor.cancel(generation, error)
+
+    # -- state for others ------------------------------------------------------------------------------------------
+
+    def speedup(self, compute_seconds: float) -> float | None:
+        """Return the teacher's seconds over ``compute_seconds``; None where the teacher was not measured."""
+        baseline = self._model.baseline if self._model else None
+        return baseline.seconds / compute_seconds if baseline and compute_seconds > 0 else None
+
+    def snapshot(self) -> Snapshot:
+        """Return the state that the gauges show."""
+        model = self._model
+        baseline = model.baseline if model else None
+        speedup: dict[tuple[str, str], float] = {}
+        with self._recent_lock:
+            means = {name: sum(window) / len(window) for name, window in self._recent.items() if window}
+        if baseline:
+            speedup = {(name, baseline.kind): baseline.seconds / mean for name, mean in means.items() if mean > 0}
+        return Snapshot(
+            ready=self.state is State.READY,
+            draining=self.state is State.DRAINING,
+            load_progress=1.0 if model else self.progress.done / max(self.progress.total, 1),
+            in_flight_requests=self.admission.requests,
+            in_flight_items=self.admission.items,
+            queue_capacity_items=self.admission.max_items,
+            queue_depth=self._executor.depths(),
+            batch_width={key.label: model.latencies.width(key) for key in model.stations()} if model else {},
+            engine_memory_bytes=model.memory_bytes if model else {},
+            teacher_seconds={baseline.kind: baseline.seconds} if baseline else {},
+            speedup=speedup,
+            stored_file_bytes=self.files.stored_bytes,
+        )
+
+    # -- called by the executor ------------------------------------------------------------------------------------
+
+    def _report(self, progress: Progress) -> None:
+        self.progress = progress
+        self._notify_progress(progress)
+
+    def _ready(self, model: ServedModel) -> None:
+        default = model.schedules[model.default]
+        self.admission.expect(model.costs(default.cascade, default.lane)[0])
+        self.progress = Progress(self.progress.total, self.progress.total, "ready")
+        self._model = model
+        self._notify_progress(self.progress)
+        log.info("ready: %s on %s", model.model_id, model.executor_kind)
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure = f"{type(error).__name__}: {error}"
+        self._notify_failed(error)
+
+    def _picture_done(self, generation: Generation, item: Item) -> None:
+        with self._recent_lock:
+            window = self._recent.setdefault(generation.spec.schedule, deque(maxlen=_SPEEDUP_WINDOW))
+            window.append(item.record.compute)

@@ -1,0 +1,105 @@
+"""The server's settings: flags over environment (``RMD_*``) over a YAML file over defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+CONFIG_VARIABLE = "RMD_CONFIG"
+
+
+class ServerSettings(BaseSettings):
+    """Everything that can be set about one server.
+
+    Precedence: values given to the constructor (the command line's flags), then ``RMD_*`` variables, then the
+    YAML file named by ``RMD_CONFIG`` (or ``--config``), then the defaults below.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="RMD_", extra="forbid", frozen=True)
+
+    checkpoint: Path = Field(Path("models/embedded"), description="the student's checkpoint folder")
+    model_name: str | None = Field(None, description="the model's id on the wire; default: the folder's name")
+    engines: Path = Field(Path("engine-store"), description="the folder of built engines")
+    backend: str = Field("auto", description="engine backend, or 'eager' for none")
+    device: str = Field("cpu", description="torch device the executor thread owns")
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    threads: int | None = Field(None, ge=1, description="torch threads of the executor; default: torch's own")
+    build_missing: bool = Field(True, description="build missing engines at the first start")
+    serve_teacher: bool = Field(True, description="offer schedule 'teacher' where its folder is found")
+    measure_teacher: bool = Field(True, description="time the teacher's guided step at start, for the speed-up")
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    public_url: str | None = Field(None, description="base of the URLs of response_format=url, behind a proxy")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="accepted keys; none: open")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    max_body_bytes: int = Field(64 * 1024, ge=1024)
+    max_prompt_characters: int = Field(4000, ge=1)
+    max_images: int = Field(10, ge=1, le=10)
+    queue_items: int = Field(64, ge=1, description="pictures admitted at once, waiting or running")
+    queue_megapixels: float = Field(256.0, gt=0, description="their pixels at full size, in millions")
+    deadline_seconds: float = Field(120.0, gt=0, description="from admission to reply, checked at every step")
+    drain_seconds: float = Field(60.0, ge=0, description="longest wait for accepted requests at SIGTERM")
+    max_batch: int = Field(8, ge=1, description="widest batch tried at warm-up where no engine fixes it")
+    package_threads: int = Field(2, ge=1, description="threads that compress pictures")
+    idempotency_seconds: float = Field(600.0, gt=0)
+    idempotency_replies: int = Field(128, ge=1)
+    files_seconds: float = Field(3600.0, gt=0, description="life of a response_format=url picture")
+    files_megabytes: float = Field(64.0, gt=0, description="memory kept for those pictures")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        """Accept a comma-separated string, which is how an environment variable says a list."""
+        if isinstance(value, str):
+            return tuple(key for key in (part.strip() for part in value.split(",")) if key)
+        return value
+
+    @model_validator(mode="after")
+    def _queue_holds_one_request(self) -> ServerSettings:
+        if self.queue_items < self.max_images:
+            raise ValueError(
+                f"queue_items ({self.queue_items}) must hold at least one full request: max_images is {self.max_images}"
+            )
+        return self
+
+    @property
+    def model_id(self) -> str:
+        """The model's id on the wire."""
+        return self.model_name or self.checkpoint.resolve().name
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources; the YAML file joins only where one is named."""
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        named = os.environ.get(CONFIG_VARIABLE)
+        if named:
+            if not Path(named).is_file():
+                raise FileNotFoundError(f"settings file {named} (from {CONFIG_VARIABLE} or --config) does not exist")
+            sources += (YamlConfigSettingsSource(settings_cls, yaml_file=named),)
+        return sources
+
+    def describe(self) -> str:
+        """Return the settings as YAML with every secret hidden."""
+        plain = self.model_dump(mode="json")
+        plain["api_keys"] = f"{len(self.api_keys)} key(s), hidden" if self.api_keys else "none: the API is open"
+        return yaml.safe_dump(plain, sort_keys=False).rstrip()

@@ -1,0 +1,61 @@
+"""`rmd cascade show`, through the command line's own parser."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.cascade import app
+
+
+def show(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["show", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+def test_json_has_every_field() -> None:
+    steps = show("--preset", "sdxl")["steps"]
+    assert [list(step) for step in steps] == [
+        ["stage", "timestep", "teacher_timestep", "width", "height", "logsnr"]
+    ] * 4
+    assert [(s["stage"], s["timestep"], s["teacher_timestep"], s["width"], s["height"]) for s in steps] == [
+        (0, 1000, 1000, 512, 512),
+        (0, 857, 750, 512, 512),
+        (1, 500, 500, 1024, 1024),
+        (1, 250, 250, 1024, 1024),
+    ]
+    assert steps[0]["logsnr"] is None
+    assert [round(step["logsnr"], 2) for step in steps[1:3]] == [-2.82, -0.96]
+
+
+def test_negative_thresholds_and_maps_are_read() -> None:
+    assert [s["stage"] for s in show("--preset", "sdxl", "--thresholds", "-6,-2.5")["steps"]] == [0, 1, 2, 2]
+    assert [s["stage"] for s in show("--preset", "sdxl", "--thresholds=-6")["steps"]] == [0, 1, 1, 1]
+    assert show("--preset", "pixart", "--map", "logsnr")["steps"][1]["timestep"] == 836
+    assert [s["stage"] for s in show("--schedule", "0+4")["steps"]] == [0, 0, 0, 0]
+
+
+def test_the_table_names_the_steps() -> None:
+    result = CliRunner().invoke(app, ["show", "--preset", "wan"])
+    assert result.exit_code == 0
+    for text in ("974", "962", "832x480x81", "1280x720x81", "-inf"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "nothing"], "unknown preset 'nothing'; the presets are sdxl"),
+        (["--thresholds", "low"], "--thresholds 'low' is not a list of numbers"),
+        (["--map", "up"], "resolution_map 'up'"),
+    ],
+)
+def test_wrong_options_are_explained(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["show", *arguments])
+    assert result.exit_code != 0
+    assert message in str(result.exception)

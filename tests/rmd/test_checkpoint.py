@@ -1,0 +1,200 @@
+"""Checkpoint folders: what is read, what is refused, and what the refusals say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rmd.cascade import preset
+from rmd.checkpoint import CheckpointFolder, TeacherSpec, file_digest, write_cascade_json
+
+SPLITS = ("2+2", "1+3", "0+4", "3+1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "student"
+    for component in ("transformer", "vae"):
+        (path / component).mkdir(parents=True)
+        weights = {"weight": torch.randn(4, 4), "bias": torch.randn(4)}
+        save_file(weights, path / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    write_cascade_json(
+        path,
+        backbone="embedded",
+        cascades={split: preset("embedded", schedule=split) for split in SPLITS},
+        default="2+2",
+        teacher=TeacherSpec(steps=50, guidance_scale=3.0, folder="../teacher"),
+        distillation={"method": "rmd", "iterations": 1000},
+    )
+    return path
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "cascade.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    checkpoint = CheckpointFolder.read(folder)
+    assert checkpoint.backbone_name == "embedded"
+    assert checkpoint.default == "2+2"
+    assert checkpoint.cascades == {split: preset("embedded", schedule=split) for split in SPLITS}
+    assert checkpoint.default_cascade == preset("embedded")
+    assert checkpoint.teacher == TeacherSpec(50, 3.0, 1.0, "../teacher")
+    assert checkpoint.teacher_path == folder / "../teacher"
+    assert checkpoint.distillation == {"method": "rmd", "iterations": 1000}
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_failed_write_leaves_the_old_file(folder: Path) -> None:
+    before = (folder / "cascade.json").read_bytes()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_cascade_json(
+            folder,
+            backbone="embedded",
+            cascades={"2+2": preset("embedded")},
+            default="2+2",
+            distillation={"loss": float("nan")},
+        )
+    with pytest.raises(ValueError, match="not one of the schedules 2"):
+        write_cascade_json(folder, backbone="embedded", cascades={"2+2": preset("embedded")}, default="1+3")
+    assert (folder / "cascade.json").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["cascade.json", "transformer", "vae"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("format"), "'format' is missing"),
+        (lambda d: d.update(format=2), "'format'"),
+        (lambda d: d.pop("backbone"), "'backbone' is missing"),
+        (lambda d: d.update(backbone=3), "'backbone'"),
+        (lambda d: d.pop("default"), "'default' is missing"),
+        (lambda d: d.update(default="9+9"), "'default'"),
+        (lambda d: d.pop("schedules"), "'schedules' is missing"),
+        (lambda d: d.update(schedules={}), "'schedules'"),
+        (lambda d: d.update(schedules=[]), "'schedules'"),
+        (lambda d: d["schedules"]["1+3"].pop("steps"), r"schedules\['1\+3'\].*'steps' is missing"),
+        (lambda d: d["schedules"]["2+2"]["steps"][1].update(timestep="857"), r"'steps\[1\].timestep'"),
+        (lambda d: d["teacher"].pop("steps"), "'teacher.steps' is missing"),
+        (lambda d: d["teacher"].update(steps=0), "'teacher.steps'"),
+        (lambda d: d["teacher"].update(guidance_scale=None), "'teacher.guidance_scale'"),
+        (lambda d: d["teacher"].update(folder=1), "'teacher.folder'"),
+        (lambda d: d.update(teacher=[]), "'teacher'"),
+        (lambda d: d.update(distillation="rmd"), "'distillation'"),
+    ],
+)
+def test_wrong_fields_are_named_with_the_file(
+    folder: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    edit(folder, change)
+    with pytest.raises(ValueError, match=f"cascade.json: .*{message}"):
+        CheckpointFolder.read(folder)
+
+
+def test_broken_json_names_the_place(folder: Path) -> None:
+    (folder / "cascade.json").write_text('{"format": 1,\n "backbone" "embedded"}')
+    with pytest.raises(ValueError, match=r"cascade.json: line 2, column 13"):
+        CheckpointFolder.read(folder)
+    (folder / "cascade.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        CheckpointFolder.read(folder)
+    (folder / "cascade.json").write_text("[]")
+    with pytest.raises(ValueError, match="must be an object"):
+        CheckpointFolder.read(folder)
+    (folder / "cascade.json").unlink()
+    with pytest.raises(FileNotFoundError, match="cascade.json does not exist"):
+        CheckpointFolder.read(folder)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        CheckpointFolder.read(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "a/b/model.PT", "x.pth", "model.ckpt", ".hidden/scaler.pkl", "vae/rng.pickle"]
+)
+def test_pickles_are_refused_anywhere(folder: Path, name: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{path.name} is a pickled file.*safetensors"):
+        CheckpointFolder.read(folder)
+
+
+def test_pickles_behind_a_link_are_refused(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "weights.pt").write_bytes(b"")
+    (folder / "text_encoder").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    with pytest.raises(ValueError, match=r"weights.pt is a pickled file"):
+        CheckpointFolder.read(folder)
+    (elsewhere / "weights.pt").unlink()
+    assert CheckpointFolder.read(folder).default == "2+2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda b: b[:-1], "is cut short: .* bytes are there; fetch or copy it again"),
+        (lambda b: b[:20], "cut short inside its header"),
+        (lambda b: b"", "is not a safetensors file"),
+        (lambda b: b[:5], "is not a safetensors file"),
+        (lambda b: b + b"\0", "1 bytes too many"),
+        (lambda b: b"\xff" * 64, "is not a safetensors file"),
+        (lambda b: (2).to_bytes(8, "little") + b"[]", "is not a safetensors file"),
+        (lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
+    ],
+)
+def test_broken_weights_are_refused(folder: Path, content: Callable[[bytes], bytes], message: str) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        CheckpointFolder.read(folder)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_weights_are_refused(folder: Path) -> None:
+    index = {"weight_map": {"weight": "model-00001-of-00002.safetensors"}}
+    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="lists model-00001-of-00002.safetensors"):
+        CheckpointFolder.read(folder)
+    shutil.rmtree(folder / "transformer")
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ValueError, match="no safetensors weights"):
+        CheckpointFolder.read(folder)
+
+
+def test_digests(folder: Path) -> None:
+    checkpoint = CheckpointFolder.read(folder)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    first = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert checkpoint.digest("transformer") == checkpoint.digest("denoiser") == first
+    assert checkpoint.digest("decoder") == checkpoint.digest("vae") != first
+    with pytest.raises(FileNotFoundError, match="text_encoder"):
+        checkpoint.digest("text_encoder")
+    shutil.copy(path, path.with_name("second.safetensors"))
+    assert checkpoint.digest("transformer") != first
+
+
+def test_digests_follow_the_file_and_are_cached(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    first = file_digest(path)
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file_digest(path) == first  # same size and time: the remembered digest, without reading
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert file_digest(path) == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,151 @@
+"""A real server over a real (tiny, random) checkpoint, on a port of its own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+
+from rmd.backbones.base import Executor
+from rmd.size import Size
+from server.model import ServedModel
+from server.run import DrainingServer, make_server
+from server.service import Service, State
+from server.settings import ServerSettings
+
+URL = "/v1/images/generations"
+
+
+class Gate:
+    """An executor that runs everything for real, but only while it is open: it makes races happen on purpose.
+
+    ``before`` is called with (component, size, inputs) before each run and may raise.
+    """
+
+    def __init__(self, inner: Executor) -> None:
+        self.inner = inner
+        self.opened = threading.Event()
+        self.opened.set()
+        self.arrived = threading.Event()
+        self.calls: list[tuple[str, Size | None, int]] = []
+        self.before: Callable[[str, Size | None, Mapping[str, torch.Tensor]], None] = lambda *_: None
+
+    def close(self) -> None:
+        self.arrived.clear()
+        self.opened.clear()
+
+    def open(self) -> None:
+        self.opened.set()
+
+    def run(self, component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self.arrived.set()
+        assert self.opened.wait(30), "the gate was left closed"
+        self.calls.append((component, size, next(iter(inputs.values())).shape[0]))
+        self.before(component, size, inputs)
+        return self.inner.run(component, size, inputs)
+
+
+class House:
+    """One running server and ways to look at it."""
+
+    def __init__(self, service: Service, server: DrainingServer, url: str, gate: Gate, model: ServedModel) -> None:
+        self.service, self.server, self.url, self.gate, self.model = service, server, url, gate, model
+        self.client = httpx.Client(base_url=url, timeout=30)
+
+    def draw(self, prompt: str = "a red rocket", **fields: Any) -> httpx.Response:
+        return self.client.post(URL, json={"prompt": prompt, **fields})
+
+    def in_background(self, work: Callable[[], Any]) -> Background:
+        return Background(work)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples with this name and these labels."""
+        total = 0.0
+        for family in _families(self.client.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    total += sample.value
+        return total
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + 15
+        while not condition():
+            assert time.monotonic() < end, f"never came: {what}"
+            time.sleep(0.005)
+
+    def until_waiting(self, items: int) -> None:
+        self.until(lambda: self.service.admission.items == items, f"{items} pictures admitted")
+
+    def until_idle(self) -> None:
+        self.until(lambda: self.service.admission.items == 0, "an empty queue")
+
+
+class Background:
+    """A call in a thread; ``result`` gives its value or raises what it raised."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._value = work()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, timeout: float = 30) -> Any:
+        self._thread.join(timeout)
+        assert not self._thread.is_alive(), "still running"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _families(text: str) -> Iterator[Any]:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return iter(text_string_to_metric_families(text))
+
+
+def pixels(encoded: str | bytes) -> np.ndarray:
+    """A reply's picture as int16 (H, W, 3), so that differences do not wrap."""
+    content = base64.b64decode(encoded) if isinstance(encoded, str) else encoded
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(np.int16)
+
+
+@contextmanager
+def serving(model: ServedModel, settings: ServerSettings) -> Iterator[House]:
+    """Run a server for ``model`` until the block ends."""
+    inner = model.backbone.executor
+    gate = Gate(inner)
+    model.backbone.executor = gate
+    service = Service(settings, lambda settings, report: model)
+    server = make_server(service)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        end = time.monotonic() + 15
+        while not (server.started and service.state is State.READY):
+            assert time.monotonic() < end and thread.is_alive(), service.failure
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        house = House(service, server, f"http://127.0.0.1:{port}", gate, model)
+        yield house
+        house.client.close()
+    finally:
+        gate.open()
+        server.should_exit = True
+        thread.join(15)
+        model.backbone.executor = inner
+        assert not thread.is_alive(), "the server did not stop"

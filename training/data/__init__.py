@@ -1,0 +1,1 @@
+"""The embedded model's pictures: fetch, render, caption, split."""

@@ -1,0 +1,58 @@
+"""Which pictures are trained on: decided by a hash of the concept's code, so that every machine draws the same line.
+
+A *concept* is one base hexcode (an emoji without skin tones) in whatever style. Two test sets are held out:
+
+- ``unseen_concept``: a tenth of the concepts, in all styles;
+- ``unseen_pair``: a concept in one style family, known to training in at least one other family. All Fluent sets are
+  one family: they are the same drawings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Literal
+
+Split = Literal["train", "unseen_pair", "unseen_concept"]
+
+CONCEPT_SHARE = 0.10
+"""Share of the concepts held out in all styles."""
+PAIR_SHARE = 0.22
+"""Share of the remaining concepts (of several families) that lose one family to the test set."""
+
+
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on ``text`` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def style_family(style: str) -> str:
+    """``"fluent"`` for every Fluent set, the style itself otherwise."""
+    return "fluent" if style.startswith("fluent") else style
+
+
+def assign_splits(pictures: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Split]:
+    """The split of each picture.
+
+    Args:
+        pictures: (base hexcode, style) of every picture there is; the order does not matter.
+
+    Returns:
+        (base hexcode, style) -> split.
+    """
+    pictures = list(pictures)
+    families: dict[str, set[str]] = {}
+    for hexcode, style in pictures:
+        families.setdefault(hexcode, set()).add(style_family(style))
+    held_family: dict[str, str] = {}
+    for hexcode, known in families.items():
+        if len(known) > 1 and unit_hash(f"pair:{hexcode}") < PAIR_SHARE:
+            choices = sorted(known)
+            held_family[hexcode] = choices[int(unit_hash(f"style:{hexcode}") * len(choices))]
+
+    def split_of(hexcode: str, style: str) -> Split:
+        if unit_hash(f"concept:{hexcode}") < CONCEPT_SHARE:
+            return "unseen_concept"
+        return "unseen_pair" if held_family.get(hexcode) == style_family(style) else "train"
+
+    return {(hexcode, style): split_of(hexcode, style) for hexcode, style in pictures}

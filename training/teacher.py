@@ -1,0 +1,289 @@
+"""Trains the embedded teacher: an ``SD3Transformer2DModel`` on cached latents, low resolution first, then both.
+
+Rectified flow: ``x_t = (1 - t) x0 + t eps``, the network predicts ``v = eps - x0``. The curriculum (low resolution
+first and long) is the one that, in large models, makes the gap between resolutions that RMD closes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.latents import TeacherData
+
+TRANSFORMER_CONFIG: dict[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_layers": 8,
+    "attention_head_dim": 64,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 384,
+    "caption_projection_dim": 256,
+    "pooled_projection_dim": 384,
+    "pos_embed_max_size": 16,
+}
+"""18.7 M parameters, half of them the modulations."""
+
+
+class TeacherSettings(BaseModel):
+    """What decides a teacher run; stored beside its state, so that a resumed run is the same run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    minutes: float = Field(60.0, gt=0, description="wall-clock budget; a resumed run counts the time already spent")
+    low_share: float = Field(0.2, ge=0, lt=1, description="share of the budget spent on the low resolution alone")
+    cooldown_share: float = Field(0.3, gt=0, le=1, description="last share of the budget, linear decay of the rates")
+    batch: int = Field(128, ge=1, description="pictures a batch at the full size")
+    low_batch: int = Field(256, ge=1, description="pictures a batch at the low size")
+    low_every: int = Field(4, ge=2, description="after the low phase, every n-th batch is at the low size")
+    muon_rate: float = Field(1.5e-3, gt=0)
+    adam_rate: float = Field(6e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=1)
+    drop_text: float = Field(0.1, ge=0, le=1, description="share of samples trained on the empty prompt, for guidance")
+    coloured: float = Field(0.25, ge=0, le=1, description="share of samples on a coloured ground")
+    uniform_times: float = Field(0.15, ge=0, le=1, description="share of times drawn uniformly, the rest logit-normal")
+    ema_decay: float = Field(0.9985, ge=0, lt=1)
+    save_minutes: float = Field(5.0, gt=0)
+    compile: bool = Field(False, description="torch.compile the transformer")
+    seed: int = 0
+
+
+class TeacherTrainer:
+    """The training loop and its state: float32 master weights, a bfloat16 working copy, EMA, two optimisers.
+
+    Matrices inside the blocks go to Muon; modulations, embeddings, biases and the output to AdamW (Muon gains little
+    on modulations and costs most there).
+    """
+
+    def __init__(
+        self,
+        settings: TeacherSettings,
+        data: TeacherData,
+        run: Path,
+        transformer_config: dict[str, Any] = TRANSFORMER_CONFIG,
+        on_save: Callable[[TeacherTrainer], None] = lambda _trainer: None,
+    ) -> None:
+        self.settings, self.data, self.run, self.on_save = settings, data, run, on_save
+        self.config = dict(transformer_config)
+        torch.manual_seed(settings.seed)
+        model = SD3Transformer2DModel(**self.config)
+        self.master = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+        self.ema = {name: p.detach().clone() for name, p in self.master.items()}
+        self.model = model.to(torch.bfloat16)
+        self.working = dict(self.model.named_parameters())
+        self.forward = torch.compile(self.model) if settings.compile else self.model
+        muon = [p for name, p in self.master.items() if is_muon_matrix(name, p)]
+        rest = [p for name, p in self.master.items() if not is_muon_matrix(name, p)]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.Muon(
+                    muon,
+                    lr=settings.muon_rate,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                ),
+                settings.muon_rate,
+            ),
+            (torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.97), weight_decay=0.0), settings.adam_rate),
+        ]
+        self.random = torch.Generator().manual_seed(settings.seed)
+        self.step = self.samples = 0
+        self.seconds = 0.0
+        self._stop = False
+
+    # ---- one step -----------------------------------------------------------------------------------------------
+
+    def draw(self, low: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, 8, H, W) float32, text tokens and pooled text of a random batch."""
+        s, data = self.settings, self.data
+        size = s.low_batch if low else s.batch
+        pictures, grounds, captions = data.captions_of.shape
+        n = torch.randint(pictures, (size,), generator=self.random)
+        tinted = torch.rand(size, generator=self.random) < s.coloured
+        g = torch.where(tinted, torch.randint(1, max(grounds, 2), (size,), generator=self.random), 0).clamp(
+            max=grounds - 1
+        )
+        rows = data.captions_of[n, g, torch.randint(captions, (size,), generator=self.random)]
+        rows = torch.where(torch.rand(size, generator=self.random) < s.drop_text, 0, rows)
+        latents = (data.low if low else data.high)[n, g].float()
+        return latents, data.tokens[rows], data.pooled[rows]
+
+    def times(self, size: int) -> Tensor:
+        """(B,) times: logit-normal(0, 1), a share of them uniform so that both ends are seen."""
+        logit_normal = torch.sigmoid(torch.randn(size, generator=self.random))
+        uniform = torch.rand(size, generator=self.random)
+        return torch.where(torch.rand(size, generator=self.random) < self.settings.uniform_times, uniform, logit_normal)
+
+    def train_step(self, low: bool) -> tuple[float, float]:
+        """One update; returns the loss and the gradient's norm before clipping at 1."""
+        x0, tokens, pooled = self.draw(low)
+        t = self.times(len(x0))
+        eps = torch.randn(x0.shape, generator=self.random)
+        w = t[:, None, None, None]
+        velocity = self.forward(
+            hidden_states=((1 - w) * x0 + w * eps).bfloat16(),
+            timestep=t * 1000,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        loss = (velocity.float() - (eps - x0)).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, p in self.working.items():
+            self.master[name].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        norm = nn.utils.clip_grad_norm_(self.master.values(), 1.0)
+        if torch.isfinite(norm):
+            self._update()
+        self.step += 1
+        self.samples += len(x0)
+        return loss.item(), norm.item()
+
+    def _update(self) -> None:
+        factor = self.rate_factor()
+        for optimizer, rate in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            names = list(self.master)
+            masters = [self.master[name].data for name in names]
+            torch._foreach_lerp_([self.ema[name] for name in names], masters, 1 - decay)
+            torch._foreach_copy_([self.working[name].data for name in names], masters)
+
+    def rate_factor(self) -> float:
+        """Linear warm-up by steps, constant, then linear cool-down by time."""
+        s = self.settings
+        left = 1 - self.seconds / (60 * s.minutes)
+        return min(1.0, (self.step + 1) / s.warmup_steps, max(left, 0.0) / s.cooldown_share)
+
+    @property
+    def in_low_phase(self) -> bool:
+        """Whether only the low resolution is trained as yet."""
+        return self.seconds < 60 * self.settings.minutes * self.settings.low_share
+
+    # ---- the run ------------------------------------------------------------------------------------------------
+
+    def train(self, log: Callable[[dict[str, float]], None]) -> None:
+        """Trains until the budget is spent or SIGTERM/SIGINT arrives; saves either way."""
+        previous = {sig: signal.signal(sig, self._ask_to_stop) for sig in (signal.SIGTERM, signal.SIGINT)}
+        last_save = time.monotonic()
+        window: list[float] = []
+        try:
+            while not self._stop and self.seconds < 60 * self.settings.minutes:
+                started = time.monotonic()
+                low = self.in_low_phase or self.step % self.settings.low_every == 0
+                loss, norm = self.train_step(low)
+                self.seconds += time.monotonic() - started
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss is {loss} at step {self.step}: lower --muon-rate or --adam-rate"
+                    )
+                window.append(loss)
+                if self.step % 25 == 0:
+                    log(
+                        {
+                            "step": self.step,
+                            "minutes": round(self.seconds / 60, 2),
+                            "samples": self.samples,
+                            "samples_per_second": round(self.samples / self.seconds, 1),
+                            "loss": round(sum(window) / len(window), 4),
+                            "gradient_norm": round(norm, 3),
+                            "rate_factor": round(self.rate_factor(), 3),
+                            "low_phase": float(self.in_low_phase),
+                        }
+                    )
+                    window = []
+                if time.monotonic() - last_save > 60 * self.settings.save_minutes:
+                    self.save()
+                    self.on_save(self)
+                    last_save = time.monotonic()
+            self.save()
+            self.on_save(self)
+        finally:
+            for sig, handler in previous.items():
+                signal.signal(sig, handler)
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self._stop = True
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes ``state.safetensors`` (weights, EMA, optimisers, random state; counters in its header) atomically."""
+        tensors: dict[str, Tensor] = {f"master.{k}": v.detach() for k, v in self.master.items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for index, (optimizer, _) in enumerate(self.optimizers):
+            for key, entry in optimizer.state_dict()["state"].items():
+                tensors |= {
+                    f"optimizer.{index}.{key}.{name}": torch.as_tensor(value).clone() for name, value in entry.items()
+                }
+        tensors["random"] = self.random.get_state()
+        header = {
+            "step": str(self.step),
+            "samples": str(self.samples),
+            "seconds": repr(self.seconds),
+            "settings": self.settings.model_dump_json(),
+            "transformer": json.dumps(self.config),
+        }
+        self.run.mkdir(parents=True, exist_ok=True)
+        part = self.run / "state.safetensors.part"
+        save_file(tensors, part, metadata=header)
+        os.replace(part, self.run / "state.safetensors")
+
+    def resume(self) -> bool:
+        """Takes up the state in the run's folder, if there is one; the settings given now stay in force."""
+        path = self.run / "state.safetensors"
+        if not path.exists():
+            return False
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        if json.loads(header["transformer"]) != self.config:
+            raise ValueError(f"{path} holds another transformer than the one configured: choose another --run folder")
+        tensors = load_file(path)
+        with torch.no_grad():
+            for name, p in self.master.items():
+                p.copy_(tensors[f"master.{name}"])
+                self.ema[name].copy_(tensors[f"ema.{name}"])
+                self.working[name].copy_(p)
+        for index, (optimizer, _) in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            prefix = f"optimizer.{index}."
+            for name, value in tensors.items():
+                if name.startswith(prefix):
+                    key, field = name.removeprefix(prefix).split(".", 1)
+                    state.setdefault(int(key), {})[field] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.random.set_state(tensors["random"])
+        self.step, self.samples = int(header["step"]), int(header["samples"])
+        self.seconds = float(header["seconds"])
+        return True
+
+    def ema_model(self) -> SD3Transformer2DModel:
+        """A bfloat16 transformer with the averaged weights."""
+        model = SD3Transformer2DModel(**self.config)
+        model.load_state_dict(self.ema, strict=False)  # buffers (position table) are not trained
+        return model.to(torch.bfloat16).eval()
+
+
+def is_muon_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon trains this parameter: the attention and feed-forward matrices of the blocks."""
+    return parameter.ndim == 2 and name.startswith("transformer_blocks.") and ".norm" not in name
