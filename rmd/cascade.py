@@ -137,12 +137,8 @@ class Cascade:
 
     @property
     def num_steps(self) -> int:
-        """How many times the network runs (twice that under guidance)."""
+        """How many times the network runs (on twice the batch under guidance)."""
         return len(self.steps)
-
-    def scale(self, step: Step) -> float:
-        """`R / r` at a step: the ratio of the shorter sides."""
-        return self.full_size.short_side / step.size.short_side
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` reads it back."""

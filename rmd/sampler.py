@@ -107,9 +107,6 @@ def advance_batch(
     return reinject(x0_hat, eps_hat, schedule, t_next, target_shape, noise, intensity, noise_upsampling)
 
 
-advance_one = advance_batch
-
-
 def noise_intensity(cascade: Cascade, step_index: int, training: bool = False) -> float:
     """`a` for the move from a step to the next one: 1 after the last step, where nothing is re-injected."""
     if step_index + 1 >= cascade.num_steps:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-
 from itertools import pairwise
 
 from rmd.noise_schedule import NoiseSchedule

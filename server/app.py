@@ -14,7 +14,7 @@ from starlette.responses import RedirectResponse, Response
 
 from server.api import files, health, images, models
 from server.errors import ApiError, Fault, fault_for_status
-from server.middleware import Accounting, BoundBody, RequireKey
+from server.middleware import OUTCOME, Accounting, BoundBody, RequireKey
 from server.service import Service
 
 
@@ -53,6 +53,7 @@ async def _index() -> Response:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    request.scope.setdefault("state", {})[OUTCOME] = error.fault.value.outcome
     return error.response()
 
 

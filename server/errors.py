@@ -105,6 +105,7 @@ def fault_for_status(status: int) -> Fault:
         409: Fault.CONFLICT,
         413: Fault.TOO_LARGE,
         429: Fault.QUEUE_FULL,
+        499: Fault.CLIENT_GONE,
         503: Fault.NOT_READY,
         504: Fault.DEADLINE,
     }

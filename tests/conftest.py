@@ -9,6 +9,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from hypothesis import settings
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +17,7 @@ def _one_thread_and_fixed_seed() -> None:
     """Small tensors gain nothing from threads, and the machine may have few; global randomness starts alike."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+settings.register_profile("any-machine", deadline=None, print_blob=True)
+settings.load_profile("any-machine")

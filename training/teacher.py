@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.attention import training_attention
 from training.latents import TeacherData
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
@@ -135,13 +136,14 @@ class TeacherTrainer:
         t = self.times(len(x0))
         eps = torch.randn(x0.shape, generator=self.random)
         w = t[:, None, None, None]
-        velocity = self.forward(
-            hidden_states=((1 - w) * x0 + w * eps).bfloat16(),
-            timestep=t * 1000,
-            encoder_hidden_states=tokens,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
+        with training_attention():
+            velocity = self.forward(
+                hidden_states=((1 - w) * x0 + w * eps).bfloat16(),
+                timestep=t * 1000,
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
         loss = (velocity.float() - (eps - x0)).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         for name, p in self.working.items():

@@ -90,6 +90,8 @@ class DiffusersFolder:
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
         from_transformers = target.startswith("transformers:")
         options["dtype" if from_transformers else "torch_dtype"] = dtype
+        if from_transformers:
+            import_module("transformers.utils.logging").disable_progress_bar()
         try:
             model = resolve(target).from_pretrained(str(folder), **options)
         except (OSError, ValueError, RuntimeError) as error:

@@ -60,9 +60,9 @@ _OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     "pixart": {
         # sample_size stays 128: that is how diffusers knows the networks that are told their size.
         "transformer": {
-            "attention_head_dim": 16,
+            "attention_head_dim": 24,
             "caption_channels": 32,
-            "cross_attention_dim": 32,
+            "cross_attention_dim": 48,
             "num_attention_heads": 2,
             "num_layers": 2,
         },
@@ -160,7 +160,10 @@ def write_tiny_folder(name: str, folder: Path | str, *, seed: int = 0, dtype: to
     with torch.random.fork_rng(devices=[]):
         for number, (component, target) in enumerate(components.items()):
             torch.manual_seed(seed * 1000 + number)
-            _network(target, config[component]).to(dtype).save_pretrained(folder / component, safe_serialization=True)
+            network = _network(target, config[component])
+            if dtype != torch.float32:
+                network = network.to(dtype)
+            network.save_pretrained(folder / component, safe_serialization=True)
     for component, (_, class_name) in ((k, v) for k, v in config["model_index"].items() if isinstance(v, list)):
         if component.startswith("tokenizer"):
             (_clip_tokenizer if class_name.startswith("CLIP") else _t5_tokenizer)(folder / component)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -131,7 +132,7 @@ def test_intervals_are_disjoint_ordered_and_wide_enough(name: str) -> None:
         assert stages[-1].teacher_interval[0] == 0.02
         for stage in stages:
             assert stage.teacher_interval[1] - stage.teacher_interval[0] >= 0.02
-        for above, below in zip(stages, stages[1:], strict=False):
+        for above, below in pairwise(stages):
             assert above.teacher_interval[0] == below.teacher_interval[1]
 
 

@@ -1,0 +1,171 @@
+"""`rmd generate`: one prompt or a file of them, through a checkpoint's cascades or its teacher, to files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rmd.backbones.base import Backbone
+    from rmd.cascade import Cascade
+    from rmd.checkpoint import CheckpointFolder
+
+TEACHER = "teacher"
+
+
+def command(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line; # starts a comment.")] = None,
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder.")] = Path("models/embedded"),
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="A schedule of the checkpoint, or 'teacher'; may be given several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.", min=0)] = 0,
+    engines: Annotated[Path | None, typer.Option(help="Use the engines in this folder (rmd build).")] = None,
+    backend: Annotated[str, typer.Option(help="With --engines: which backend's; without: eager.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32 (eager only).")] = "float32",
+    batch: Annotated[int, typer.Option(help="Prompts drawn together.", min=1)] = 4,
+    sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet instead of one file a prompt.")] = False,
+    out: Annotated[Path, typer.Option(help="A .png or .mp4 file, or a folder for many.")] = Path("out"),
+) -> None:
+    """Draw one prompt or a file of them."""
+    texts = _prompts(prompt, prompts)
+    names = list(dict.fromkeys(schedule or [])) or [""]
+    if backend not in ("auto", "eager") and engines is None:
+        raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
+    if engines is not None and TEACHER in names:
+        raise ValueError("the teacher has no engines: leave --engines out to draw with it")
+    runs = [_open(checkpoint, name, engines, backend, device, dtype) for name in names]
+    headings = [label for label, _, _ in runs]
+    single = sheet or (len(texts) == 1 and len(runs) == 1)
+    video = runs[0][1].media == "video" and not sheet
+    _check_out(out, single, ".mp4" if video else ".png")
+
+    rows: list[list[Tensor]] = [[] for _ in texts]
+    for _, backbone, cascade in runs:
+        for first in range(0, len(texts), batch):
+            part = texts[first : first + batch]
+            for offset, item in enumerate(_draw(backbone, cascade, part, range(seed + first, seed + first + len(part)))):
+                rows[first + offset].append(item)
+    for path in _write(rows, texts, headings, runs[0][1], out, sheet=sheet, single=single, video=video):
+        typer.echo(str(path))
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise ValueError('give either one prompt ("a red fox") or --prompts FILE')
+    if prompt is not None:
+        return [prompt]
+    assert file is not None
+    if not file.is_file():
+        raise ValueError(f"--prompts {file}: there is no such file")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [line for line in lines if line and not line.startswith("#")]
+    if not texts:
+        raise ValueError(f"--prompts {file} holds no prompts")
+    return texts
+
+
+def _check_out(out: Path, single: bool, suffix: str) -> None:
+    if single and out.suffix and out.suffix.lower() != suffix:
+        raise ValueError(f"--out {out}: this makes a {suffix} file")
+    if not single and (out.suffix.lower() in (".png", ".mp4") or out.is_file()):
+        raise ValueError(f"--out {out} is one file, and there are several pictures: give a folder, or --sheet")
+
+
+def _open(
+    checkpoint: Path, schedule: str, engines: Path | None, backend: str, device: str, dtype: str
+) -> tuple[str, Backbone, Cascade]:
+    """The heading, backbone and cascade of one schedule."""
+    import torch
+
+    from rmd.backbones.registry import get_backbone, load_checkpoint
+    from rmd.checkpoint import CheckpointFolder
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(dtypes)}")
+    if schedule == TEACHER:
+        folder = CheckpointFolder.read(checkpoint)
+        if folder.teacher_path is None or not folder.teacher_path.is_dir():
+            raise ValueError(f"{checkpoint} names no teacher that is at hand (cascade.json, teacher.folder)")
+        teacher = get_backbone(folder.backbone_name).load(folder.teacher_path, dtype=dtypes[dtype], device=device)
+        return TEACHER, teacher, _teacher_cascade(folder, teacher)
+    with_engines = engines is not None and backend != "eager"
+    backbone, folder = load_checkpoint(checkpoint, dtype=dtypes[dtype], device=device, weights=not with_engines)
+    name = schedule or folder.default
+    if name not in folder.cascades:
+        raise ValueError(f"--schedule {name!r} is not in {checkpoint}: {', '.join([*folder.cascades, TEACHER])}")
+    if with_engines:
+        from engines.runner import EngineExecutor
+
+        backbone.executor = EngineExecutor.open(checkpoint=checkpoint, store=engines, backend=backend, device=device)
+    return name, backbone, folder.cascades[name]
+
+
+def _teacher_cascade(folder: CheckpointFolder, backbone: Backbone) -> Cascade:
+    from rmd.cascade import Cascade
+    from rmd.timesteps import uniform_teacher_timesteps
+
+    assert folder.teacher is not None
+    spec, size = folder.teacher, folder.default_cascade.full_size
+    return Cascade.from_steps(
+        f"{backbone.name}-teacher",
+        uniform_teacher_timesteps(spec.steps, spec.flow_shift),
+        [size] * spec.steps,
+        flow_shift=spec.flow_shift,
+        guidance_scale=spec.guidance_scale,
+    )
+
+
+def _draw(backbone: Backbone, cascade: Cascade, texts: Sequence[str], seeds: range) -> Iterator[Tensor]:
+    from rmd.sampler import sample
+
+    conditioning = backbone.encode_prompts(texts)
+    uncond = backbone.encode_unconditional(len(texts)) if cascade.guidance_scale != 1.0 else None
+    latents = sample(backbone, cascade, conditioning, list(seeds), uncond=uncond)
+    yield from backbone.decode(latents, cascade.full_size).cpu()
+
+
+def _write(
+    rows: Sequence[Sequence[Tensor]],
+    texts: Sequence[str],
+    headings: Sequence[str],
+    backbone: Backbone,
+    out: Path,
+    *,
+    sheet: bool,
+    single: bool,
+    video: bool,
+) -> Iterator[Path]:
+    from cli.pictures import contact_sheet, to_pictures, write_mp4, write_png
+
+    suffix = ".mp4" if video else ".png"
+    if sheet:
+        path = out if out.suffix else out / "sheet.png"
+        write_png(contact_sheet([[to_pictures(item[None])[0] for item in row] for row in rows], texts, headings), path)
+        yield path
+        return
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        for item, heading in zip(row, headings, strict=True):
+            if single and out.suffix:
+                path = out
+            else:
+                label = f"-{heading}" if len(headings) > 1 else ""
+                path = out / f"{number:04d}-{_slug(text)}{label}{suffix}"
+            if video:
+                write_mp4(item, path, backbone.frames_per_second)
+            else:
+                write_png(to_pictures(item[None])[0], path)
+            yield path
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "prompt"

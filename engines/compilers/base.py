@@ -1,0 +1,242 @@
+"""One interface over all compilers: plan, build, load; and over what they make: warm up, run, refit, unload."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from engines.errors import EngineError, EngineInputError
+from engines.manifest import Manifest
+from engines.spec import EngineSpec, TensorSpec, graph_digest
+from engines.target import Target, package_version
+from engines.weights import WeightBank
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do on a device kind of this machine.
+
+    Attributes:
+        available: it can build here.
+        reason: why not, else "".
+        weights_modes: how its engines may hold weights, its first choice first.
+        static_shapes: engines take exactly their batch; False means that any number of rows runs.
+        parallel: several builds may run at once.
+    """
+
+    available: bool
+    reason: str = ""
+    weights_modes: tuple[str, ...] = ()
+    static_shapes: bool = True
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of a loaded engine: its own, and those it shares with other engines of its component."""
+
+    private: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What to plan an engine from.
+
+    Attributes:
+        component: such as "denoiser".
+        size: in pixels as text, or None.
+        module: the component; may lie on the meta device.
+        inputs: example inputs of the batch to plan for, in any device; only shapes and dtypes count.
+        target: the machine.
+        dtype: of the weights, such as "bfloat16".
+        weights: digest of the weights' files, used where they go into the engine.
+    """
+
+    component: str
+    size: str | None
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    target: Target
+    dtype: str
+    weights: str
+
+
+class Engine(ABC):
+    """A loaded engine. Not safe for concurrent runs; one thread owns a device."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._names = frozenset(spec.name for spec in manifest.inputs)
+        self._expected = tuple((spec.name, spec.shape, spec.torch_dtype) for spec in manifest.inputs)
+
+    @property
+    def batch(self) -> int:
+        """Rows that a run takes."""
+        return self.manifest.spec.batch
+
+    def run(self, inputs: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+        """The network's output.
+
+        Args:
+            inputs: by name; names, shapes and dtypes as in the manifest, contiguous or not.
+            out: where to put the output; else a new tensor (or, with CUDA graphs, one that the next run overwrites).
+
+        Raises:
+            EngineInputError: a name, shape or dtype is wrong; the message says which and what is expected.
+        """
+        self.check_inputs(inputs)
+        output = self._run([inputs[name] for name, _, _ in self._expected])
+        if out is None:
+            return output
+        if out.shape != output.shape or out.dtype != output.dtype:
+            raise EngineInputError(
+                f"out is {tuple(out.shape)} {out.dtype}, the engine makes {tuple(output.shape)} {output.dtype}"
+            )
+        return out.copy_(output)
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """See :meth:`run`. Compiled code itself would read wrong shapes silently."""
+        if inputs.keys() != self._names:
+            missing, extra = sorted(self._names - inputs.keys()), sorted(inputs.keys() - self._names)
+            said = [f"lacks {', '.join(missing)}"] if missing else []
+            said += [f"does not take {', '.join(extra)}"] if extra else []
+            raise EngineInputError(f"engine {self.manifest.spec.title} {' and '.join(said)}")
+        for name, shape, dtype in self._expected:
+            given = inputs[name]
+            if given.shape != shape or given.dtype != dtype:
+                raise EngineInputError(
+                    f"engine {self.manifest.spec.title}: input {name!r} is {tuple(given.shape)} {given.dtype}, "
+                    f"expected {shape} {dtype}"
+                )
+
+    def warmup(self, runs: int = 2) -> None:
+        """Run on zeros, so that the first request pays for nothing."""
+        device = self.device
+        inputs = {s.name: torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in self.manifest.inputs}
+        for _ in range(runs):
+            self.run(inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must lie."""
+        return torch.device(self.manifest.spec.target.device)
+
+    @abstractmethod
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Runs on checked inputs in the manifest's order."""
+
+    @abstractmethod
+    def refit(self, state: Mapping[str, Tensor]) -> None:
+        """Take new weights, by the component's parameter names, without being built or loaded again.
+
+        Raises:
+            EngineError: this engine cannot, or the weights do not fit.
+        """
+
+    @abstractmethod
+    def memory(self) -> EngineMemory:
+        """Bytes held."""
+
+    @abstractmethod
+    def unload(self) -> None:
+        """Free everything; the engine cannot run any more."""
+
+
+class Compiler(ABC):
+    """One backend."""
+
+    name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
+    """Distributions whose versions are part of the key."""
+
+    @abstractmethod
+    def capabilities(self, device: str) -> Capabilities:
+        """What it can do for device kind ``device`` ("cpu" or "cuda") on this machine. Never raises."""
+
+    @abstractmethod
+    def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
+        """Every setting that touches the engine, with its value."""
+
+    @abstractmethod
+    def weights_mode(self, request: EngineRequest) -> str:
+        """How this engine is to hold its weights."""
+
+    def plan(self, request: EngineRequest) -> EngineSpec:
+        """The spec, and with it the key, of the engine that would be built. Reads and writes nothing."""
+        mode = self.weights_mode(request)
+        batches = {tensor.shape[0] for tensor in request.inputs.values()}
+        if len(batches) != 1:
+            raise EngineError(f"inputs of {request.component!r} disagree about the batch: {sorted(batches)}")
+        return EngineSpec(
+            component=request.component,
+            size=request.size,
+            batch=batches.pop(),
+            dtype=request.dtype,
+            backend=self.name,
+            weights_mode=mode,
+            inputs=tuple(TensorSpec.of(name, tensor) for name, tensor in request.inputs.items()),
+            graph=graph_digest(request.module),
+            target=request.target,
+            versions={name: package_version(name) for name in self.packages},
+            settings=self.settings(request),
+            weights=request.weights if mode == "embedded" else None,
+        )
+
+    @abstractmethod
+    def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
+        """Write the engine's files into ``folder``, which the store has made and will publish whole or drop.
+
+        Args:
+            module: the component with its real weights, on the target's device.
+            spec: from :meth:`plan`.
+            folder: empty.
+
+        Raises:
+            EngineError: it cannot be compiled whole; the message names the operators or the reason.
+        """
+
+    @abstractmethod
+    def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:
+        """Load a built engine.
+
+        Args:
+            manifest: of the engine; the store has checked it and its files.
+            folder: of its files.
+            weights: the component's weights.
+        """
+
+
+def example_tensors(spec: EngineSpec, device: torch.device | str) -> dict[str, Tensor]:
+    """Inputs of a spec's shapes: small normal noise for floating ones, ones for integers, 500 for timesteps."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for item in spec.inputs:
+        dtype = item.torch_dtype
+        if item.name == "timestep":
+            value = torch.full(item.shape, 500.0)
+        elif dtype.is_floating_point:
+            value = torch.randn(item.shape, generator=generator)
+        else:
+            value = torch.ones(item.shape)
+        made[item.name] = value.to(device, dtype)
+    return made
+
+
+class Stopwatch:
+    """Wall-clock seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return time.perf_counter() - self._start

@@ -1,0 +1,103 @@
+"""The reference backend: no compilation; an "engine" is the network's own module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engines.compilers.base import (
+    Capabilities,
+    Compiler,
+    Engine,
+    EngineMemory,
+    EngineRequest,
+    Stopwatch,
+    example_tensors,
+)
+from engines.errors import EngineError
+from engines.manifest import Manifest
+from engines.spec import EngineSpec, TensorSpec
+from engines.weights import WeightBank
+
+
+class EagerCompiler(Compiler):
+    """Runs anywhere, takes any number of rows, and is what the others are measured against."""
+
+    name = "eager"
+
+    def capabilities(self, device: str) -> Capabilities:
+        """See :meth:`Compiler.capabilities`."""
+        if device == "cuda" and not torch.cuda.is_available():
+            return Capabilities(False, "torch sees no CUDA device", ("module",), static_shapes=False, parallel=False)
+        return Capabilities(True, "", ("module",), static_shapes=False, parallel=False)
+
+    def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
+        """None."""
+        return {}
+
+    def weights_mode(self, request: EngineRequest) -> str:
+        """The module holds them."""
+        return "module"
+
+    def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
+        """Runs the module once to learn its output's shape; writes no files."""
+        watch = Stopwatch()
+        inputs = example_tensors(spec, next(module.parameters()).device)
+        with torch.inference_mode():
+            output = module(**inputs)
+        return Manifest(
+            spec, {}, spec.inputs, TensorSpec.of("output", output), "module", build_seconds=watch.seconds
+        )
+
+    def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:
+        """See :meth:`Compiler.load`."""
+        if weights.module is None:
+            raise EngineError("the eager backend needs the network's module, which was released")
+        return EagerEngine(manifest, weights)
+
+
+class EagerEngine(Engine):
+    """Calls the module under inference mode; any number of rows."""
+
+    def __init__(self, manifest: Manifest, weights: WeightBank) -> None:
+        super().__init__(manifest)
+        self._weights = weights
+        self._module = weights.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module lies."""
+        return next(iter(self._weights.tensors.values())).device
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """As :meth:`Engine.check_inputs`, but for the number of rows, which may be any as long as all inputs agree."""
+        rows = {tensor.shape[0] for tensor in inputs.values()}
+        if len(rows) == 1 and rows != {self.batch}:
+            count = rows.pop()
+            fitted = {name: tensor[:1].expand(self.batch, *tensor.shape[1:]) for name, tensor in inputs.items() if count}
+            super().check_inputs(fitted)
+        else:
+            super().check_inputs(inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        if self._module is None:
+            raise EngineError(f"engine {self.manifest.spec.title} was unloaded")
+        named = {spec.name: tensor for spec, tensor in zip(self.manifest.inputs, inputs, strict=True)}
+        with torch.inference_mode():
+            output: Tensor = self._module(**named)
+        return output
+
+    def refit(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Engine.refit`."""
+        self._weights.refit(state)
+
+    def memory(self) -> EngineMemory:
+        """Only the shared weights."""
+        return EngineMemory(0, self._weights.memory())
+
+    def unload(self) -> None:
+        """See :meth:`Engine.unload`."""
+        self._module = None

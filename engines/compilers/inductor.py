@@ -1,0 +1,244 @@
+"""AOTInductor: machine code for the CPU and CUDA, weights outside and shared by all engines of a component."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.compilers.base import (
+    Capabilities,
+    Compiler,
+    Engine,
+    EngineMemory,
+    EngineRequest,
+    Stopwatch,
+    example_tensors,
+)
+from engines.compilers.packing import UnexplainedConstant, compile_packed, packed_settings
+from engines.errors import EngineError, EngineMismatch
+from engines.manifest import Manifest
+from engines.rewrites import rewriting
+from engines.spec import EngineSpec, TensorSpec
+from engines.weights import Recipe, WeightBank
+
+log = logging.getLogger(__name__)
+
+# Read by the compiled code at its first run: without it wrong shapes are read as if they were right.
+os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
+
+PACKAGE = "engine.pt2"
+CONSTANTS = "constants.safetensors"
+# As AOTInductor's metadata names CPU extensions, against the names of /proc/cpuinfo.
+_EXTENSIONS = {
+    "AVX2": "avx2",
+    "AVX512": "avx512f",
+    "AVX512_VNNI": "avx512_vnni",
+    "AVX512_BF16": "avx512_bf16",
+    "AMX_TILE": "amx_tile",
+    "AMX_FP16": "amx_fp16",
+}
+
+
+class InductorCompiler(Compiler):
+    """``torch.export``, then AOTInductor with static shapes; one package per engine."""
+
+    name = "inductor"
+
+    def capabilities(self, device: str) -> Capabilities:
+        """See :meth:`Compiler.capabilities`."""
+        modes = ("packed", "shared")
+        from torch._inductor import config
+
+        compilers = [name for name in config.cpp.cxx if name]
+        if not any(shutil.which(name) for name in compilers):
+            return Capabilities(False, f"no C++ compiler ({' or '.join(compilers)}) is installed", modes)
+        if device == "cuda" and not torch.cuda.is_available():
+            return Capabilities(False, "torch sees no CUDA device", modes)
+        return Capabilities(True, "", modes, parallel=device == "cpu")
+
+    def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
+        """See :meth:`Compiler.settings`."""
+        settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False}
+        if request.target.device == "cpu":
+            settings["threads"] = torch.get_num_threads()
+        if request.dtype == "float32":
+            settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        if self.weights_mode(request) == "packed":
+            settings |= packed_settings() | {"rewriting": rewriting(request.module)}
+        return settings
+
+    def weights_mode(self, request: EngineRequest) -> str:
+        """Packed on the CPU where matrix products carry the work, shared elsewhere.
+
+        Convolutions pack into opaque tensors that cannot be shared, so networks of convolutions stay with "shared".
+        """
+        if request.target.device != "cpu" or request.dtype not in ("bfloat16", "float32"):
+            return "shared"
+        linear = sum(child.weight.numel() for child in request.module.modules() if isinstance(child, nn.Linear))
+        convolved = sum(
+            child.weight.numel() for child in request.module.modules() if isinstance(child, nn.Conv2d | nn.Conv3d)
+        )
+        return "packed" if linear > 4 * convolved else "shared"
+
+    def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
+        """See :meth:`Compiler.build`."""
+        watch = Stopwatch()
+        inputs = example_tensors(spec, spec.target.device)
+        note = ""
+        if spec.weights_mode == "packed":
+            try:
+                names, output, recipes = compile_packed(module, inputs, folder / PACKAGE)
+                return self._manifest(spec, names, output, "packed", recipes, watch)
+            except UnexplainedConstant as error:
+                note = f"weights are not packed: {error}"
+                log.info("%s: %s", spec.title, note)
+                (folder / PACKAGE).unlink(missing_ok=True)
+        names, output, recipes = self._compile_shared(module, inputs, folder)
+        return self._manifest(spec, names, output, "shared", recipes, watch).updated(note=note)
+
+    def _compile_shared(
+        self, module: nn.Module, inputs: Mapping[str, Tensor], folder: Path
+    ) -> tuple[list[str], Tensor, dict[str, Recipe]]:
+        from safetensors.torch import save_file
+
+        with torch.no_grad():
+            program = torch.export.export(module, (), kwargs=dict(inputs), strict=False)
+            output = module(**inputs)
+            package(program, folder / PACKAGE, {"aot_inductor.package_constants_in_so": False})
+        wanted = _loader(folder / PACKAGE).get_constant_fqns()
+        held = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+        inside = {name: program.constants[name] for name in wanted if name not in held and name in program.constants}
+        lacking = [name for name in wanted if name not in held and name not in inside]
+        if lacking:
+            raise EngineError(f"the compiled graph reads {lacking[0]!r}, which is no parameter, buffer or constant of it")
+        if inside:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in inside.items()}, folder / CONSTANTS)
+        return user_inputs(program, inputs), output, {name: Recipe((name,)) for name in wanted if name in held}
+
+    def _manifest(
+        self,
+        spec: EngineSpec,
+        names: list[str],
+        output: Tensor,
+        mode: str,
+        recipes: Mapping[str, Recipe],
+        watch: Stopwatch,
+    ) -> Manifest:
+        by_name = {item.name: item for item in spec.inputs}
+        return Manifest(
+            spec,
+            {},
+            tuple(by_name[name] for name in names),
+            TensorSpec.of("output", output),
+            mode,
+            constants={name: recipe.to_dict() for name, recipe in recipes.items()},
+            build_seconds=watch.seconds,
+        )
+
+    def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:
+        """See :meth:`Compiler.load`.
+
+        Raises:
+            EngineMismatch: the machine code uses CPU extensions that this machine lacks.
+        """
+        return InductorEngine(manifest, folder, weights)
+
+
+class InductorEngine(Engine):
+    """A loaded package whose constants point into the weight bank."""
+
+    def __init__(self, manifest: Manifest, folder: Path, weights: WeightBank) -> None:
+        from safetensors.torch import load_file
+
+        super().__init__(manifest)
+        self._loader: Any = _loader(folder / PACKAGE)
+        _check_extensions(self._loader.get_metadata(), manifest)
+        self._weights = weights
+        constants = {
+            name: weights.constant(Recipe.from_dict(recipe)) for name, recipe in manifest.constants.items()
+        }
+        inside = load_file(folder / CONSTANTS, device=str(self.device)) if (folder / CONSTANTS).is_file() else {}
+        # The loader keeps pointers only: these tensors must live as long as it does.
+        self._constants: dict[str, Tensor] = {**constants, **inside}
+        self._private = sum(tensor.nbytes for tensor in inside.values()) + manifest.bytes
+        self._loader.load_constants(self._constants, False, True, True)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        if self._loader is None:
+            raise EngineError(f"engine {self.manifest.spec.title} was unloaded")
+        # boxed_run, not the package's __call__: that one parses the call's tree specification anew each time.
+        with torch.inference_mode():
+            outputs: list[Tensor] = self._loader.boxed_run([tensor.contiguous() for tensor in inputs])
+        return outputs[0]
+
+    def refit(self, state: Mapping[str, Tensor]) -> None:
+        """In place in the bank: every engine of the component follows."""
+        self._weights.refit(state)
+
+    def memory(self) -> EngineMemory:
+        """The package, and the bank it shares."""
+        return EngineMemory(self._private, self._weights.memory())
+
+    def unload(self) -> None:
+        """See :meth:`Engine.unload`."""
+        self._loader = None
+        self._constants = {}
+
+
+def package(program: Any, path: Path, configuration: Mapping[str, Any]) -> None:
+    """Compile an exported program into a package.
+
+    Raises:
+        OSError: the disk is full.
+        EngineError: it does not compile; the message holds the compiler's own.
+    """
+    import errno
+
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(configuration))
+    except OSError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "No space left on device" in text:
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        lines = [line for line in text.strip().splitlines() if line.strip()]
+        raise EngineError(f"AOTInductor could not compile the graph: {lines[0] if lines else type(error).__name__}") from error
+
+
+def user_inputs(program: Any, inputs: Mapping[str, Tensor]) -> list[str]:
+    """The inputs' names in the order in which the compiled graph takes them.
+
+    Raises:
+        EngineError: the graph dropped or renamed one.
+    """
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    if sorted(names) != sorted(inputs):
+        raise EngineError(f"the exported graph takes {', '.join(names)}, the component {', '.join(inputs)}")
+    return names
+
+
+def _loader(path: Path) -> Any:
+    return torch._inductor.aoti_load_package(str(path)).loader
+
+
+def _check_extensions(metadata: Mapping[str, str], manifest: Manifest) -> None:
+    if manifest.spec.target.device != "cpu":
+        return
+    from engines.target import this_machine
+
+    here = this_machine("cpu").instruction_set.split()
+    used = [_EXTENSIONS.get(name) for name in metadata.get("AOTI_CPU_ISA", "").split()]
+    lacking = sorted(name for name in used if name and name not in here)
+    if lacking and manifest.spec.target.platform.endswith("x86_64"):
+        raise EngineMismatch(
+            f"engine {manifest.spec.title} uses CPU instructions {' '.join(lacking)}, which this CPU lacks; "
+            f"build it on this machine (rmd build)"
+        )

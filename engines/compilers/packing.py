@@ -1,0 +1,138 @@
+"""CPU engines whose matrices lie in memory as the kernels read them, and are still shared by all sizes and batches.
+
+Inductor's "freezing" packs constant matrices once, at compile time, for its own matrix kernels: without it oneDNN
+reorders every bf16 weight at every call, which at 16 tokens is most of a step. But it bakes the packed weights into
+each engine. Here the network is compiled with random weights that are all different, each packed constant is traced to
+the parameter and layout it came from, and only that recipe is kept: engines hold no weights, one bank serves all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.errors import EngineError
+from engines.rewrites import rewrite
+from engines.weights import Recipe, find_recipe
+
+_CONFIGURATION: dict[str, Any] = {
+    "freezing": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "fx_graph_cache": False,
+    "aot_inductor.package_constants_in_so": False,
+}
+
+
+class UnexplainedConstant(EngineError):
+    """A constant of the compiled graph could not be traced to a parameter or buffer."""
+
+
+def packed_settings() -> dict[str, str | int | float | bool]:
+    """The settings that touch the engine."""
+    return {**_CONFIGURATION, "matrix_kernels": "first C++ template"}
+
+
+def compile_packed(
+    module: nn.Module, inputs: Mapping[str, Tensor], path: Path
+) -> tuple[list[str], Tensor, dict[str, Recipe]]:
+    """Compile ``module`` into the package ``path``.
+
+    Returns:
+        The inputs' names in the graph's order, an example output, and the recipe of every constant by name.
+
+    Raises:
+        UnexplainedConstant: a constant's origin is unclear; the package must not be used.
+    """
+    from engines.compilers.inductor import package, user_inputs
+
+    stand_in = _with_random_weights(module)
+    rewritten = rewrite(stand_in)
+    with torch.no_grad():
+        output = module(**inputs)
+        program = torch.export.export(rewritten.module, (), kwargs=dict(inputs), strict=False)
+        names = user_inputs(program, inputs)
+        with _own_matrix_kernels(), _captured_constants() as captured:
+            package(program, path, _CONFIGURATION)
+    target = rewritten.module
+    candidates = dict([*target.named_parameters(remove_duplicate=False), *target.named_buffers(remove_duplicate=False)])
+    wanted = torch._inductor.aoti_load_package(str(path)).get_constant_fqns()
+    if len(set(wanted)) != len(wanted):
+        raise UnexplainedConstant("the compiled graph names two constants alike")
+    recipes = {}
+    for name in wanted:
+        constant = captured.get(name)
+        if constant is None or constant.is_mkldnn:
+            raise UnexplainedConstant(f"constant {name} has an opaque layout")
+        recipe = find_recipe(constant, candidates, rewritten.sources)
+        if recipe is None:
+            raise UnexplainedConstant(f"constant {name} {tuple(constant.shape)} comes from no single parameter")
+        recipes[name] = recipe
+    return names, output, recipes
+
+
+def _with_random_weights(module: nn.Module) -> nn.Module:
+    """A copy whose parameters hold distinct random values: equal ones (biases of zero) could not be told apart, and
+    nothing of the real weights can then be folded into the graph."""
+    stand_in = copy.deepcopy(module).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in stand_in.parameters():
+        if parameter.is_floating_point():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return stand_in
+
+
+@contextmanager
+def _own_matrix_kernels() -> Iterator[None]:
+    """Take inductor's own C++ matrix kernel wherever there is one, without timing the candidates.
+
+    Timing builds every candidate alone, which costs minutes, and its winner depends on what else the machine did.
+    """
+    from torch._inductor import select_algorithm
+
+    def prefer(choices: list[Any]) -> list[Any]:
+        return [choice for choice in choices if str(choice.name).startswith("cpp_")][:1] or choices
+
+    select_algorithm.add_preprocessing_fn(prefer)
+    try:
+        yield
+    finally:
+        select_algorithm.clear_preprocessing_fns()
+
+
+@contextmanager
+def _captured_constants() -> Iterator[dict[str, Tensor]]:
+    """The constants of the graph that is compiled meanwhile, by the names the package gives them.
+
+    Constants that inductor makes (packed matrices) are named by how many there are at that moment, so names repeat;
+    here each gets its own.
+    """
+    from torch._inductor.graph import GraphLowering
+
+    original = GraphLowering.allocate_non_dup_const_name
+    captured: dict[str, Tensor] = {}
+    graphs: list[Any] = []
+
+    def allocate(self: Any, name: str | None, data: Tensor) -> str:
+        chosen: str = original(self, name, data)
+        if name is None:
+            self.allocated_constant_name[chosen] = chosen
+        if self not in graphs:
+            graphs.append(self)
+        return chosen
+
+    GraphLowering.allocate_non_dup_const_name = allocate  # type: ignore[method-assign]
+    try:
+        yield captured
+    finally:
+        GraphLowering.allocate_non_dup_const_name = original  # type: ignore[method-assign]
+        for graph in graphs:
+            known = {**graph.allocated_constant_name, **graph.dynamo_flat_name_to_original_fqn}
+            for name, value in graph.constants.items():
+                captured[known.get(name, name)] = value.detach()

@@ -1,0 +1,186 @@
+"""What one engine is, and its key: two engines share a key exactly when one can stand in for the other."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.target import Target
+
+KEY_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape (batch first) and dtype (such as "bfloat16") of an input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> TensorSpec:
+        """The spec of a tensor."""
+        return cls(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
+        """Read an entry of a manifest."""
+        return cls(str(data["name"]), tuple(int(side) for side in data["shape"]), str(data["dtype"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in a manifest."""
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything that an engine depends on, known before it is built.
+
+    Attributes:
+        component: such as "denoiser", "decoder", "text_encoder".
+        size: in pixels as text, or None for components without one.
+        batch: rows; static.
+        dtype: of the weights.
+        backend: which compiler.
+        weights_mode: "shared" (one copy for all engines, outside the engine), "packed" (the same, in the layout the
+            kernels read), "embedded" (inside the engine), "refittable" (inside, replaceable), "module" (eager).
+        inputs: in the order of the network's arguments.
+        graph: digest of the module tree, configuration, parameter shapes and the sources of its classes.
+        target: the machine.
+        versions: of the libraries that the machine code depends on.
+        settings: every setting of the compiler that touches the engine.
+        weights: digest of the weights where they are embedded, else None.
+    """
+
+    component: str
+    size: str | None
+    batch: int
+    dtype: str
+    backend: str
+    weights_mode: str
+    inputs: tuple[TensorSpec, ...]
+    graph: str
+    target: Target
+    versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parts of the key, as stored in a manifest."""
+        return {
+            "component": self.component,
+            "size": self.size,
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "weights_mode": self.weights_mode,
+            "inputs": [spec.to_dict() for spec in self.inputs],
+            "graph": self.graph,
+            "target": self.target.to_dict(),
+            "versions": dict(sorted(self.versions.items())),
+            "settings": dict(sorted(self.settings.items())),
+            "weights": self.weights,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EngineSpec:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(
+            component=str(data["component"]),
+            size=data["size"],
+            batch=int(data["batch"]),
+            dtype=str(data["dtype"]),
+            backend=str(data["backend"]),
+            weights_mode=str(data["weights_mode"]),
+            inputs=tuple(TensorSpec.from_dict(entry) for entry in data["inputs"]),
+            graph=str(data["graph"]),
+            target=Target.from_dict(data["target"]),
+            versions=dict(data["versions"]),
+            settings=dict(data["settings"]),
+            weights=data["weights"],
+        )
+
+    @property
+    def key(self) -> str:
+        """sha256 over all parts, in hexadecimal, shortened."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+    @property
+    def title(self) -> str:
+        """For people: "denoiser 128x128 batch 4"."""
+        return " ".join(part for part in (self.component, self.size, f"batch {self.batch}") if part)
+
+    def with_weights(self, digest: str) -> EngineSpec:
+        """The same engine with these weights inside."""
+        return replace(self, weights=digest)
+
+
+def graph_digest(module: nn.Module) -> str:
+    """Digest of what a module computes, without its weights' values: tree, settings, shapes, configuration, sources.
+
+    The same for a module on the meta device. Shapes of the inputs are no part of it.
+    """
+    digest = hashlib.sha256()
+    sources: set[type] = set()
+    for name, child in module.named_modules():
+        kind = type(child)
+        sources.add(kind)
+        digest.update(f"{name}|{kind.__module__}.{kind.__qualname__}|{child.extra_repr()}\n".encode())
+        for attribute, value in sorted(vars(child).items()):
+            # Plain settings, such as a scaling factor or an epsilon, change the graph as much as a layer does.
+            if not attribute.startswith("_") and isinstance(value, bool | int | float | str | tuple) and attribute != "training":
+                digest.update(f" {attribute}={value!r}\n".encode())
+        config = getattr(child, "config", None)
+        if config is not None:
+            digest.update(_config_text(config).encode())
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode())
+    for kind in sorted(sources, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
+        digest.update(_source(kind).encode())
+    return digest.hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 over names and bytes of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _source(kind: type) -> str:
+    if kind.__module__.startswith("torch."):
+        return ""  # torch's version is in the key
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
+def _config_text(config: Any) -> str:
+    data = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(data, Mapping):
+        return ""
+    # Where a folder lies, and which version of a library wrote it, is not what the network computes.
+    kept = {name: value for name, value in data.items() if not name.startswith("_") and "version" not in name}
+    return json.dumps(kept, sort_keys=True, default=str)

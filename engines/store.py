@@ -1,0 +1,267 @@
+"""The folder of built engines: whole or absent, whoever builds, crashes or runs out of disk.
+
+    <root>/<key>/manifest.json and the engine's files
+    <root>/.locks/<key>.lock      held by the one process that builds <key>
+    <root>/.building-<key>/       an unfinished build; renamed to <key> when complete
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
+from engines.manifest import MANIFEST, FileRecord, Manifest
+from engines.target import Target
+
+_BUILDING = ".building-"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken or foreign engine in the store."""
+
+    key: str
+    message: str
+    broken: bool
+    """True: damaged. False: sound, but not for this machine."""
+
+
+class EngineStore:
+    """A folder of engines by key. Safe for several processes at once."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def folder(self, key: str) -> Path:
+        """Where the engine ``key`` lies, built or not."""
+        return self.root / key
+
+    def get(self, key: str) -> Manifest | None:
+        """The manifest of ``key``, None when it was not built.
+
+        Raises:
+            EngineCorrupt: its manifest cannot be read.
+        """
+        folder = self.folder(key)
+        return Manifest.read(folder) if folder.is_dir() else None
+
+    def keys(self) -> builtins.list[str]:
+        """Keys of all engines, sound or not."""
+        if not self.root.is_dir():
+            return []
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+    def list(self) -> builtins.list[Manifest]:
+        """Manifests of all readable engines, by component, size and batch."""
+        found = []
+        for key in self.keys():
+            try:
+                found.append(Manifest.read(self.folder(key)))
+            except EngineCorrupt:
+                continue  # `verify` tells of these
+        return sorted(found, key=lambda m: (m.spec.backend, m.spec.component, m.spec.size or "", m.spec.batch))
+
+    def build(self, key: str, builder: Callable[[Path], Manifest]) -> Manifest:
+        """The engine ``key``: as it is when it exists, else built by ``builder`` into a folder that is then renamed.
+
+        Of several processes that ask at once one builds and the others wait for it.
+
+        Args:
+            key: of the engine.
+            builder: writes files into the folder it is given and returns a manifest (its ``files`` are filled in here).
+
+        Raises:
+            NotEnoughDisk: the disk is full; nothing is left behind.
+            EngineError: the builder's own.
+        """
+        existing = self._sound(key)
+        if existing is not None:
+            return existing
+        with self._lock(key):
+            existing = self._sound(key)
+            if existing is not None:
+                return existing
+            working = self.root / f"{_BUILDING}{key}"
+            shutil.rmtree(working, ignore_errors=True)  # of a builder that died: we hold the lock
+            try:
+                working.mkdir()
+                manifest = builder(working)
+                if manifest.key != key:
+                    raise EngineError(f"the builder made engine {manifest.key} where {key} was asked for")
+                manifest = manifest.updated(files=_records(working))
+                _write(working / MANIFEST, manifest.to_json())
+                _flush(working)
+                broken = self.folder(key)
+                if broken.exists():
+                    shutil.rmtree(broken)
+                working.replace(broken)
+                return manifest
+            except OSError as error:
+                if error.errno in _FULL_DISK:
+                    raise NotEnoughDisk(
+                        f"no space left in {self.root} while building an engine; free some, or choose another folder "
+                        f"(--engines), and build again: what is complete is kept"
+                    ) from error
+                raise
+            finally:
+                shutil.rmtree(working, ignore_errors=True)
+
+    def update(self, manifest: Manifest) -> None:
+        """Replace the measurements of an engine that exists (its files stay).
+
+        Raises:
+            EngineError: the engine is not in the store.
+        """
+        folder = self.folder(manifest.key)
+        if not folder.is_dir():
+            raise EngineError(f"engine {manifest.key} is not in {self.root}")
+        with self._lock(manifest.key):
+            temporary = folder / f".{MANIFEST}-{os.getpid()}"
+            try:
+                _write(temporary, manifest.to_json())
+                temporary.replace(folder / MANIFEST)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def check(self, manifest: Manifest, here: Target, command: str, digests: bool = True) -> None:
+        """Refuse an engine that is damaged or not for this machine.
+
+        Args:
+            manifest: of the engine.
+            here: this machine.
+            command: what to run to build it again; part of the message.
+            digests: also read every file; lengths are always compared.
+
+        Raises:
+            EngineMismatch: another machine.
+            EngineCorrupt: a file is missing, cut short or altered.
+        """
+        differences = manifest.spec.target.differences(here)
+        differences += version_differences(manifest)
+        if differences:
+            raise EngineMismatch(
+                f"engine {manifest.spec.title} was built for {'; '.join(differences)}. Build it for this machine: {command}"
+            )
+        for name, record in manifest.files.items():
+            path = self.folder(manifest.key) / name
+            problem = _file_problem(path, record, digests)
+            if problem:
+                raise EngineCorrupt(
+                    f"engine {manifest.spec.title}: {path} {problem}. Remove its folder and build it again: "
+                    f"rmd engines prune --engines {self.root} --broken && {command}"
+                )
+
+    def verify(self, here: Target) -> builtins.list[Problem]:
+        """Read every file of every engine and tell what is wrong."""
+        problems = []
+        for key in self.keys():
+            try:
+                manifest = Manifest.read(self.folder(key))
+                self.check(manifest, here, f"rmd build --engines {self.root} --checkpoint FOLDER")
+            except EngineMismatch as error:
+                problems.append(Problem(key, str(error), broken=False))
+            except EngineCorrupt as error:
+                problems.append(Problem(key, str(error), broken=True))
+        return problems
+
+    def prune(self, keys: Iterable[str]) -> builtins.list[str]:
+        """Remove engines and what dead builders left. Returns the keys that were there.
+
+        An engine that another process is building is left alone.
+        """
+        removed = []
+        for key in keys:
+            if not self.folder(key).is_dir():
+                continue
+            with self._lock(key):
+                # Renamed first: no reader ever sees a half-removed engine under its key.
+                doomed = self.root / f"{_BUILDING}{key}"
+                shutil.rmtree(doomed, ignore_errors=True)
+                self.folder(key).replace(doomed)
+                shutil.rmtree(doomed)
+            removed.append(key)
+        if self.root.is_dir():
+            for left in self.root.glob(f"{_BUILDING}*"):
+                lock = self._lock(left.name.removeprefix(_BUILDING), timeout=0)
+                try:
+                    with lock:
+                        shutil.rmtree(left, ignore_errors=True)
+                except TimeoutError:
+                    continue  # someone builds it right now
+        return removed
+
+    def _sound(self, key: str) -> Manifest | None:
+        """The manifest of ``key`` if it and the lengths of its files are right; a broken one is built again."""
+        try:
+            manifest = self.get(key)
+        except EngineCorrupt:
+            return None
+        if manifest is None:
+            return None
+        if any(_file_problem(self.folder(key) / name, record, False) for name, record in manifest.files.items()):
+            return None
+        return manifest
+
+    def _lock(self, key: str, timeout: float = -1) -> FileLock:
+        locks = self.root / ".locks"
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in _FULL_DISK:
+                raise NotEnoughDisk(f"no space left in {self.root}; free some, or choose another folder") from error
+            raise
+        return FileLock(locks / f"{key}.lock", timeout=timeout)
+
+
+def version_differences(manifest: Manifest) -> list[str]:
+    """Libraries that are not at the version the engine was built with."""
+    from engines.target import package_version
+
+    return [
+        f"{name} {version or 'absent'}, here {package_version(name) or 'absent'}"
+        for name, version in sorted(manifest.spec.versions.items())
+        if package_version(name) != version
+    ]
+
+
+def _file_problem(path: Path, record: FileRecord, digests: bool) -> str:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size < record.bytes:
+        return f"is cut short ({size} of {record.bytes} bytes)"
+    if size > record.bytes:
+        return f"has {size - record.bytes} bytes too many"
+    if digests and FileRecord.of(path).sha256 != record.sha256:
+        return "was altered: its sha256 is not the manifest's"
+    return ""
+
+
+def _records(folder: Path) -> dict[str, FileRecord]:
+    return {
+        path.relative_to(folder).as_posix(): FileRecord.of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Bring file contents to disk before the rename: a power cut must not leave an empty engine under its key."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,193 @@
+"""One copy of a component's weights, shared by its engines of all sizes and batches.
+
+Engines that pack their weights read them in a blocked layout. A :class:`Recipe` says how such a constant comes from the
+network's parameters, so it can be made once a process, shared by every engine with the same layout, and made again in
+place when the weights are replaced.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a constant is made: parameters joined along dimension 0, then laid out.
+
+    Attributes:
+        sources: names of the component's parameters or buffers.
+        layout: "plain" (as is), "transposed", "blocked" ((N / n, K, n) blocks of the transposed matrix, columns padded
+            with zeros), or "vnni" (the same, pairs of rows interleaved, as matrix tiles read them).
+        block: n; 0 for "plain" and "transposed".
+    """
+
+    sources: tuple[str, ...]
+    layout: str = "plain"
+    block: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in a manifest."""
+        return asdict(self) | {"sources": list(self.sources)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Read what :meth:`to_dict` wrote."""
+        return cls(tuple(data["sources"]), str(data["layout"]), int(data["block"]))
+
+    def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The constant; for a single "plain" source that very tensor, not a copy.
+
+        Raises:
+            EngineError: a source is missing.
+        """
+        missing = [name for name in self.sources if name not in tensors]
+        if missing:
+            raise EngineError(f"the weights lack {missing[0]!r}, which an engine needs; build the engines again")
+        parts = [tensors[name] for name in self.sources]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return lay_out(joined, self.layout, self.block)
+
+
+def lay_out(weight: Tensor, layout: str, block: int) -> Tensor:
+    """A matrix (N, K) in one of :class:`Recipe`'s layouts.
+
+    Raises:
+        ValueError: unknown layout.
+    """
+    if layout == "plain":
+        return weight
+    if layout == "transposed":
+        return weight.t()
+    columns, rows = weight.shape
+    blocks = -(-columns // block)
+    padded = torch.nn.functional.pad(weight.t(), (0, blocks * block - columns))
+    blocked = padded.reshape(rows, blocks, block).transpose(0, 1).contiguous()
+    if layout == "blocked":
+        return blocked
+    if layout == "vnni":
+        return blocked.view(blocks, rows // 2, 2, block).transpose(-1, -2).reshape(blocks, rows, block)
+    raise ValueError(f"unknown layout {layout!r}")
+
+
+def find_recipe(constant: Tensor, candidates: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]]) -> Recipe | None:
+    """How ``constant`` comes from one of ``candidates``, or None. Values decide, so they must be distinct.
+
+    Args:
+        constant: as the compiler left it.
+        candidates: the compiled module's parameters and buffers.
+        sources: for candidates that the rewriting joined: what they were joined from.
+    """
+    for name, tensor in candidates.items():
+        if tensor.dtype != constant.dtype:
+            continue
+        for layout, block in _possible(constant, tensor):
+            if torch.equal(lay_out(tensor, layout, block), constant):
+                return Recipe(sources.get(name, (name,)), layout, block)
+    return None
+
+
+def _possible(constant: Tensor, tensor: Tensor) -> Iterable[tuple[str, int]]:
+    if constant.shape == tensor.shape:
+        yield "plain", 0
+    if tensor.dim() != 2:
+        return
+    columns, rows = tensor.shape
+    if constant.shape == (rows, columns):
+        yield "transposed", 0
+    if constant.dim() == 3 and constant.shape[1] == rows and constant.shape[0] == -(-columns // constant.shape[2]):
+        yield "blocked", int(constant.shape[2])
+        if rows % 2 == 0:
+            yield "vnni", int(constant.shape[2])
+
+
+class WeightBank:
+    """The weights of one component, and the constants made of them.
+
+    Args:
+        module: on the device where engines run. It is kept only while something needs it (:meth:`release`).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: nn.Module | None = module
+        self._tensors: dict[str, Tensor] = {
+            name: tensor.detach()
+            for name, tensor in [
+                *module.named_parameters(remove_duplicate=False),
+                *module.named_buffers(remove_duplicate=False),
+            ]
+        }
+        # Weak: a constant lives as long as an engine reads it.
+        self._made: weakref.WeakValueDictionary[Recipe, Tensor] = weakref.WeakValueDictionary()
+        self._shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
+        self._device = next(iter(self._tensors.values())).device if self._tensors else torch.device("cpu")
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by name; those that :meth:`release` dropped are absent."""
+        return self._tensors
+
+    def constant(self, recipe: Recipe) -> Tensor:
+        """The constant of ``recipe``: the same tensor for every engine that asks while one holds it."""
+        if len(recipe.sources) == 1 and recipe.layout == "plain":
+            return recipe.make(self._tensors)
+        made = self._made.get(recipe)
+        if made is None:
+            made = recipe.make(self._tensors)
+            if made.data_ptr() in {tensor.data_ptr() for tensor in self._tensors.values()}:
+                made = made.clone() if recipe.layout != "transposed" else made
+            self._made[recipe] = made
+        return made
+
+    def release(self, keep: Iterable[Recipe]) -> None:
+        """Drop parameters that no constant in ``keep`` is a view of: their packed copies are the weights now."""
+        used = {recipe.sources[0] for recipe in keep if len(recipe.sources) == 1 and recipe.layout in ("plain", "transposed")}
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
+        self.module = None
+
+    def refit(self, state: Mapping[str, Tensor]) -> None:
+        """Replace weights in place: every engine that shares them sees the new ones at its next run.
+
+        Args:
+            state: parameters by name; all of those the component has. Buffers may be left out.
+
+        Raises:
+            EngineError: a parameter is missing, or has another shape. Nothing was changed then.
+        """
+        for name, (shape, _) in self._shapes.items():
+            if name in state and tuple(state[name].shape) != shape:
+                raise EngineError(f"refit: {name!r} has shape {tuple(state[name].shape)}, the engines were built for {shape}")
+        cast = {
+            name: tensor.detach().to(self._device, self._shapes[name][1]) for name, tensor in state.items() if name in self._shapes
+        }
+        made = {}
+        for recipe in list(self._made):
+            absent = [name for name in recipe.sources if name not in cast and name not in self._tensors]
+            if absent:
+                raise EngineError(f"refit: the new weights lack {absent[0]!r}")
+            made[recipe] = recipe.make({**self._tensors, **cast})
+        with torch.no_grad():
+            for recipe, value in made.items():
+                current = self._made.get(recipe)
+                if current is not None:
+                    current.copy_(value)
+            for name, tensor in self._tensors.items():
+                if name in cast:
+                    tensor.copy_(cast[name])
+
+    def memory(self) -> int:
+        """Bytes of everything held, each storage counted once."""
+        return storage_bytes([*self._tensors.values(), *self._made.values()])
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(found.values())

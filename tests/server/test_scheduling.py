@@ -1,0 +1,262 @@
+"""Batches shared between requests, and what happens to the others when one fails, leaves, is late or is one too many."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from openai import OpenAI
+
+from rmd.size import Size
+from server.model import ServedModel
+from tests.server.conftest import make_settings
+from tests.server.house import URL, House, pixels, serving
+
+
+@contextlib.contextmanager
+def held(house: House) -> Iterator[None]:
+    """Keep the device busy with one request while the block runs, so that what it sends has to queue."""
+    house.gate.close()
+    first = house.in_background(lambda: house.draw("first", seed=0))
+    assert house.gate.arrived.wait(10)
+    try:
+        yield
+    finally:
+        house.gate.open()
+        assert first.result().status_code == 200
+
+
+def picture(reply: httpx.Response) -> np.ndarray:
+    assert reply.status_code == 200, reply.text
+    return pixels(reply.json()["data"][0]["b64_json"])
+
+
+def test_concurrent_requests_share_batches_whatever_their_schedule(house: House) -> None:
+    alone = {seed: picture(house.draw(f"prompt {seed}", seed=seed)) for seed in range(4)}
+    alone_other = picture(house.draw("other", seed=9, schedule="0+4"))
+    with held(house):
+        calls = [
+            house.in_background(lambda seed=seed: house.draw(f"prompt {seed}", seed=seed)) for seed in range(4)
+        ]
+        other = house.in_background(lambda: house.draw("other", seed=9, schedule="0+4"))
+        house.until_waiting(6)
+    replies = [call.result() for call in calls]
+    low = [reply.json()["rmd"]["stages"][0] for reply in replies]
+    assert all(stage["size"] == "32x32" for stage in low)
+    assert max(max(stage["batch_sizes"]) for stage in low) == 4, "the low size gains from batches, so all four ride"
+    high = [reply.json()["rmd"]["stages"][1]["batch_sizes"] for reply in replies]
+    assert all(size == 1 for sizes in high for size in sizes), "the full size gains nothing, so it stays narrow"
+    for seed, reply in enumerate(replies):
+        assert abs(alone[seed] - picture(reply)).max() <= 1, "company does not change a picture"
+    assert abs(alone_other - picture(other.result())).max() <= 1
+    assert house.metric("rmd_batch_size_sum", station="32x32") > house.metric("rmd_batch_size_count", station="32x32")
+    assert max(batch for component, size, batch in house.gate.calls if component == "denoiser") >= 4
+
+
+def test_guided_and_unguided_items_share_one_call(checkpoint: Path, model: ServedModel) -> None:
+    """A guided item takes two rows of the same batch as a student's one row, where both use the same weights."""
+    from dataclasses import replace
+
+    from server.model import Schedule
+
+    guided = replace(model.schedules["2+2"].cascade, guidance_scale=3.0)
+    schedules = {**model.schedules, "guided": Schedule("guided", guided, "student")}
+    with serving(replace(model, schedules=schedules), make_settings(checkpoint)) as house:
+        alone = [picture(house.draw("a", seed=1)), picture(house.draw("b", seed=2, schedule="guided"))]
+        house.gate.calls.clear()
+        with held(house):
+            plain = house.in_background(lambda: house.draw("a", seed=1))
+            double = house.in_background(lambda: house.draw("b", seed=2, schedule="guided"))
+            house.until_waiting(3)
+        together = [picture(plain.result()), picture(double.result())]
+        low = min(model.schedules["2+2"].cascade.sizes)
+        assert ("denoiser", low, 3) in house.gate.calls
+    for before, after in zip(alone, together, strict=True):
+        assert abs(before - after).max() <= 1
+
+
+def test_a_long_teacher_request_does_not_hold_up_the_students(house: House) -> None:
+    finished: list[str] = []
+
+    def draw(name: str, **fields: object) -> None:
+        assert house.draw(name, **fields).status_code == 200
+        finished.append(name)
+
+    with held(house):
+        teacher = house.in_background(lambda: draw("teacher", schedule="teacher", n=2))
+        house.until_waiting(3)
+        students = [house.in_background(lambda i=i: draw(f"student {i}")) for i in range(4)]
+        house.until_waiting(7)
+    for call in (teacher, *students):
+        call.result()
+    assert finished[-1] == "teacher"
+
+
+def test_a_poisoned_request_fails_alone(house: House) -> None:
+    """One prompt's conditions make the network raise; its batch mates get their pictures."""
+    clean = picture(house.draw("fine 0", seed=0))
+    encode = house.model.backbone.encode_prompts
+
+    def poisoned(prompts: list[str]) -> dict[str, torch.Tensor]:
+        conditioning = encode(prompts)
+        for row, prompt in enumerate(prompts):
+            if prompt == "poison":
+                conditioning["encoder_hidden_states"][row] = 1e6
+            if prompt == "nan":
+                conditioning["encoder_hidden_states"][row] = float("nan")
+        return conditioning
+
+    def refuse(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+        if component == "denoiser" and bool((inputs["encoder_hidden_states"] >= 1e6).any()):
+            raise RuntimeError("these conditions cannot be computed with")
+
+    house.gate.before = refuse
+    house.model.backbone.encode_prompts = poisoned  # type: ignore[method-assign, assignment]
+    try:
+        with held(house):
+            good = [house.in_background(lambda i=i: house.draw(f"fine {i}", seed=i)) for i in range(3)]
+            bad = [house.in_background(lambda name=name: house.draw(name)) for name in ("poison", "nan")]
+            house.until_waiting(6)
+        failures = [call.result() for call in bad]
+        replies = [call.result() for call in good]
+    finally:
+        del house.model.backbone.encode_prompts
+    assert [failure.status_code for failure in failures] == [500, 500]
+    for failure in failures:
+        assert failure.json()["error"]["code"] == "engine_failed" and failure.headers["x-should-retry"] == "false"
+        assert "conditions" not in failure.text, "the reason is for the log"
+    assert abs(picture(replies[0]) - clean).max() <= 1
+    assert all(reply.status_code == 200 for reply in replies)
+    assert house.metric("rmd_requests_total", outcome="engine_failed") == 2
+    assert house.metric("rmd_retried_batches_total") >= 1
+    house.until_idle()
+    assert house.draw().status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_places(house: House) -> None:
+    with held(house):
+        with pytest.raises(httpx.ReadTimeout):
+            house.client.post(URL, json={"prompt": "gone", "n": 3}, timeout=0.2)
+        house.until_waiting(1)
+        assert house.metric("rmd_queue_depth") == 0
+    house.until_idle()
+    assert house.metric("rmd_requests_total", outcome="client_gone") == 1
+    assert house.metric("rmd_dropped_items_total", outcome="client_gone") == 3
+    assert house.metric("rmd_pictures_total") == 1
+
+
+def test_a_client_that_leaves_while_its_step_runs_is_dropped_at_the_next(house: House) -> None:
+    house.gate.close()
+    with pytest.raises(httpx.ReadTimeout):
+        house.client.post(URL, json={"prompt": "gone", "schedule": "teacher"}, timeout=0.2)
+    house.until(lambda: house.metric("rmd_requests_total", outcome="client_gone") == 1, "the 499")
+    house.gate.open()
+    house.until_idle()
+    assert len(house.gate.calls) <= 3, "text encoders of the batch in progress, and not one step of the denoiser"
+    assert house.metric("rmd_steps_total") == 0
+
+
+def test_a_stream_that_is_closed_frees_its_places(house: House) -> None:
+    with held(house):
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            house.client.stream("POST", URL, json={"prompt": "gone", "stream": True}, timeout=0.3) as stream,
+        ):
+            assert stream.status_code == 200
+            for _ in stream.iter_lines():
+                pass
+        house.until_waiting(1)
+    house.until_idle()
+    assert house.metric("rmd_requests_total", outcome="client_gone") == 1
+
+
+def test_a_failure_within_a_stream_reaches_the_official_client(house: House) -> None:
+    def refuse(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+        if component == "decoder" and size == max(house.model.sizes):
+            raise RuntimeError("no")
+
+    house.gate.before = refuse
+    client = OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.APIError) as error:
+        list(client.images.generate(prompt="a", stream=True, partial_images=1))
+    assert error.value.code == "engine_failed"
+    assert house.metric("rmd_requests_total", outcome="engine_failed") == 1
+
+
+def test_a_full_queue_answers_429_with_the_time_to_come_back(checkpoint: Path, model: ServedModel) -> None:
+    with serving(model, make_settings(checkpoint, max_images=3, queue_items=3)) as house:
+        with held(house):
+            waiting = house.in_background(lambda: house.draw(n=2))
+            house.until_waiting(3)
+            refused = house.draw()
+            assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+            assert 1 <= int(refused.headers["retry-after"]) <= 600
+            assert "x-should-retry" not in refused.headers
+            with pytest.raises(openai.RateLimitError):
+                OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0).images.generate(prompt="a")
+        assert waiting.result().status_code == 200
+        house.until_idle()
+        assert house.draw().status_code == 200
+        assert house.metric("rmd_requests_total", outcome="queue_full") == 2
+
+
+def test_pixels_are_bounded_too(checkpoint: Path, model: ServedModel) -> None:
+    two_pictures = 2 * 64 * 64 / 1e6
+    with serving(model, make_settings(checkpoint, queue_megapixels=two_pictures)) as house, held(house):
+        waiting = house.in_background(lambda: house.draw())
+        house.until_waiting(2)
+        assert house.draw().status_code == 429
+        house.gate.open()
+        assert waiting.result().status_code == 200
+
+
+def test_a_deadline_is_checked_between_steps(checkpoint: Path, model: ServedModel) -> None:
+    with serving(model, make_settings(checkpoint, deadline_seconds=0.4)) as house:
+        house.gate.close()
+        late = house.in_background(lambda: house.draw(schedule="teacher"))
+        house.until_waiting(1)
+        time.sleep(0.5)
+        house.gate.open()
+        reply = late.result()
+        assert reply.status_code == 504 and reply.headers["x-should-retry"] == "false"
+        house.until_idle()
+        assert house.metric("rmd_steps_total") == 0, "it was dropped at the first hand-over"
+        assert house.draw().status_code == 200
+
+
+def test_a_drain_finishes_what_was_accepted(checkpoint: Path, model: ServedModel) -> None:
+    with serving(model, make_settings(checkpoint)) as house:
+        house.gate.close()
+        accepted = house.in_background(lambda: house.draw(n=2))
+        house.until_waiting(2)
+        house.server.handle_exit(signal.SIGTERM, None)
+        house.until(lambda: house.client.get("/health/ready").status_code == 503, "not ready while draining")
+        assert house.client.get("/health/ready").json()["status"] == "draining"
+        assert house.client.get("/health/live").status_code == 200
+        refused = house.draw()
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        assert "retry-after" in refused.headers
+        house.gate.open()
+        assert len(accepted.result().json()["data"]) == 2
+        house.until(lambda: house.server.should_exit, "the end of the drain")
+
+
+def test_a_drain_that_takes_too_long_gives_up(checkpoint: Path, model: ServedModel) -> None:
+    with serving(model, make_settings(checkpoint, drain_seconds=0.1)) as house:
+        house.gate.close()
+        running = house.in_background(lambda: house.draw("running"))
+        house.until_waiting(1)
+        waiting = house.in_background(lambda: house.draw("waiting"))
+        house.until_waiting(2)
+        house.server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.3)
+        house.gate.open()
+        assert {running.result().status_code, waiting.result().status_code} == {503}

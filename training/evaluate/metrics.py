@@ -1,0 +1,167 @@
+"""Distances between two sets of features, and retrieval. All on EfficientNet-Lite0 features here, so never called FID.
+
+The kernel distance's estimate is unbiased, the Frechet distance's is not: it grows as the sets get smaller, so it is
+only to be compared between rows of the same size, and stands beside a real-against-real floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its standard deviation: over subsets, over sampling seeds, or binomial; the field says which."""
+
+    value: float
+    deviation: float
+    over: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to ``quality.json``."""
+        return asdict(self)
+
+
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """``(x . y / d + 1) ** 3`` for all pairs: (N, d) and (M, d) -> (N, M), float64."""
+    return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """The unbiased estimate of the squared maximum mean discrepancy under :func:`polynomial_kernel`.
+
+    Args:
+        x: (N, d) features, N at least 2.
+        y: (M, d) features, M at least 2.
+
+    Returns:
+        zero in expectation for samples of one distribution; it may be negative.
+
+    Raises:
+        ValueError: too few rows or different widths.
+    """
+    n, m = _checked(x, y)
+    k_xx, k_yy = polynomial_kernel(x, x), polynomial_kernel(y, y)
+    within_x = (k_xx.sum() - k_xx.diagonal().sum()) / (n * (n - 1))
+    within_y = (k_yy.sum() - k_yy.diagonal().sum()) / (m * (m - 1))
+    return float(within_x + within_y - 2 * polynomial_kernel(x, y).mean())
+
+
+def kid(x: Tensor, y: Tensor, subsets: int = 50, subset_size: int = 256, seed: int = 0) -> Estimate:
+    """Kernel distance x 1000: mean and standard deviation over random subsets (drawn without replacement).
+
+    Args:
+        x, y: (N, d) and (M, d) features.
+        subsets: how many.
+        subset_size: rows of each; at most half of the smaller set (its whole when that is under 4), so that subsets
+            differ.
+        seed: of the draw.
+    """
+    n, m = _checked(x, y)
+    smaller = min(n, m)
+    size = min(subset_size, smaller if smaller < 4 else max(2, smaller // 2))
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(subsets):
+        rows = torch.randperm(n, generator=generator)[:size]
+        columns = torch.randperm(m, generator=generator)[:size]
+        values.append(1000 * kernel_distance(x[rows], y[columns]))
+    drawn = torch.tensor(values, dtype=torch.float64)
+    # The mean over all rows is the better estimate of the value; the subsets tell how far it may be off.
+    return Estimate(1000 * kernel_distance(x, y), float(drawn.std(correction=0)), f"{subsets} subsets of {size}")
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """``|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))`` of Gaussians fitted to two sets of features.
+
+    With centred rows A (N, d) and B (M, d) scaled to ``C_x = A^T A``, ``C_y = B^T B``, the trace of the square root is
+    the nuclear norm of ``A B^T``: exact for singular covariances too, which fewer rows than features always give.
+
+    Raises:
+        ValueError: too few rows or different widths.
+    """
+    n, m = _checked(x, y)
+    x, y = x.double(), y.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    a, b = (x - mean_x) / math.sqrt(n - 1), (y - mean_y) / math.sqrt(m - 1)
+    cross = torch.linalg.svdvals(_reduced(a) @ _reduced(b).T).sum()
+    return float((mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+
+
+def _reduced(rows: Tensor) -> Tensor:
+    """Rows with the same ``rows^T rows``, at most as many as there are columns."""
+    return torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows
+
+
+def _checked(x: Tensor, y: Tensor) -> tuple[int, int]:
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features of shapes {tuple(x.shape)} and {tuple(y.shape)} cannot be compared")
+    if min(x.shape[0], y.shape[0]) < 2:
+        raise ValueError("a distance between sets needs at least 2 pictures in each; raise --limit")
+    return x.shape[0], y.shape[0]
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows scaled to length 1, float32."""
+    return torch.nn.functional.normalize(x.float(), dim=-1)
+
+
+def ranks_of_target(scores: Tensor, targets: Sequence[int] | Tensor) -> Tensor:
+    """Where each row's target stands: 0 is first. Ties count half, so that constant scores rank in the middle.
+
+    Args:
+        scores: (N, G), larger is nearer; -inf takes an entry out of the row's gallery.
+        targets: N columns.
+    """
+    target = scores.gather(1, torch.as_tensor(targets, dtype=torch.int64)[:, None])
+    above = (scores > target).sum(1).double()
+    ties = (scores == target).sum(1).double() - 1
+    return above + ties / 2
+
+
+def recall_at(k: int, ranks: Tensor) -> float:
+    """The share of rows whose target is among the first ``k``."""
+    return float((ranks < k).double().mean())
+
+
+def recall(ranks: Tensor, k: int) -> Estimate:
+    """Recall at ``k`` of one sampling, with its binomial standard deviation."""
+    share = recall_at(k, ranks)
+    return Estimate(share, math.sqrt(share * (1 - share) / max(1, len(ranks))), "pictures (binomial)")
+
+
+def over_seeds(values: Sequence[Estimate]) -> Estimate:
+    """The mean over sampling seeds.
+
+    The deviation is the larger of the seeds' own spread and the mean deviation within a seed: seeds share their
+    prompts, so averaging them does not shrink what the choice of prompts contributes.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("no seeds to average")
+    numbers = torch.tensor([value.value for value in values], dtype=torch.float64)
+    within = sum(value.deviation for value in values) / len(values)
+    if len(values) == 1:
+        return values[0]
+    between = float(numbers.std(correction=1))
+    over = f"{len(values)} seeds" if between > within else values[0].over
+    return Estimate(float(numbers.mean()), max(between, within), over)
+
+
+def ratio(numerator: Estimate, denominator: Estimate) -> Estimate | None:
+    """A quotient of two independent estimates with its first-order deviation; None when the denominator is 0."""
+    if denominator.value == 0:
+        return None
+    value = numerator.value / denominator.value
+    relative = math.hypot(
+        numerator.deviation / numerator.value if numerator.value else 0.0, denominator.deviation / denominator.value
+    )
+    return Estimate(value, abs(value) * relative, "first order, rows taken as independent")

@@ -1,0 +1,65 @@
+"""Files of training runs: safetensors and JSON, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` atomically, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    os.replace(scratch, path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file atomically, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
+    os.replace(scratch, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file."""
+    return load_file(path)
+
+
+def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """``model.save_pretrained`` (safetensors) into ``folder``, replacing what was there in one rename.
+
+    Args:
+        dtype: the weights' dtype in the file; the model's own when None. ``model`` is left as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        model.save_pretrained(scratch, safe_serialization=True)
+        if dtype is not None:
+            for file in scratch.glob("*.safetensors"):
+                tensors = {
+                    name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                    for name, tensor in load_file(file).items()
+                }
+                save_file(tensors, file, metadata={"format": "pt"})
+        scratch.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
+            os.replace(folder, old / "x")
+            os.replace(scratch, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""Settings of a distillation run: YAML file, environment (`RMD_DISTILL_*`) and flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+Method = Literal["rmd", "tdm", "dmd2", "swd"]
+
+CHANGEABLE = frozenset(
+    {
+        "guidance_scale", "generator_rate", "fake_rate", "fake_steps", "final_rate", "decay_share", "ema_decay",
+        "clip_norm",
+    }
+)  # fmt: skip
+"""Settings that `--change-settings` may change when a run is resumed."""
+HOUSEKEEPING = frozenset(
+    {"minutes", "iterations", "log_every", "save_every", "keep_checkpoints", "sheet_every", "sheet_prompts", "compile"}
+)
+"""Settings that may differ on resuming without being asked: they do not touch what is learnt."""
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "rmd": {},
+    "tdm": {
+        "interval": "step", "loss": "elementwise_huber", "fake_weighting": "snr", "importance_weight": True,
+        "low_stage_iterations": 0, "score_noise_intensity": 0.0,
+    },
+    "dmd2": {
+        "interval": "full", "loss": "squared", "normalise": True, "fake_weighting": "velocity", "fake_steps": 5,
+        "low_stage_iterations": 0, "score_noise_intensity": 0.0,
+    },
+    "swd": {
+        "interval": "full", "loss": "squared", "normalise": True, "fake_weighting": "velocity", "fake_steps": 5,
+        "low_stage_iterations": 0, "score_noise_intensity": 0.0, "transition_noise_intensity": 0.0, "mmd_weight": 1.0,
+    },
+}  # fmt: skip
+
+
+class DistillSettings(BaseSettings):
+    """What a distillation run is. The defaults are the paper's where it prints them, for large backbones."""
+
+    model_config = SettingsConfigDict(extra="forbid", env_prefix="RMD_DISTILL_", validate_default=True)
+
+    method: Method = "rmd"
+    schedule: str | None = Field(None, description="steps per stage, such as 2+2; the method's own by default")
+    preset: str | None = Field(None, description="name of a cascade preset; the backbone's own by default")
+    resolution_map: Literal["shift", "logsnr", "none", "inverse"] | None = Field(None, description="Eq. 2 or another")
+    seed: int = 0
+
+    # Length of the run.
+    iterations: int | None = Field(None, ge=0, description="stop after this many generator updates")
+    minutes: float | None = Field(None, gt=0, description="stop after this much training time, over all resumptions")
+
+    # The objective.
+    batch_size: int = Field(32, ge=1, description="samples matched in one update, on each process")
+    guidance_scale: float | None = Field(None, ge=0, description="of the real score; the teacher's own by default")
+    loss: Literal["pseudo_huber", "elementwise_huber", "squared"] = "pseudo_huber"
+    normalise: bool = Field(False, description="divide each sample's loss by mean |y - real|")
+    interval: Literal["stage", "step", "full"] = Field("stage", description="where tau is drawn for a sample")
+    fake_weighting: Literal["snr", "velocity", "none"] = "snr"
+    importance_weight: bool = Field(False, description="weight a step's samples by the length of its interval")
+    stage_weights: tuple[float, ...] | None = Field(None, description="w_stage, low stage first; 1 by default")
+    score_noise_intensity: float | None = Field(None, ge=0, le=1, description="the cascade's own by default")
+    transition_noise_intensity: float | None = Field(None, ge=0, le=1, description="in roll-outs; the cascade's own")
+    score_noise_everywhere: bool = Field(False, description="predicted noise also where the stage has the full side")
+    gan_weight: float = Field(0.0, ge=0, description="DMD2's GAN loss on the fake network's tokens")
+    mmd_weight: float = Field(0.0, ge=0, description="SwD's patch loss on the fake network's tokens")
+    real_samples: int = Field(512, ge=2, description="teacher samples drawn once for the two losses above")
+
+    # The optimisation.
+    generator_rate: float = Field(4e-6, gt=0)
+    fake_rate: float = Field(2e-5, gt=0)
+    betas: tuple[float, float] = (0.0, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    fake_steps: int = Field(1, ge=1, description="fake-score updates for each generator update")
+    early_fake_steps: int = Field(1, ge=1, description="the same during the first early_iterations")
+    early_iterations: int = Field(0, ge=0)
+    rate_warmup: int = Field(0, ge=0, description="updates over which the rates rise linearly")
+    decay_share: float = Field(0.0, ge=0, le=1, description="last share of the run over which the rates fall")
+    final_rate: float = Field(0.1, ge=0, le=1, description="the rates' factor at the end of the run")
+    low_stage_iterations: int = Field(50, ge=0, description="the paper's warm-up: the low stage alone")
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+
+    # Ours, not the paper's (see docs/training.md).
+    rollout: Literal["fresh", "pipelined"] = Field("fresh", description="pipelined: every step in every batch")
+    shared_score_sample: bool = Field(False, description="both updates use the same tau and noise: one pass fewer")
+    warm_start_iterations: int = Field(0, ge=0, description="first regress the guided teacher on the student's states")
+    warm_start_fake_iterations: int = Field(50, ge=0, description="the last of these also train the fake score")
+    warm_start_rate: float | None = Field(None, gt=0, description="generator's rate there; generator_rate by default")
+
+    # Machine.
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    lora_rank: int = Field(0, ge=0, description="0 trains all weights")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    export_weights: Literal["ema", "student"] = "ema"
+
+    # Records.
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    sheet_every: int = Field(500, ge=0, description="0 draws none")
+    sheet_prompts: tuple[str, ...] = ()
+
+    changeable: ClassVar[frozenset[str]] = CHANGEABLE
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**METHOD_DEFAULTS.get(str(values.get("method", "rmd")), {}), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DistillSettings:
+        if self.warm_start_fake_iterations > self.warm_start_iterations > 0:
+            raise ValueError(
+                f"warm_start_fake_iterations ({self.warm_start_fake_iterations}) are part of warm_start_iterations "
+                f"({self.warm_start_iterations}) and cannot be more"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and file (given at construction) win over the environment."""
+        return init_settings, env_settings
+
+    @classmethod
+    def read(cls, file: Path | None = None, flags: Mapping[str, Any] | None = None) -> DistillSettings:
+        """Settings from a YAML file, overridden by flags; the environment fills what neither says.
+
+        Raises:
+            ValueError: an unknown setting or an impossible value; the message names it.
+        """
+        values: dict[str, Any] = {}
+        if file is not None:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            if not isinstance(loaded, dict):
+                raise ValueError(f"{file} must hold a mapping of settings")
+            values.update(loaded)
+        values.update({key: value for key, value in (flags or {}).items() if value is not None})
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError(_one_line(error)) from None
+
+    def to_record(self) -> dict[str, Any]:
+        """A JSON-ready dictionary of every setting."""
+        return self.model_dump(mode="json")
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["guidance_scale=5", "betas=[0, 0.95]"]` as values, read as YAML.
+
+    Raises:
+        ValueError: an entry is not `name=value`.
+    """
+    values: dict[str, Any] = {}
+    for entry in assignments:
+        name, sign, text = entry.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--set {entry!r} is not name=value")
+        # YAML reads 1e-4 as text; numbers win.
+        try:
+            values[name] = float(text) if "e" in text.lower() and "," not in text else yaml.safe_load(text)
+        except ValueError:
+            values[name] = yaml.safe_load(text)
+    return values
+
+
+def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ, leaving out those of `HOUSEKEEPING`."""
+    names = sorted((set(stored) | set(current)) - HOUSEKEEPING)
+    return [name for name in names if stored.get(name) != current.get(name)]
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    return f"setting {name!r}: {first['msg']}" if name else str(first["msg"])

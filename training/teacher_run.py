@@ -1,0 +1,151 @@
+"""One run of the embedded teacher from the picture cache to an exported checkpoint; every part is skipped when done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmd.backbones.autoencoder import EmbeddedAutoencoder
+from rmd.backbones.embedded import EmbeddedBackbone
+from training.autoencoder import AutoencoderConfig, train_autoencoder
+from training.data.dataset import PictureSet
+from training.export import TEACHER_FOLDER, export_shared, export_teacher, find_text_encoder, load_text_encoder
+from training.files import write_json
+from training.latents import TeacherData, encode_training_set
+from training.sheets import draw_teacher, sheet_prompts, write_sheet
+from training.teacher import TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer
+
+Log = Callable[[str], None]
+
+
+class TeacherRun:
+    """The parts of a run folder: ``autoencoder/``, ``data/`` (encoded set), ``state.safetensors``, ``log.jsonl``,
+    ``export/`` (the two checkpoint folders as of the last save) and ``sheets/``.
+
+    Args:
+        data: the picture cache.
+        run: the run's folder.
+        models: where the finished model goes.
+        text_encoder: MiniLM's folder; the installed package's when None.
+        threads: CPU threads for torch.
+        sheets: whether to draw a contact sheet at every save.
+        log: takes one line at a time.
+        transformer_config: the teacher's configuration.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        run: Path,
+        models: Path,
+        *,
+        text_encoder: Path | None = None,
+        threads: int | None = None,
+        sheets: bool = True,
+        log: Log = print,
+        transformer_config: dict[str, Any] = TRANSFORMER_CONFIG,
+    ) -> None:
+        self.run, self.models, self.sheets, self.log = run, models, sheets, log
+        self.transformer_config = transformer_config
+        self.pictures = PictureSet.load(data)
+        self.text_encoder = text_encoder or find_text_encoder()
+        self.trainer: TeacherTrainer | None = None
+        if threads:
+            torch.set_num_threads(threads)
+
+    @property
+    def autoencoder_folder(self) -> Path:
+        """The trained autoencoder."""
+        return self.run / "autoencoder" / "model"
+
+    def prepare(self, *, autoencoder_minutes: float, seed: int = 0) -> None:
+        """Trains the autoencoder and encodes the training set, unless the run has them."""
+        if not (self.autoencoder_folder / "config.json").is_file():
+            self.log(f"no autoencoder in {self.autoencoder_folder}: training one for {autoencoder_minutes:g} minutes")
+            config = AutoencoderConfig(minutes=autoencoder_minutes, seed=seed)
+            train_autoencoder(self.pictures, self.run / "autoencoder", config, log=self.log)
+        autoencoder, tokenizer, text_encoder = self._frozen()
+        export_shared(self.run / "export", autoencoder, tokenizer, text_encoder)
+        if (self.run / "data" / "captions.json").is_file():
+            return
+        self.log("encoding the training set")
+        rows = self.pictures.indices("train")
+        encode_training_set(
+            [self.pictures.records[i] for i in rows],
+            torch.from_numpy(self.pictures.rgba[rows]),
+            autoencoder.to(memory_format=torch.channels_last),
+            tokenizer,
+            text_encoder,
+            seed=seed,
+        ).save(self.run / "data")
+
+    def train(self, **settings: Any) -> TeacherTrainer:
+        """Trains until the budget is spent or the process is asked to stop.
+
+        Args:
+            settings: fields of :class:`TeacherSettings`.
+        """
+        self.trainer = TeacherTrainer(
+            TeacherSettings(**settings),
+            TeacherData.load(self.run / "data"),
+            self.run,
+            self.transformer_config,
+            on_save=self._on_save,
+        )
+        if self.trainer.resume():
+            self.log(f"resuming at step {self.trainer.step}, {self.trainer.seconds / 60:.1f} minutes spent")
+        with (self.run / "log.jsonl").open("a") as file:
+
+            def log(entry: dict[str, float]) -> None:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                self.log("  ".join(f"{name} {value:g}" for name, value in entry.items()))
+
+            self.trainer.train(log)
+        return self.trainer
+
+    def export(self) -> Path:
+        """Writes the averaged teacher and the shared components under ``models``; returns the teacher's folder.
+
+        Raises:
+            ValueError: called before :meth:`train`.
+        """
+        if self.trainer is None:
+            raise ValueError("there is no teacher to export: train first")
+        export_shared(self.models, *self._frozen())
+        return export_teacher(self.models, self.trainer.ema_model(), self.record(self.trainer))
+
+    def record(self, trainer: TeacherTrainer) -> dict[str, Any]:
+        """How the teacher was trained, for ``cascade.json``."""
+        metrics = self.run / "autoencoder" / "metrics.json"
+        return {
+            "settings": trainer.settings.model_dump(),
+            "step": trainer.step,
+            "samples": trainer.samples,
+            "minutes": round(trainer.seconds / 60, 2),
+            "autoencoder": json.loads(metrics.read_text()) if metrics.is_file() else None,
+            "pictures": self.pictures.meta,
+        }
+
+    def _frozen(self) -> tuple[Any, Any, Any]:
+        autoencoder = EmbeddedAutoencoder.from_pretrained(str(self.autoencoder_folder), use_safetensors=True).eval()
+        tokenizer, text_encoder = load_text_encoder(self.text_encoder)
+        return autoencoder, tokenizer, text_encoder
+
+    def _on_save(self, trainer: TeacherTrainer) -> None:
+        export_teacher(self.run / "export", trainer.ema_model(), self.record(trainer))
+        if self.sheets:
+            self.draw_sheet(trainer.step)
+
+    def draw_sheet(self, step: int) -> Path:
+        """Draws ``sheets/step-<step>.png`` from the folder that was exported last."""
+        backbone = EmbeddedBackbone.load(self.run / "export" / TEACHER_FOLDER)
+        prompts = sheet_prompts(self.pictures)
+        path = self.run / "sheets" / f"step-{step:06d}.png"
+        write_sheet(path, self.pictures, prompts, draw_teacher(backbone, [p.text for p in prompts]))
+        write_json(path.with_suffix(".json"), [{"split": p.split, "caption": p.text} for p in prompts])
+        return path
