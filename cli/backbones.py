@@ -25,7 +25,7 @@ def list_backbones(json: Annotated[bool, typer.Option("--json", help="Print JSON
     """
     from rmd.backbones.registry import BACKBONES
 
-    rows = [describe(backbone) for name in BACKBONES if (backbone := _full_size(name)) is not None]
+    rows = [describe(_full_size(name)) for name in BACKBONES]
     if json:
         import json as json_module
 
@@ -81,14 +81,10 @@ def describe(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _full_size(name: str) -> Backbone | None:
+def _full_size(name: str) -> Backbone:
     import torch
 
-    from rmd.backbones.configs import PUBLISHED, published_config
+    from rmd.backbones.configs import published_config
     from rmd.backbones.registry import get_backbone
 
-    cls = get_backbone(name)
-    if name in PUBLISHED:
-        return cls.from_config(published_config(name, text=False), torch.bfloat16, "meta")
-    defaults = getattr(cls, "default_config", None)
-    return None if defaults is None else cls.from_config(defaults(), torch.bfloat16, "meta")
+    return get_backbone(name).from_config(published_config(name, text=False), torch.bfloat16, "meta")

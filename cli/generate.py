@@ -42,7 +42,7 @@ def command(
         raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
     if engines is not None and TEACHER in names:
         raise ValueError("the teacher has no engines: leave --engines out to draw with it")
-    runs = [_open(checkpoint, name, engines, backend, device, dtype) for name in names]
+    runs = _open(checkpoint, names, engines, backend, device, dtype)
     headings = [label for label, _, _ in runs]
     single = sheet or (len(texts) == 1 and len(runs) == 1)
     video = runs[0][1].media == "video" and not sheet
@@ -52,8 +52,9 @@ def command(
     for _, backbone, cascade in runs:
         for first in range(0, len(texts), batch):
             part = texts[first : first + batch]
-            for offset, item in enumerate(_draw(backbone, cascade, part, range(seed + first, seed + first + len(part)))):
-                rows[first + offset].append(item)
+            seeds = range(seed + first, seed + first + len(part))
+            for row, item in zip(rows[first : first + batch], _draw(backbone, cascade, part, seeds), strict=True):
+                row.append(item)
     for path in _write(rows, texts, headings, runs[0][1], out, sheet=sheet, single=single, video=video):
         typer.echo(str(path))
 
@@ -81,33 +82,39 @@ def _check_out(out: Path, single: bool, suffix: str) -> None:
 
 
 def _open(
-    checkpoint: Path, schedule: str, engines: Path | None, backend: str, device: str, dtype: str
-) -> tuple[str, Backbone, Cascade]:
-    """The heading, backbone and cascade of one schedule."""
+    path: Path, names: Sequence[str], engines: Path | None, backend: str, device: str, dtype: str
+) -> list[tuple[str, Backbone, Cascade]]:
+    """Heading, backbone and cascade of each schedule; the students' schedules share one backbone."""
     import torch
 
-    from rmd.backbones.registry import get_backbone, load_checkpoint
+    from rmd.backbones.registry import get_backbone
     from rmd.checkpoint import CheckpointFolder
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:
         raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(dtypes)}")
-    if schedule == TEACHER:
-        folder = CheckpointFolder.read(checkpoint)
-        if folder.teacher_path is None or not folder.teacher_path.is_dir():
-            raise ValueError(f"{checkpoint} names no teacher that is at hand (cascade.json, teacher.folder)")
-        teacher = get_backbone(folder.backbone_name).load(folder.teacher_path, dtype=dtypes[dtype], device=device)
-        return TEACHER, teacher, _teacher_cascade(folder, teacher)
-    with_engines = engines is not None and backend != "eager"
-    backbone, folder = load_checkpoint(checkpoint, dtype=dtypes[dtype], device=device, weights=not with_engines)
-    name = schedule or folder.default
-    if name not in folder.cascades:
-        raise ValueError(f"--schedule {name!r} is not in {checkpoint}: {', '.join([*folder.cascades, TEACHER])}")
-    if with_engines:
-        from engines.runner import EngineExecutor
+    folder = CheckpointFolder.read(path)
+    names = [name or folder.default for name in names]
+    for name in names:
+        if name not in folder.cascades and name != TEACHER:
+            raise ValueError(f"--schedule {name!r} is not in {path}: {', '.join([*folder.cascades, TEACHER])}")
+    backbone_class = get_backbone(folder.backbone_name)
+    runs: dict[str, tuple[str, Backbone, Cascade]] = {}
+    if TEACHER in names:
+        teacher_path = folder.teacher_path
+        if teacher_path is None or not teacher_path.is_dir():
+            raise ValueError(f"{path} names no teacher that is at hand (cascade.json, teacher.folder)")
+        teacher = backbone_class.load(teacher_path, dtype=dtypes[dtype], device=device)
+        runs[TEACHER] = TEACHER, teacher, _teacher_cascade(folder, teacher)
+    if students := [name for name in names if name != TEACHER]:
+        compiled = engines is not None and backend != "eager"
+        student = backbone_class.load(path, dtype=dtypes[dtype], device=device, weights=not compiled)
+        if compiled:
+            from engines.runner import EngineExecutor
 
-        backbone.executor = EngineExecutor.open(checkpoint=checkpoint, store=engines, backend=backend, device=device)
-    return name, backbone, folder.cascades[name]
+            student.executor = EngineExecutor.open(checkpoint=path, store=engines, backend=backend, device=device)
+        runs.update({name: (name, student, folder.cascades[name]) for name in students})
+    return [runs[name] for name in names]
 
 
 def _teacher_cascade(folder: CheckpointFolder, backbone: Backbone) -> Cascade:

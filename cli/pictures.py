@@ -47,7 +47,9 @@ def write_mp4(film: Tensor, path: Path, frames_per_second: int) -> None:
     _replace(path, encode)
 
 
-def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], headings: Sequence[str]) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], headings: Sequence[str]
+) -> Image.Image:
     """One picture of all: a row a prompt with its caption above it, a column a schedule with its heading."""
     width, height = rows[0][0].size
     gap = 4

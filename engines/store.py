@@ -199,6 +199,10 @@ class EngineStore:
                     continue  # someone builds it right now
         return removed
 
+    def has(self, key: str) -> bool:
+        """Whether ``key`` is built and its files have their lengths."""
+        return self._sound(key) is not None
+
     def _sound(self, key: str) -> Manifest | None:
         """The manifest of ``key`` if it and the lengths of its files are right; a broken one is built again."""
         try:

@@ -29,6 +29,7 @@ log = logging.getLogger("rmd.server")
 Report = Callable[[Progress], None]
 
 _REPEATS = 3
+_PATIENCE_SECONDS = 1.0
 
 
 def load_model(settings: ServerSettings, report: Report) -> ServedModel:
@@ -164,9 +165,9 @@ def _denoiser_work(backbone: Backbone, size: Size, rows: int) -> Callable[[], ob
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Return the least of a few timings: noise on a shared machine only ever adds."""
+    """Return the least of a few timings: noise on a shared machine only ever adds. Slow work is timed less often."""
     seconds: list[float] = []
-    for _ in range(_REPEATS):
+    while len(seconds) < _REPEATS and sum(seconds) < _PATIENCE_SECONDS:
         started = time.perf_counter()
         work()
         if device.type == "cuda":

@@ -47,6 +47,13 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
+class _QuietProbes(logging.Filter):
+    """Leaves probes and scrapes out of the access log: they come every few seconds and say nothing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(part in record.getMessage() for part in ('"GET /health/', '"GET /metrics'))
+
+
 def make_server(service: Service) -> DrainingServer:
     """Return a server for ``service.settings.host`` and ``port``."""
     settings = service.settings
@@ -59,6 +66,7 @@ def make_server(service: Service) -> DrainingServer:
         timeout_graceful_shutdown=_LAST_REPLIES_SECONDS,
         server_header=False,
     )
+    logging.getLogger("uvicorn.access").addFilter(_QuietProbes())
     return DrainingServer(config, service)
 
 

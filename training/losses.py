@@ -73,9 +73,7 @@ def snr_weight(schedule: NoiseSchedule, t: Tensor, scale: float | Tensor = 1.0) 
         t: (B,) times on the teacher's axis.
         scale: `R / r`, one number or (B,).
     """
-    return (torch.exp(schedule.log_snr(t)) / torch.as_tensor(scale, dtype=torch.float64) ** 2).clamp(
-        max=MAX_SNR_WEIGHT
-    )
+    return (torch.exp(schedule.log_snr(t)) / torch.as_tensor(scale, dtype=torch.float64) ** 2).clamp(max=MAX_SNR_WEIGHT)
 
 
 def mean_snr_weight(schedule: NoiseSchedule, low: float, high: float, scale: float = 1.0, points: int = 512) -> float:

@@ -91,7 +91,9 @@ class MasterAdamW:
             raise ValueError(f"the saved weights do not fit this network: {len(odd)} names differ, such as {odd[0]!r}")
         for name, master in zip(self.names, self.masters, strict=True):
             if state[name].shape != master.shape:
-                raise ValueError(f"saved weight {name!r} has shape {tuple(state[name].shape)}, not {tuple(master.shape)}")
+                raise ValueError(
+                    f"saved weight {name!r} has shape {tuple(state[name].shape)}, not {tuple(master.shape)}"
+                )
             master.copy_(state[name])
         self._publish()
 

@@ -1,68 +1,76 @@
-"""Contact sheets while training: fixed captions of all three splits, each sample beside the real picture."""
+"""Sample sheets: the same prompts and seeds by several models, one row each."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone
-from rmd.cascade import teacher_cascade
+from rmd.backbones.base import Backbone, EagerExecutor
+from rmd.cascade import Cascade
 from rmd.sampler import sample
-from training.data.dataset import PictureSet, caption
-from training.data.split import unit_hash
+from rmd.size import Size
+from rmd.timesteps import uniform_teacher_timesteps
 
-CAPTION_HEIGHT = 14
-
-
-@dataclass(frozen=True)
-class SheetPrompt:
-    """A caption and the position of the picture that it describes."""
-
-    index: int
-    text: str
-    split: str
+_MARGIN, _LABEL_HEIGHT, _LABEL_WIDTH = 4, 26, 60
 
 
-def sheet_prompts(pictures: PictureSet, per_split: int = 8) -> list[SheetPrompt]:
-    """The same captions on every machine: each split's pictures in the order of a hash of code and style."""
-    chosen: list[SheetPrompt] = []
-    for split in ("train", "unseen_pair", "unseen_concept"):
-        ranked = sorted(
-            pictures.indices(split),
-            key=lambda i: unit_hash(f"sheet:{pictures.records[i].hexcode}:{pictures.records[i].style}"),
-        )
-        chosen += [SheetPrompt(i, caption(pictures.records[i]), split) for i in ranked[:per_split]]
-    return chosen
+def teacher_sampling(backbone: Backbone, full_size: Size, steps: int, guidance_scale: float) -> Cascade:
+    """The teacher's own sampling at the full side of a cascade."""
+    timesteps = uniform_teacher_timesteps(steps, backbone.flow_shift)
+    return Cascade.from_steps(
+        f"{backbone.name}-teacher",
+        timesteps,
+        [full_size] * steps,
+        flow_shift=backbone.flow_shift,
+        guidance_scale=guidance_scale,
+    )
 
 
-def draw_teacher(backbone: Backbone, prompts: Sequence[str], steps: int = 30, seed: int = 0) -> torch.Tensor:
-    """(B, 3, H, W) float32 in [0, 1]: the guided teacher at its full size, seeds ``seed`` ... ``seed + B - 1``."""
-    cascade = teacher_cascade(backbone, steps)
+def with_denoiser(backbone: Backbone, denoiser: nn.Module) -> Backbone:
+    """The same backbone with another denoiser behind its executor."""
+    other = copy.copy(backbone)
+    other.executor = EagerExecutor({**backbone.component_modules(), "denoiser": denoiser})
+    return other
+
+
+@torch.no_grad()
+def draw_pictures(backbone: Backbone, cascade: Cascade, prompts: Sequence[str], seed: int = 0) -> Tensor:
+    """One picture a prompt: (N, 3, H, W) uint8; of a film, its middle frame."""
     conditioning = backbone.encode_prompts(prompts)
-    uncond = backbone.encode_unconditional(len(prompts))
-    latents = sample(backbone, cascade, conditioning, range(seed, seed + len(prompts)), uncond)
-    return backbone.decode(latents, cascade.full_size)
+    uncond = backbone.encode_unconditional(len(prompts)) if cascade.guidance_scale != 1.0 else None
+    latents = sample(backbone, cascade, conditioning, [seed + i for i in range(len(prompts))], uncond)
+    pixels = backbone.decode(latents, cascade.full_size)
+    if pixels.ndim == 5:
+        pixels = pixels[:, :, pixels.shape[2] // 2]
+    return (pixels * 255).round().to(torch.uint8).cpu()
 
 
-def write_sheet(
-    path: Path, pictures: PictureSet, prompts: Sequence[SheetPrompt], samples: torch.Tensor, columns: int = 4
-) -> None:
-    """Writes a PNG atomically: a cell a prompt, the sample on the left, the real picture on the right."""
-    size = samples.shape[-1]
-    rows = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (columns * 2 * size, rows * (size + CAPTION_HEIGHT)), "white")
-    pen = ImageDraw.Draw(sheet)
-    pixels = (samples.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for n, prompt in enumerate(prompts):
-        x, y = n % columns * 2 * size, n // columns * (size + CAPTION_HEIGHT)
-        sheet.paste(Image.fromarray(pixels[n]), (x, y))
-        sheet.paste(Image.fromarray(pictures.composite(prompt.index, size=size)), (x + size, y))
-        pen.text((x + 2, y + size + 1), f"[{prompt.split}] {prompt.text}"[: 2 * size // 6], fill="black")
+def write_sheet(rows: Mapping[str, Tensor], prompts: Sequence[str], path: Path) -> None:
+    """Write a PNG atomically: a labelled row of pictures for each model, the prompts above.
+
+    Args:
+        rows: row label -> (N, 3, H, W) uint8.
+        prompts: N captions.
+    """
+    height, width = next(iter(rows.values())).shape[-2:]
+    cell_h, cell_w = height + _MARGIN, width + _MARGIN
+    sheet = Image.new("RGB", (_LABEL_WIDTH + cell_w * len(prompts), _LABEL_HEIGHT + cell_h * len(rows)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for column, prompt in enumerate(prompts):
+        words = prompt if len(prompt) <= width // 6 else prompt[: max(width // 6 - 1, 1)] + "."
+        canvas.text((_LABEL_WIDTH + column * cell_w, 6), words, fill="black")
+    for line, (label, pictures) in enumerate(rows.items()):
+        top = _LABEL_HEIGHT + line * cell_h
+        canvas.text((2, top + height // 2), label, fill="black")
+        for column, picture in enumerate(pictures):
+            image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            sheet.paste(image, (_LABEL_WIDTH + column * cell_w, top))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
     sheet.save(scratch, format="PNG")

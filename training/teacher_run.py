@@ -13,11 +13,11 @@ from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from rmd.backbones.embedded import EmbeddedBackbone
 from training.autoencoder import AutoencoderConfig, train_autoencoder
 from training.data.dataset import PictureSet
-from training.export import TEACHER_FOLDER, export_shared, export_teacher, find_text_encoder, load_text_encoder
 from training.files import write_json
 from training.latents import TeacherData, encode_training_set
-from training.sheets import draw_teacher, sheet_prompts, write_sheet
 from training.teacher import TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer
+from training.teacher_export import TEACHER_FOLDER, export_shared, export_teacher, find_text_encoder, load_text_encoder
+from training.teacher_sheets import draw_teacher, sheet_prompts, write_teacher_sheet
 
 Log = Callable[[str], None]
 
@@ -146,6 +146,6 @@ class TeacherRun:
         backbone = EmbeddedBackbone.load(self.run / "export" / TEACHER_FOLDER)
         prompts = sheet_prompts(self.pictures)
         path = self.run / "sheets" / f"step-{step:06d}.png"
-        write_sheet(path, self.pictures, prompts, draw_teacher(backbone, [p.text for p in prompts]))
+        write_teacher_sheet(path, self.pictures, prompts, draw_teacher(backbone, [p.text for p in prompts]))
         write_json(path.with_suffix(".json"), [{"split": p.split, "caption": p.text} for p in prompts])
         return path

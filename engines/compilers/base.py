@@ -187,7 +187,7 @@ class Compiler(ABC):
             target=request.target,
             versions={name: package_version(name) for name in self.packages},
             settings=self.settings(request),
-            weights=request.weights if mode == "embedded" else None,
+            weights=request.weights if mode in ("embedded", "refittable") else None,
         )
 
     @abstractmethod
@@ -215,7 +215,8 @@ class Compiler(ABC):
 
 
 def example_tensors(spec: EngineSpec, device: torch.device | str) -> dict[str, Tensor]:
-    """Inputs of a spec's shapes: small normal noise for floating ones, ones for integers, 500 for timesteps."""
+    """Inputs of a spec's shapes: normal noise for floating ones, 500 for timesteps, text whose second half is padding
+    for masks, small numbers for token ids."""
     generator = torch.Generator().manual_seed(0)
     made = {}
     for item in spec.inputs:
@@ -224,8 +225,11 @@ def example_tensors(spec: EngineSpec, device: torch.device | str) -> dict[str, T
             value = torch.full(item.shape, 500.0)
         elif dtype.is_floating_point:
             value = torch.randn(item.shape, generator=generator)
-        else:
+        elif "mask" in item.name:
             value = torch.ones(item.shape)
+            value[..., (item.shape[-1] + 1) // 2 :] = 0
+        else:
+            value = torch.randint(1, 50, item.shape, generator=generator)
         made[item.name] = value.to(device, dtype)
     return made
 

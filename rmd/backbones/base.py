@@ -173,7 +173,9 @@ class Backbone(ABC):
     def validate_size(self, size: Size) -> None:
         """Raises :class:`BackboneError` when the backbone cannot do ``size``."""
         if size.width < self.size_multiple or size.height < self.size_multiple:
-            raise BackboneError(f"size {size} is too small for {self.name}: at least {self.size_multiple} pixels a side")
+            raise BackboneError(
+                f"size {size} is too small for {self.name}: at least {self.size_multiple} pixels a side"
+            )
         if size.width % self.size_multiple or size.height % self.size_multiple:
             raise BackboneError(
                 f"size {size} does not fit {self.name}: width and height must be multiples of {self.size_multiple}"
@@ -211,7 +213,12 @@ class Backbone(ABC):
         return (t.double() * 1000.0).float()
 
     def denoiser_inputs(
-        self, latents: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], size: Size, dtype: torch.dtype | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Mapping[str, Tensor],
+        size: Size,
+        dtype: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
         """The named inputs of the ``denoiser`` component; floating conditions and latents in ``dtype``."""
         dtype = dtype or self.dtype
@@ -226,7 +233,12 @@ class Backbone(ABC):
         return inputs
 
     def predict_output(
-        self, latents: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], size: Size, denoiser: nn.Module | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Mapping[str, Tensor],
+        size: Size,
+        denoiser: nn.Module | None = None,
     ) -> Tensor:
         """The denoiser's own prediction (noise or velocity) as float32, shape of ``latents``.
 
@@ -242,7 +254,12 @@ class Backbone(ABC):
         return output.float()
 
     def predict_x0(
-        self, latents: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], size: Size, denoiser: nn.Module | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Mapping[str, Tensor],
+        size: Size,
+        denoiser: nn.Module | None = None,
     ) -> Tensor:
         """The prediction of the clean latent.
 

@@ -85,11 +85,11 @@ class DiffusersBackbone(Backbone):
         source = DiffusersFolder.open(folder)
         present = [name for name in cls.components if name not in cls.optional or source.has(name)]
         source.require(*present, "scheduler")
-        targets = {name: cls.components[name] for name in present}
-        raw = {
-            name: source.load(name, target, cls.component_dtype(name, source.config(name), dtype), _device(device), weights)
-            for name, target in targets.items()
-        }
+        place = torch.device(device)
+        raw: dict[str, Any] = {}
+        for name in present:
+            wanted_dtype = cls.component_dtype(name, source.config(name), dtype)
+            raw[name] = source.load(name, cls.components[name], wanted_dtype, place, weights)
         wanted = [name for name in cls.tokenizers if name.replace("tokenizer", "text_encoder") in present]
         source.require(*wanted)
         configs = {name: source.config(name) for name in [*present, "scheduler"]}
@@ -115,7 +115,7 @@ class DiffusersBackbone(Backbone):
             if name not in config:
                 raise BackboneError(f"{cls.name}: the configuration lacks {name!r}")
         raw = {
-            name: build_random(target, config[name], cls.component_dtype(name, config[name], dtype), _device(device))
+            name: build_random(target, config[name], cls.component_dtype(name, config[name], dtype), torch.device(device))
             for name, target in cls.components.items()
             if name in config
         }
@@ -206,7 +206,3 @@ class DiffusersBackbone(Backbone):
             return_tensors="pt",
         )
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
-
-
-def _device(device: torch.device | str) -> torch.device:
-    return torch.device(device)

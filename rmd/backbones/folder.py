@@ -59,7 +59,9 @@ class DiffusersFolder:
         """Raises :class:`BackboneError` naming the first of ``components`` that is absent."""
         for component in components:
             if not self.has(component) or not (self.path / component).is_dir():
-                raise BackboneError(f"{self.path} lacks the component {component!r} (folder and model_index.json entry)")
+                raise BackboneError(
+                    f"{self.path} lacks the component {component!r} (folder and model_index.json entry)"
+                )
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's ``config.json`` (``scheduler_config.json`` for schedulers)."""
@@ -116,7 +118,7 @@ class DiffusersFolder:
             pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES)
             if pickles:
                 raise BackboneError(
-                    f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert them to safetensors"
+                    f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
                 )
             raise BackboneError(f"{self.path}: the component {component!r} has no *.safetensors weights")
         stems = {_variant_of(name) for name in files}

@@ -47,7 +47,9 @@ class PixArtBackbone(DiffusersBackbone):
 
     def text_widths(self) -> dict[str, tuple[int, ...]]:
         """See :meth:`DiffusersBackbone.text_widths`."""
-        return {"encoder_hidden_states": (self.tokenizers["tokenizer"], self.configs["transformer"]["caption_channels"])}
+        return {
+            "encoder_hidden_states": (self.tokenizers["tokenizer"], self.configs["transformer"]["caption_channels"])
+        }
 
     def random_conditioning(self, batch: int) -> Conditioning:
         """Random text, and a mask that shows all of it."""

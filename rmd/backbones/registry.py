@@ -77,7 +77,5 @@ def load_checkpoint(
     from rmd.checkpoint import CheckpointFolder
 
     checkpoint = CheckpointFolder.read(Path(folder))
-    backbone = get_backbone(checkpoint.backbone_name).load(
-        Path(folder), dtype=dtype, device=device, weights=weights
-    )
+    backbone = get_backbone(checkpoint.backbone_name).load(Path(folder), dtype=dtype, device=device, weights=weights)
     return backbone, checkpoint

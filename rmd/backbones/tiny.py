@@ -7,21 +7,21 @@ megabyte, so that loading, every stage, decoding, engines and the server can be 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rmd.backbones.base import BackboneError
-from rmd.backbones.configs import PUBLISHED, published_config
+from rmd.backbones.configs import CONFIGURED, published_config
 from rmd.backbones.random_weights import resolve
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.presets import PROFILES
 from rmd.size import Size
 
-TINY_BACKBONES = PUBLISHED
+TINY_BACKBONES = CONFIGURED
 
 _CLIP = {
     "hidden_size": 32,
@@ -99,6 +99,24 @@ _WAN: dict[str, dict[str, Any]] = {
     "vae": {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     "text_encoder": _T5,
 }
+_OVERRIDES["embedded"] = {
+    "transformer": {
+        "attention_head_dim": 16,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 32,
+        "num_attention_heads": 2,
+        "num_layers": 2,
+        "pooled_projection_dim": 32,
+    },
+    "vae": {"blocks": [1, 1], "widths": [16, 16]},
+    "text_encoder": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 192,
+    },
+}
 _OVERRIDES["wan-1.3b"] = _OVERRIDES["wan-14b"] = _WAN
 
 
@@ -129,7 +147,10 @@ def tiny_cascades(name: str) -> dict[str, Cascade]:
     low, full = tiny_sizes(name)
     split = profile.default_split
     steps = sum(int(part) for part in split.split("+"))
-    options = {"flow_shift": profile.flow_shift, "transition_noise_intensity": profile.transition_noise_intensity}
+    options: dict[str, Any] = {
+        "flow_shift": profile.flow_shift,
+        "transition_noise_intensity": profile.transition_noise_intensity,
+    }
     timesteps = profile.teacher_timesteps(steps)
     two = Cascade.from_thresholds(
         f"{name}-tiny", profile.noise_schedule(), (low, full), timesteps, profile.thresholds[split], **options
@@ -166,7 +187,7 @@ def write_tiny_folder(name: str, folder: Path | str, *, seed: int = 0, dtype: to
             network.save_pretrained(folder / component, safe_serialization=True)
     for component, (_, class_name) in ((k, v) for k, v in config["model_index"].items() if isinstance(v, list)):
         if component.startswith("tokenizer"):
-            (_clip_tokenizer if class_name.startswith("CLIP") else _t5_tokenizer)(folder / component)
+            _TOKENIZERS[class_name.removesuffix("Fast")](folder / component)
     _write_json(folder / "scheduler" / "scheduler_config.json", config["scheduler"])
     _write_json(folder / "model_index.json", config["model_index"])
     profile = PROFILES[cls.profile]  # type: ignore[attr-defined]
@@ -207,6 +228,23 @@ def _t5_tokenizer(folder: Path) -> None:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     vocabulary = [*special, *((chr(code), -3.0) for code in range(33, 127))]
     T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512).save_pretrained(folder)
+
+
+def _bert_tokenizer(folder: Path) -> None:
+    """A lower-casing word-piece tokenizer that knows the printable ASCII characters."""
+    from transformers import BertTokenizerFast
+
+    characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=512).save_pretrained(folder)
+
+
+_TOKENIZERS: dict[str, Callable[[Path], None]] = {
+    "CLIPTokenizer": _clip_tokenizer,
+    "T5Tokenizer": _t5_tokenizer,
+    "BertTokenizer": _bert_tokenizer,
+}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

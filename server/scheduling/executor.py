@@ -163,9 +163,18 @@ class DeviceExecutor:
         return None
 
     def _run(self, runner: StageRunner, model: ServedModel, station: Station, entries: list[Entry]) -> None:
-        """Run one batch. Where it raises, every entry is tried alone, and only the guilty fail."""
+        """Run one batch. Where it raises, every entry is tried alone, and only the guilty fail.
+
+        Raises:
+            torch.AcceleratorError: the device itself is broken (a sticky CUDA error): no later batch can succeed, so
+                the thread ends and /health/live asks for a restart.
+        """
         try:
             done = self._work(runner, model, station.key, entries)
+        except torch.AcceleratorError as error:
+            for entry in entries:
+                self._fail(entry, error)
+            raise
         except Exception as error:
             if len(entries) == 1:
                 self._fail(entries[0], error)

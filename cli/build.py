@@ -1,0 +1,82 @@
+"""``rmd build``: compile a checkpoint's engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def parse_buckets(text: str | None) -> tuple[int, ...] | None:
+    """Batch sizes from "1,2,4,8"; None stays None.
+
+    Raises:
+        ValueError: something else, or a number below 1.
+    """
+    if text is None:
+        return None
+    try:
+        buckets = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--buckets {text!r}: give batch sizes separated by commas, such as 1,2,4,8") from None
+    if min(buckets) < 1:
+        raise ValueError(f"--buckets {text!r}: every batch size must be at least 1")
+    return buckets
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder.")],
+    engines: Annotated[Path, typer.Option(help="The folder of built engines.")] = Path("engines-cache"),
+    backend: Annotated[
+        str, typer.Option(help="auto, inductor, eager, tensorrt or tensorrt_rtx.")
+    ] = "auto",
+    buckets: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,2,4,8 (default 1,2,4,8,16).")] = None,
+    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    workers: Annotated[int | None, typer.Option(help="Compilers at once (default: as many as fit).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that the CPU engines will run on.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="List the engines and the memory they need, build none.")] = False,
+) -> None:
+    """Compile one engine per component, size and batch bucket. What is built already is kept: runs can be repeated.
+
+    The engines of all the checkpoint's schedules are built, and those that its teacher needs (the full size, two rows a
+    guided picture). Each is compared with eager execution and timed before it counts.
+    """
+    import torch
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from engines.build import BuildProgress, build_checkpoint, missing_engines, plan_checkpoint
+    from engines.store import EngineStore
+
+    sizes = parse_buckets(buckets)
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers}: must be at least 1")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    store = EngineStore(engines)
+    if plan_only:
+        plan = plan_checkpoint(checkpoint, backend, device, dtype, sizes)
+        missing = {engine.spec.key for engine in missing_engines(plan, store)}
+        for engine in plan.engines:
+            typer.echo(f"{engine.spec.key[:12]}  {'missing' if engine.spec.key in missing else 'built  '}  {engine.spec.title}")
+        typer.echo(plan.memory().describe())
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}")) as bar:
+        task = bar.add_task("building", total=None, left="")
+
+        def report(progress: BuildProgress) -> None:
+            left = "" if progress.remaining is None else f"about {progress.remaining:.0f} s left"
+            bar.update(task, completed=progress.done, total=progress.total, description=progress.current, left=left)
+
+        done = build_checkpoint(
+            checkpoint, store, backend, report,
+            device=device, dtype=dtype, buckets=sizes, workers=workers, announce=bar.console.print,
+        )  # fmt: skip
+    for manifest in sorted(done.built, key=lambda m: (m.spec.component, m.spec.size or "", m.spec.batch)):
+        milliseconds = 1000 * (manifest.latency_seconds or 0.0)
+        error = "" if manifest.relative_l2 is None else f"  L2 {manifest.relative_l2:.1e}"
+        note = f"  ({manifest.note})" if manifest.note else ""
+        typer.echo(f"{manifest.spec.title:<32} {milliseconds:9.2f} ms  built in {manifest.build_seconds:5.1f} s{error}{note}")
+    typer.echo(f"{len(done.built)} engines built, {done.reused} were there, {done.seconds:.0f} s ({done.backend}), in {engines}")

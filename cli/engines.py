@@ -1,0 +1,103 @@
+"""``rmd engines``: list, verify, prune and measure built engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+Engines = Annotated[Path, typer.Option(help="The folder of built engines.")]
+Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")]
+
+
+@app.command("list")
+def list_engines(engines: Engines = Path("engines-cache")) -> None:
+    """List the engines: key, what each is, bytes, error against eager, build and load seconds, latency."""
+    from engines.store import EngineStore
+
+    manifests = EngineStore(engines).list()
+    if not manifests:
+        typer.echo(f"no engines in {engines}; build some: rmd build --checkpoint FOLDER --engines {engines}")
+        return
+    typer.echo(f"{'key':<14}{'backend':<14}{'engine':<32}{'weights':<12}{'MiB':>8}{'L2':>10}{'build s':>9}{'load s':>8}{'ms':>10}")
+    for manifest in manifests:
+        error = "-" if manifest.relative_l2 is None else f"{manifest.relative_l2:.1e}"
+        latency = "-" if manifest.latency_seconds is None else f"{1000 * manifest.latency_seconds:.2f}"
+        typer.echo(
+            f"{manifest.key[:12]:<14}{manifest.spec.backend:<14}{manifest.spec.title:<32}{manifest.weights_mode:<12}"
+            f"{manifest.bytes / (1 << 20):>8.1f}{error:>10}{manifest.build_seconds:>9.1f}{manifest.load_seconds:>8.2f}{latency:>10}"
+        )
+    total = sum(manifest.bytes for manifest in manifests)
+    typer.echo(f"{len(manifests)} engines, {total / (1 << 20):.1f} MiB")
+
+
+@app.command()
+def verify(engines: Engines = Path("engines-cache"), device: Device = "cpu") -> None:
+    """Read every file and compare its sha256; tell which engines are damaged or not for this machine. Exit code 1 if any."""
+    from engines.store import EngineStore
+    from engines.target import this_machine
+
+    store = EngineStore(engines)
+    problems = store.verify(this_machine(device))
+    for problem in problems:
+        typer.echo(f"{problem.key[:12]}  {'broken ' if problem.broken else 'foreign'}  {problem.message}")
+    typer.echo(f"{len(store.keys()) - len(problems)} engines sound, {len(problems)} not")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    engines: Engines = Path("engines-cache"),
+    device: Device = "cpu",
+    broken: Annotated[bool, typer.Option("--broken", help="Remove damaged engines.")] = False,
+    foreign: Annotated[bool, typer.Option("--foreign", help="Remove engines of other machines or library versions.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove every engine.")] = False,
+    keys: Annotated[list[str] | None, typer.Option("--key", help="Remove the engine whose key begins so.")] = None,
+) -> None:
+    """Remove engines, and what builders that died left behind."""
+    from engines.store import EngineStore
+    from engines.target import this_machine
+
+    store = EngineStore(engines)
+    if not (broken or foreign or everything or keys):
+        raise ValueError("nothing to prune: give --broken, --foreign, --key KEY or --all")
+    chosen = set(store.keys()) if everything else set()
+    if broken or foreign:
+        chosen |= {p.key for p in store.verify(this_machine(device)) if (broken if p.broken else foreign)}
+    for prefix in keys or []:
+        matching = [key for key in store.keys() if key.startswith(prefix)]
+        if len(matching) != 1:
+            raise ValueError(f"--key {prefix!r} names {len(matching)} engines; see `rmd engines list`")
+        chosen |= set(matching)
+    removed = store.prune(sorted(chosen))
+    typer.echo(f"{len(removed)} engines removed from {engines}")
+
+
+@app.command()
+def measure(
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder whose engines to time.")],
+    engines: Engines = Path("engines-cache"),
+    backend: Annotated[str, typer.Option(help="Backend of the engines.")] = "auto",
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Dtype of the engines.")] = "bfloat16",
+    buckets: Annotated[str | None, typer.Option(help="Their batch sizes, if they are not the default ones.")] = None,
+) -> None:
+    """Time the built engines of a checkpoint again, on a machine that is quiet now, and record the latencies.
+
+    The server chooses its batch widths by them.
+    """
+    from cli.build import parse_buckets
+    from engines.build import measure as measure_built
+    from engines.build import plan_checkpoint
+    from engines.store import EngineStore
+
+    plan = plan_checkpoint(checkpoint, backend, device, dtype, parse_buckets(buckets))
+    measured = measure_built(plan, EngineStore(engines))
+    if not measured:
+        raise ValueError(f"none of the {len(plan.engines)} engines of {checkpoint} is in {engines}: {plan.command(engines)}")
+    for manifest in sorted(measured, key=lambda m: (m.spec.component, m.spec.size or "", m.spec.batch)):
+        typer.echo(f"{manifest.spec.title:<32} {1000 * (manifest.latency_seconds or 0.0):9.2f} ms")

@@ -1,0 +1,274 @@
+"""Builds the engines that a checkpoint lacks, in parallel where that helps, and measures each before it counts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from engines.compilers.base import Compiler, Engine, Stopwatch, example_tensors
+from engines.errors import EngineAccuracyError
+from engines.manifest import Manifest
+from engines.memory import MemoryPlan, weight_bytes
+from engines.planning import CheckpointPlan, EngineOptions, PlannedEngine, load_backbone
+from engines.spec import EngineSpec
+from engines.store import EngineStore
+from engines.weights import WeightBank
+
+log = logging.getLogger(__name__)
+
+# Relative L2 against eager that an engine may have, by dtype.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
+_MEASURE_SECONDS = 0.4
+_MEASURE_RUNS = (5, 50)
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """Where a build stands.
+
+    Attributes:
+        done: engines built so far.
+        total: engines to build.
+        current: what was finished last, or is under way.
+        elapsed: seconds so far.
+        remaining: estimated seconds left, None before the first engine is done.
+    """
+
+    done: int
+    total: int
+    current: str
+    elapsed: float
+    remaining: float | None
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        built: manifests of new engines, with their latencies.
+        reused: how many were there already.
+        seconds: wall-clock of all of it.
+        note: one sentence when another backend than the first choice was taken.
+    """
+
+    built: tuple[Manifest, ...]
+    reused: int
+    seconds: float
+    backend: str
+    memory: MemoryPlan
+    note: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+
+Report = Callable[[BuildProgress], None]
+
+
+def plan_checkpoint(
+    checkpoint: Path | str,
+    backend: str = "auto",
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    buckets: Sequence[int] | None = None,
+) -> CheckpointPlan:
+    """Every engine that the checkpoint's schedules need, the teacher's size included.
+
+    Raises:
+        BackendUnavailable: the named backend cannot build here.
+        EngineError: a wrong bucket or dtype.
+        FileNotFoundError, ValueError: the checkpoint cannot be used.
+    """
+    options, note = EngineOptions.resolve(backend, device, dtype, buckets)
+    if note:
+        log.warning(note)
+    return CheckpointPlan.read(checkpoint, options)
+
+
+def missing_engines(plan: CheckpointPlan, store: EngineStore) -> list[PlannedEngine]:
+    """The planned engines that the store lacks, or holds broken."""
+    return [engine for engine in plan.engines if not store.has(engine.spec.key)]
+
+
+def build_checkpoint(
+    checkpoint: Path | str,
+    store: EngineStore | Path | str,
+    backend: str = "auto",
+    progress: Report | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    buckets: Sequence[int] | None = None,
+    workers: int | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> BuildReport:
+    """Build what is missing, then measure it with nothing else running.
+
+    Args:
+        checkpoint: folder.
+        store: where engines go.
+        backend: a backend's name or "auto".
+        progress: told after each engine.
+        device, dtype, buckets: see :class:`~engines.planning.EngineOptions`.
+        workers: processes that compile at once; None: as many as cores and memory allow.
+        announce: given the memory plan and the choice of backend as text, before anything is built.
+
+    Raises:
+        NotEnoughMemory: the engines would not fit the device; nothing was built.
+        NotEnoughDisk: the disk filled up; engines that were complete stay.
+        EngineAccuracyError: an engine's output is not eager's; it was not published.
+        EngineError: anything else that the user can mend; the message says how.
+    """
+    watch = Stopwatch()
+    store = store if isinstance(store, EngineStore) else EngineStore(store)
+    options, note = EngineOptions.resolve(backend, device, dtype, buckets)
+    plan = CheckpointPlan.read(checkpoint, options)
+    missing = missing_engines(plan, store)
+    count = _workers(plan, len(missing), workers)
+    memory = plan.memory(count)
+    if announce is not None:
+        announce("\n".join([*([note] if note else []), memory.describe()]))
+    if missing:
+        memory.check()
+        _build_all(plan, store, missing, count, watch, progress or (lambda _: None))
+        measure(plan, store, missing)
+    built = [store.get(engine.spec.key) for engine in missing]
+    return BuildReport(
+        built=tuple(manifest for manifest in built if manifest is not None),
+        reused=len(plan.engines) - len(missing),
+        seconds=watch.seconds,
+        backend=options.backend,
+        memory=memory,
+        note=note,
+    )
+
+
+def _workers(plan: CheckpointPlan, engines: int, asked: int | None) -> int:
+    if not plan.compiler.capabilities(plan.target.device).parallel:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    each = 3 * max(weight_bytes(module) for module in plan.modules.values()) + (1 << 30)
+    fitting = int(psutil.virtual_memory().available // each)
+    return max(1, min(asked or cores, engines, fitting))
+
+
+def _build_all(
+    plan: CheckpointPlan, store: EngineStore, missing: list[PlannedEngine], workers: int, watch: Stopwatch, report: Report
+) -> None:
+    def finished(done: int, title: str) -> None:
+        left = watch.seconds / done * (len(missing) - done) if done else None
+        report(BuildProgress(done, len(missing), title, watch.seconds, left))
+
+    finished(0, missing[0].spec.title)
+    if workers > 1:
+        from engines.worker import build_in_processes
+
+        for done, title in enumerate(build_in_processes(plan, store, missing, workers), 1):
+            finished(done, title)
+        return
+    backbone = load_backbone(plan.checkpoint, plan.options)
+    modules = backbone.component_modules()
+    for done, engine in enumerate(missing, 1):
+        build_engine(plan.compiler, store, modules[engine.component], engine.spec)
+        finished(done, engine.spec.title)
+
+
+def build_engine(compiler: Compiler, store: EngineStore, module: nn.Module, spec: EngineSpec) -> Manifest:
+    """Build one engine into the store, unless it is there, and check it against eager before it is published.
+
+    Args:
+        compiler: of ``spec.backend``.
+        store: where it goes.
+        module: the component with its weights, on the target's device.
+        spec: from the compiler's plan.
+
+    Raises:
+        EngineAccuracyError: too far from eager.
+        EngineError: it cannot be compiled.
+    """
+
+    def builder(folder: Path) -> Manifest:
+        manifest = compiler.build(module, spec, folder)
+        watch = Stopwatch()
+        engine = compiler.load(manifest, folder, WeightBank(module))
+        seconds = watch.seconds
+        try:
+            error = relative_l2(engine, module)
+        finally:
+            engine.unload()
+        tolerance = TOLERANCE[spec.dtype]
+        if not error <= tolerance:  # also refuses NaN
+            raise EngineAccuracyError(
+                f"engine {spec.title} ({spec.backend}) differs from eager by {error:.1e} (relative L2), more than the "
+                f"{tolerance:.0e} allowed in {spec.dtype}; it is not published. Use --backend eager"
+            )
+        return manifest.updated(relative_l2=error, tolerance=tolerance, load_seconds=seconds)
+
+    return store.build(spec.key, builder)
+
+
+def relative_l2(engine: Engine, module: nn.Module) -> float:
+    """|engine - eager| / |eager| on example inputs."""
+    inputs = example_tensors(engine.manifest.spec, engine.device)
+    with torch.inference_mode():
+        eager: Tensor = module(**inputs).double()
+    difference = (engine.run(inputs).double() - eager).norm().item()
+    norm = eager.norm().item()
+    return difference / norm if norm > 0 else difference
+
+
+def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedEngine] | None = None) -> list[Manifest]:
+    """Time built engines one after the other and record their load seconds and median latencies.
+
+    Args:
+        plan: of the checkpoint.
+        store: with the engines.
+        engines: which; None: all of the plan that are built.
+
+    Returns:
+        The new manifests.
+    """
+    chosen = [engine for engine in (plan.engines if engines is None else engines) if store.has(engine.spec.key)]
+    modules = load_backbone(plan.checkpoint, plan.options).component_modules()
+    banks = {name: WeightBank(module) for name, module in modules.items()}
+    updated = []
+    for planned in chosen:
+        manifest = store.get(planned.spec.key)
+        if manifest is None:
+            continue
+        watch = Stopwatch()
+        engine = plan.compiler.load(manifest, store.folder(manifest.key), banks[planned.component])
+        load_seconds = watch.seconds
+        try:
+            latency = median_latency(engine)
+        finally:
+            engine.unload()
+        manifest = manifest.updated(load_seconds=load_seconds, latency_seconds=latency)
+        store.update(manifest)
+        updated.append(manifest)
+    return updated
+
+
+def median_latency(engine: Engine) -> float:
+    """Median wall-clock seconds of a run, warm, the device synchronised."""
+    inputs = example_tensors(engine.manifest.spec, engine.device)
+    synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else (lambda: None)
+    for _ in range(3):
+        engine.run(inputs)
+    synchronise()
+    seconds: list[float] = []
+    least, most = _MEASURE_RUNS
+    while len(seconds) < least or (len(seconds) < most and sum(seconds) < _MEASURE_SECONDS):
+        start = time.perf_counter()
+        engine.run(inputs)
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

@@ -1,0 +1,209 @@
+"""Which engines a checkpoint needs, known without building any."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engines.compilers import choose_backend, get_compiler
+from engines.compilers.base import Compiler, EngineRequest
+from engines.errors import EngineError
+from engines.memory import MemoryPlan, available_bytes, weight_bytes, workspace_bytes
+from engines.spec import EngineSpec
+from engines.target import this_machine
+from rmd.backbones.base import Backbone
+from rmd.backbones.registry import get_backbone
+from rmd.checkpoint import CheckpointFolder
+from rmd.size import Size
+
+DEFAULT_BUCKETS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class PlannedEngine:
+    """One engine to build or to load."""
+
+    component: str
+    size: Size | None
+    batch: int
+    spec: EngineSpec
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a set of engines is built and loaded with.
+
+    Attributes:
+        backend: a resolved backend name.
+        device: torch device.
+        dtype: such as "bfloat16".
+        buckets: batch sizes of the denoiser; text encoder and decoder take every other one.
+    """
+
+    backend: str
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    buckets: tuple[int, ...] = DEFAULT_BUCKETS
+
+    def __post_init__(self) -> None:
+        if not self.buckets or any(bucket < 1 for bucket in self.buckets):
+            raise EngineError(f"buckets {list(self.buckets)}: give batch sizes of at least 1, such as 1,2,4,8")
+        if list(self.buckets) != sorted(set(self.buckets)):
+            object.__setattr__(self, "buckets", tuple(sorted(set(self.buckets))))
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise EngineError(f"dtype {self.dtype!r}: use bfloat16, float16 or float32")
+
+    @classmethod
+    def resolve(
+        cls,
+        backend: str = "auto",
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        buckets: Sequence[int] | None = None,
+    ) -> tuple[EngineOptions, str]:
+        """Options with the backend chosen, and one sentence about the choice when it is not the first.
+
+        Raises:
+            BackendUnavailable: the named backend cannot build here.
+        """
+        chosen, note = choose_backend(backend, device)
+        return cls(chosen, device, dtype, DEFAULT_BUCKETS if buckets is None else tuple(buckets)), note
+
+
+class CheckpointPlan:
+    """The engines of all schedules of a checkpoint, the teacher's included (it has the student's architecture).
+
+    Args:
+        checkpoint: its folder, read and checked.
+        options: see :class:`EngineOptions`.
+        backbone: already loaded; None loads one without weights.
+    """
+
+    def __init__(self, checkpoint: CheckpointFolder, options: EngineOptions, backbone: Backbone | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self._given = backbone
+        self.compiler: Compiler = get_compiler(options.backend)
+        self.target = this_machine(options.device)
+        self._workspaces: dict[tuple[str, Size | None], int] = {}
+
+    @classmethod
+    def read(cls, folder: Path | str, options: EngineOptions) -> CheckpointPlan:
+        """The plan of a checkpoint folder."""
+        return cls(CheckpointFolder.read(folder), options)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The model, possibly without weights (on the meta device)."""
+        if self._given is not None:
+            return self._given
+        return load_backbone(self.checkpoint, self.options, weights=False)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The components."""
+        return self.backbone.component_modules()
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes at which a schedule of the checkpoint runs, ascending; the teacher runs at the last."""
+        found = {size for cascade in self.checkpoint.cascades.values() for size in (*cascade.sizes, cascade.full_size)}
+        return tuple(sorted(found))
+
+    def places(self) -> Iterator[tuple[str, Size | None, int]]:
+        """(component, size, batch) of every engine."""
+        buckets = self.options.buckets
+        for component in self.modules:
+            if component == "denoiser":
+                yield from ((component, size, batch) for size in self.sizes for batch in buckets)
+            elif component == "decoder":
+                # Lower sizes are only decoded for previews.
+                yield from ((component, size, batch) for size in self.sizes[:-1] for batch in buckets[::2][:2])
+                yield from ((component, self.sizes[-1], batch) for batch in buckets[::2])
+            else:
+                yield from ((component, None, batch) for batch in buckets[::2])
+
+    @cached_property
+    def engines(self) -> tuple[PlannedEngine, ...]:
+        """Every engine, in the order in which they are worth having: small batches first."""
+        planned = [PlannedEngine(*place, self.spec(*place)) for place in self.places()]
+        return tuple(sorted(planned, key=lambda engine: engine.batch))
+
+    def spec(self, component: str, size: Size | None, batch: int) -> EngineSpec:
+        """The spec of one engine.
+
+        Raises:
+            EngineError: the model has no such component.
+        """
+        if component not in self.modules:
+            raise EngineError(f"unknown component {component!r}; this model has {', '.join(self.modules)}")
+        module = self.modules[component]
+        parameter = next(module.parameters(), None)
+        return self.compiler.plan(
+            EngineRequest(
+                component=component,
+                size=None if size is None else str(size),
+                module=module,
+                inputs=self.backbone.example_inputs(component, size, batch),
+                target=self.target,
+                dtype=self.options.dtype if parameter is None else str(parameter.dtype).removeprefix("torch."),
+                weights=self._weights(component),
+            )
+        )
+
+    def _weights(self, component: str) -> str:
+        try:
+            return self.checkpoint.digest(component)
+        except FileNotFoundError:
+            return ""
+
+    def memory(self, workers: int = 1) -> MemoryPlan:
+        """What the engines will take when loaded, and what ``workers`` compilers take beside them."""
+        weights: dict[str, int] = {}
+        workspaces = []
+        for engine in self.engines:
+            own = weight_bytes(self.modules[engine.component])
+            inside = engine.spec.weights_mode in ("embedded", "refittable")
+            weights[engine.component] = weights.get(engine.component, 0) + own if inside else own
+            inputs = self.backbone.example_inputs(engine.component, engine.size, 1)
+            workspaces.append(engine.batch * self._workspace(engine.component, engine.size, inputs))
+        on_gpu = self.target.device == "cuda"
+        largest = max((weight_bytes(module) for module in self.modules.values()), default=0)
+        return MemoryPlan(
+            weights=weights,
+            workspace=sum(workspaces) if on_gpu else max(workspaces, default=0),
+            # Each worker holds the model, a copy with random weights and the packed constants.
+            building=workers * 3 * largest if self.options.backend != "eager" else 0,
+            available=available_bytes(self.options.device),
+            device=self.options.device,
+        )
+
+    def _workspace(self, component: str, size: Size | None, inputs: dict[str, torch.Tensor]) -> int:
+        if (component, size) not in self._workspaces:
+            module = self.modules[component]
+            on_meta = all(tensor.device.type == "meta" for tensor in [*module.parameters(), *module.buffers()])
+            if not on_meta:
+                module = copy.deepcopy(module).to("meta")
+            self._workspaces[component, size] = workspace_bytes(module, inputs)
+        return self._workspaces[component, size]
+
+    def command(self, store: Path) -> str:
+        """The command that builds this plan."""
+        buckets = ",".join(str(bucket) for bucket in self.options.buckets)
+        return (
+            f"rmd build --checkpoint {self.checkpoint.path} --engines {store} --backend {self.options.backend} "
+            f"--device {self.options.device} --dtype {self.options.dtype} --buckets {buckets}"
+        )
+
+
+def load_backbone(checkpoint: CheckpointFolder, options: EngineOptions, weights: bool = True) -> Backbone:
+    """The checkpoint's model in the options' dtype on their device; without weights, on the meta device."""
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    kind = get_backbone(checkpoint.backbone_name)
+    return kind.load(checkpoint.path, dtype=dtype, device=options.device, weights=weights)

@@ -1,0 +1,345 @@
+"""Runs a checkpoint through its engines: picks batch buckets, pads, splits, checks, and keeps one copy of the weights."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engines.build import median_latency
+from engines.compilers.base import Engine
+from engines.errors import BackendUnavailable, EngineError, EngineInputError, EngineMissing
+from engines.manifest import Manifest
+from engines.planning import CheckpointPlan, EngineOptions, load_backbone
+from engines.store import EngineStore
+from engines.weights import Recipe, WeightBank
+from rmd.backbones.base import Backbone
+from rmd.backbones.registry import get_backbone
+from rmd.checkpoint import CheckpointFolder
+from rmd.size import Size
+
+log = logging.getLogger(__name__)
+
+MIN_GAIN = 1.10
+"""A larger bucket must give at least this many times the rows a second of the best smaller one to be worth waiting for."""
+
+Place = tuple[str, str | None]
+
+
+class EngineExecutor:
+    """An :class:`~rmd.backbones.base.Executor` over built engines. One thread at a time.
+
+    Attributes:
+        kind: the backend, such as "inductor"; "eager" when nothing is compiled.
+    """
+
+    def __init__(
+        self, engines: Mapping[Place, Mapping[int, Engine]], banks: Mapping[str, WeightBank], kind: str, padded: bool
+    ) -> None:
+        self.kind = kind
+        self._engines = {place: dict(sorted(by_batch.items())) for place, by_batch in engines.items()}
+        self._banks = dict(banks)
+        self._padded = padded
+        self._splits: dict[tuple[Place, int], tuple[int, ...]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Path | str,
+        store: EngineStore | Path | str,
+        backend: str = "auto",
+        device: str = "cpu",
+        *,
+        dtype: str = "bfloat16",
+        buckets: Sequence[int] | None = None,
+        weights_from: Path | str | None = None,
+        cuda_graphs: bool = True,
+    ) -> EngineExecutor:
+        """Load every engine of a checkpoint, warmed up.
+
+        Args:
+            checkpoint: folder.
+            store: of the built engines.
+            backend: a backend's name or "auto".
+            device, dtype, buckets: as they were built with.
+            weights_from: another folder of the same architecture, such as the teacher's; engines do not depend on
+                weights that they do not hold, so they serve both.
+            cuda_graphs: replay each engine as one CUDA graph (on CUDA).
+
+        Raises:
+            EngineMissing: engines are not built; the message holds the command that builds them.
+            EngineMismatch, EngineCorrupt: an engine is not for this machine, or damaged.
+        """
+        store = store if isinstance(store, EngineStore) else EngineStore(store)
+        options = _loadable(backend, device, dtype, buckets)
+        folder = CheckpointFolder.read(checkpoint)
+        if weights_from is None:
+            backbone = load_backbone(folder, options)
+        else:
+            kind = get_backbone(folder.backbone_name)
+            backbone = kind.load(Path(weights_from), dtype=getattr(torch, dtype), device=device)
+        plan = CheckpointPlan(folder, options, backbone)
+        return cls.from_plan(plan, store, cuda_graphs=cuda_graphs)
+
+    @classmethod
+    def from_plan(cls, plan: CheckpointPlan, store: EngineStore, *, cuda_graphs: bool = True) -> EngineExecutor:
+        """As :meth:`open`, for a plan whose backbone has its weights; those weights may be taken apart here."""
+        command = plan.command(store.root)
+        manifests: list[Manifest] = []
+        missing = []
+        for planned in plan.engines:
+            manifest = store.get(planned.spec.key)
+            if manifest is None:
+                missing.append(planned.spec.title)
+            else:
+                manifests.append(manifest)
+        if missing:
+            raise EngineMissing(_missing_message(missing, store, plan, command))
+        for manifest in manifests:
+            store.check(manifest, plan.target, command)
+        banks = {name: WeightBank(module) for name, module in plan.modules.items()}
+        engines: dict[Place, dict[int, Engine]] = {}
+        for manifest in manifests:
+            spec = manifest.spec
+            engine = plan.compiler.load(manifest, store.folder(spec.key), banks[spec.component])
+            if cuda_graphs and spec.target.device == "cuda" and manifest.weights_mode != "module":
+                from engines.cuda_graphs import GraphedEngine
+
+                engine = GraphedEngine(engine)
+            engine.warmup(1)
+            engines.setdefault((spec.component, spec.size), {})[spec.batch] = engine
+        if plan.options.backend != "eager":
+            for name, bank in banks.items():
+                own = [manifest for manifest in manifests if manifest.spec.component == name]
+                bank.release([Recipe.from_dict(recipe) for manifest in own for recipe in _shared_constants(manifest)])
+        padded = plan.compiler.capabilities(plan.target.device).static_shapes
+        return cls(engines, banks, plan.options.backend, padded)
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The component's output for any number of rows.
+
+        Raises:
+            EngineError: no such component or size.
+            EngineInputError: a name, shape or dtype is wrong, or the inputs' rows disagree.
+        """
+        place = self._place(component, size)
+        rows = _rows(component, inputs)
+        while True:
+            try:
+                return self._run(place, rows, inputs)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if not self._drop_largest(place, rows):
+                    raise
+                log.warning("%s: out of memory at %d rows, falling back to smaller batches", component, rows)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _run(self, place: Place, rows: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        outputs = []
+        start = 0
+        for bucket in self.split(place, rows):
+            taken = min(bucket, rows - start)
+            part = {name: tensor[start : start + taken] for name, tensor in inputs.items()}
+            outputs.append(self._run_bucket(self._engines[place][bucket], taken, part))
+            start += taken
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _run_bucket(self, engine: Engine, rows: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        if self._padded and rows < engine.batch:
+            # Copies of the last row, not zeros: an all-zero mask or prompt may give NaN.
+            inputs = {
+                name: torch.cat([tensor, tensor[-1:].expand(engine.batch - rows, *tensor.shape[1:])])
+                for name, tensor in inputs.items()
+            }
+        return engine.run(inputs)[:rows]
+
+    def split(self, place: Place, rows: int) -> tuple[int, ...]:
+        """The buckets that serve ``rows`` rows in the least time, by the recorded latencies; largest first."""
+        known = self._splits.get((place, rows))
+        if known is None:
+            cost = {bucket: self._cost(engine) for bucket, engine in self._engines[place].items()}
+            best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+            for count in range(1, rows + 1):
+                options = [
+                    (best[max(0, count - bucket)][0] + seconds, (bucket, *best[max(0, count - bucket)][1]))
+                    for bucket, seconds in cost.items()
+                ]
+                best.append(min(options, key=lambda option: (option[0], len(option[1]))))
+            known = tuple(sorted(best[rows][1], reverse=True))
+            self._splits[place, rows] = known
+        return known
+
+    @staticmethod
+    def _cost(engine: Engine) -> float:
+        recorded = engine.manifest.latency_seconds
+        return float(engine.batch) if recorded is None else recorded
+
+    def _drop_largest(self, place: Place, rows: int) -> bool:
+        """Stop using the largest bucket that ``rows`` uses, and all above; False when only the smallest is left."""
+        by_batch = self._engines[place]
+        used = max(self.split(place, rows))
+        if used == min(by_batch):
+            return False
+        for bucket in [bucket for bucket in by_batch if bucket >= used]:
+            by_batch.pop(bucket).unload()
+        self._splits = {key: split for key, split in self._splits.items() if key[0] != place}
+        return True
+
+    # ---- what the scheduler asks ----------------------------------------------------------------------------------
+
+    def buckets(self, component: str, size: Size | None) -> tuple[int, ...]:
+        """Batch sizes that have an engine, ascending."""
+        return tuple(self._engines[self._place(component, size)])
+
+    def latency(self, component: str, size: Size | None, batch: int) -> float:
+        """Seconds that ``batch`` rows take, by the latencies recorded at build.
+
+        Raises:
+            EngineError: no such component or size, or ``batch`` is below 1.
+        """
+        if batch < 1:
+            raise EngineError(f"a batch of {batch} rows has no latency")
+        place = self._place(component, size)
+        return sum(self._cost(self._engines[place][bucket]) for bucket in self.split(place, batch))
+
+    def useful_buckets(self, component: str, size: Size | None, min_gain: float = MIN_GAIN) -> tuple[int, ...]:
+        """The smallest bucket, and those that give at least ``min_gain`` times the throughput of all smaller useful ones."""
+        useful: list[int] = []
+        best = 0.0
+        for bucket in self.buckets(component, size):
+            rate = bucket / max(self.latency(component, size, bucket), 1e-9)
+            if not useful or rate >= best * min_gain:
+                useful.append(bucket)
+                best = rate
+        return tuple(useful)
+
+    def measure(self) -> None:
+        """Replace the recorded latencies by this machine's, now (in memory; ``rmd engines measure`` keeps them)."""
+        for by_batch in self._engines.values():
+            for engine in by_batch.values():
+                engine.manifest = engine.manifest.updated(latency_seconds=median_latency(engine))
+        self._splits.clear()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by component: weights, each counted once, and what its engines hold of their own."""
+        held = {name: bank.memory() for name, bank in self._banks.items()}
+        for (component, _), by_batch in self._engines.items():
+            held[component] += sum(engine.memory().private for engine in by_batch.values())
+        return held
+
+    # ---- weights --------------------------------------------------------------------------------------------------
+
+    def refit(self, weights: Path | str | Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Replace the weights in place: no engine is built or loaded again.
+
+        Args:
+            weights: a checkpoint folder of the same architecture, or component -> parameters by name.
+
+        Raises:
+            EngineError: the weights do not fit. Components are checked before they are changed, one by one.
+        """
+        states = self._states(weights)
+        for component, state in states.items():
+            if component not in self._banks:
+                raise EngineError(f"unknown component {component!r}; this model has {', '.join(self._banks)}")
+        for component, state in states.items():
+            own = [engine for place, by in self._engines.items() if place[0] == component for engine in by.values()]
+            if any(engine.manifest.weights_mode == "refittable" for engine in own):
+                for engine in own:
+                    engine.refit(state)
+            else:
+                self._banks[component].refit(state)
+
+    def _states(self, weights: Path | str | Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        if not isinstance(weights, Path | str):
+            return {component: dict(state) for component, state in weights.items()}
+        folder = CheckpointFolder.read(weights)
+        some = next(engine for by_batch in self._engines.values() for engine in by_batch.values())
+        options = EngineOptions(self.kind, str(some.device), _dtype(self._engines))
+        modules: dict[str, nn.Module] = load_backbone(folder, options).component_modules()
+        return {
+            name: dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+            for name, module in modules.items()
+            if name in self._banks
+        }
+
+    def unload(self) -> None:
+        """Free all engines and weights."""
+        for by_batch in self._engines.values():
+            for engine in by_batch.values():
+                engine.unload()
+        self._engines.clear()
+        self._banks.clear()
+
+    def _place(self, component: str, size: Size | None) -> Place:
+        place = (component, None if size is None else str(size))
+        if place not in self._engines:
+            components = sorted({name for name, _ in self._engines})
+            if component not in components:
+                raise EngineError(f"unknown component {component!r}; this model has {', '.join(components)}")
+            sizes = sorted(str(other) for name, other in self._engines if name == component)
+            raise EngineMissing(f"no engine of {component!r} at size {place[1]}; there are {', '.join(sizes)}")
+        return place
+
+
+def attach(backbone: Backbone, executor: EngineExecutor) -> Backbone:
+    """Let ``backbone`` (which may have no weights of its own) run through ``executor``."""
+    backbone.executor = executor
+    return backbone
+
+
+def _loadable(backend: str, device: str, dtype: str, buckets: Sequence[int] | None) -> EngineOptions:
+    """Options for loading: built engines run where they could not be built (a machine without a C++ compiler)."""
+    try:
+        options, note = EngineOptions.resolve(backend, device, dtype, buckets)
+    except BackendUnavailable:
+        if backend != "inductor":
+            raise
+        options, note = EngineOptions(backend, device, dtype, *([] if buckets is None else [tuple(buckets)])), ""
+    if note:
+        log.warning(note)
+    return options
+
+
+def _missing_message(missing: list[str], store: EngineStore, plan: CheckpointPlan, command: str) -> str:
+    message = f"{len(missing)} of {len(plan.engines)} engines are not in {store.root} ({missing[0]}, ...). Build them: {command}"
+    others = [
+        manifest.spec.target.differences(plan.target)
+        for manifest in store.list()
+        if manifest.spec.component in plan.modules and manifest.spec.target != plan.target
+    ]
+    reasons = next((differences for differences in others if differences), None)
+    return f"{message}. Engines there were built for {'; '.join(reasons)}" if reasons else message
+
+
+def _shared_constants(manifest: Manifest) -> list[Mapping[str, object]]:
+    return list(manifest.constants.values()) if manifest.weights_mode in ("packed", "shared") else []
+
+
+def _rows(component: str, inputs: Mapping[str, Tensor]) -> int:
+    rows = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs.values()}
+    if len(rows) != 1 or 0 in rows:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+        raise EngineInputError(f"inputs of {component!r} need the same number of rows, at least 1; got {shapes or 'none'}")
+    return rows.pop()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        phrase in text for phrase in ("out of memory", "can't allocate memory", "bad_alloc", "not enough memory")
+    )
+
+
+def _dtype(engines: Mapping[Place, Mapping[int, Engine]]) -> str:
+    denoisers = [engine for (name, _), by in engines.items() if name == "denoiser" for engine in by.values()]
+    return denoisers[0].manifest.spec.dtype if denoisers else "bfloat16"

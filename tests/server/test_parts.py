@@ -1,0 +1,214 @@
+"""Widths, priorities, permits, settings and stores, each alone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from rmd.cascade import preset
+from rmd.size import Size
+from server.errors import ApiError, Fault
+from server.files import FileStore
+from server.idempotency import IdempotencyStore
+from server.scheduling.admission import Admission
+from server.scheduling.latency import LatencyTable, StationKey
+from server.scheduling.policy import StagePolicy
+from server.scheduling.request import Generation, GenerationSpec, partial_steps
+from server.scheduling.stations import Stations
+from server.settings import ServerSettings
+
+LOW, HIGH = StationKey("denoise", size=Size(64, 64)), StationKey("denoise", size=Size(128, 128))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("buckets", "waiting", "expected"),
+    [
+        ({1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2}, 8, 8),  # a launch-bound low stage: everything rides
+        ({1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2}, 3, 3),  # padded to 4, still the best
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 8, 1),  # a saturated high stage: one at a time
+        ({1: 1.0, 2: 1.9, 4: 3.8}, 8, 1),  # 5 % more is under the 10 % that width must pay
+        ({1: 1.0, 2: 1.9, 4: 3.2}, 8, 4),  # 2 does not pay, 4 does
+        ({1: 1.0, 8: 3.0}, 2, 1),  # two in a bucket of 8 would be slower than one after the other
+        ({1: 1.0, 8: 3.0}, 4, 4),
+        ({}, 5, 1),
+    ],
+)
+def test_batches_are_as_wide_as_they_pay(buckets: dict[int, float], waiting: int, expected: int) -> None:
+    assert LatencyTable({LOW: buckets}).best_count(LOW, [1] * waiting) == expected
+
+
+def test_guided_entries_take_two_rows() -> None:
+    table = LatencyTable({LOW: {1: 1.0, 2: 1.0, 4: 1.0}})
+    assert table.best_count(LOW, [2, 2, 2]) == 2
+    assert table.best_count(LOW, [2, 1, 1, 1]) == 3
+    assert LatencyTable({LOW: {1: 1.0}}).best_count(LOW, [2, 2]) == 1, "wider than any bucket, still served"
+
+
+def test_estimates_follow_what_the_machine_does() -> None:
+    table = LatencyTable({LOW: {1: 0.1, 4: 0.2}})
+    assert table.seconds(LOW, 3) == pytest.approx(0.2)
+    assert table.seconds(LOW, 9) == pytest.approx(0.2 * 2 + 0.1)
+    for _ in range(100):
+        table.observe(LOW, 1, 0.3)
+    assert table.seconds(LOW, 1) == pytest.approx(0.3, rel=0.01)
+    assert table.seconds(LOW, 4) == pytest.approx(0.6, rel=0.01)
+    assert table.width(LOW) == 4
+
+
+def generation(cost: float, arrived: float, steps: int = 4, seeds: int = 1) -> Generation:
+    cascade = preset("embedded")
+    spec = GenerationSpec("a", "2+2", cascade, "student", tuple(range(seeds)))
+    permit = Admission(100, 10**9).acquire(seeds, 1)
+    made = Generation(spec, permit, 1e9, lambda event: None, [cost * (4 - k) / 4 + 0.01 for k in range(5)])
+    made.arrived = arrived
+    made.conditioning = {}
+    return made
+
+
+def test_what_is_nearly_done_goes_first_and_waiting_always_wins_in_the_end() -> None:
+    stations, policy = Stations(), StagePolicy(LatencyTable({LOW: {1: 0.1}, HIGH: {1: 0.1}}))
+    fresh, nearly_done = generation(1.0, arrived=0.0).items[0], generation(1.0, arrived=0.0).items[0]
+    nearly_done.step = 3
+    for item in (fresh, nearly_done):
+        stations.join(item.station(), item)
+    chosen = policy.choose(stations, now=1.0)
+    assert chosen is not None and chosen[0].key == HIGH and chosen[1] == [nearly_done]
+
+    long, short = generation(50.0, arrived=0.0).items[0], generation(1.0, arrived=10.0).items[0]
+    stations = Stations()
+    for item in (long, short):
+        stations.join(item.station(), item)
+
+    def first(now: float) -> Any:
+        chosen = policy.choose(stations, now)
+        assert chosen is not None
+        return chosen[1][0]
+
+    assert first(now=12.0) is short, "a short request passes a long one that came before it"
+    for arrived in (100.0, 200.0, 300.0, 400.0):
+        short.generation.arrived = arrived
+        if first(now=arrived + 1.0) is long:
+            break
+    else:
+        pytest.fail("a steady stream of short requests starves the long one")
+
+
+def test_nothing_queued_means_nothing_to_run() -> None:
+    assert StagePolicy(LatencyTable({})).choose(Stations(), 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted", "expected"),
+    [("2+2", 0, ()), ("2+2", 1, (1,)), ("2+2", 3, (1,)), ("0+4", 1, (2,)), ("0+4", 3, (1, 2)), ("1+3", 2, (0,))],
+)
+def test_partial_pictures_come_at_stage_ends(schedule: str, wanted: int, expected: tuple[int, ...]) -> None:
+    assert partial_steps(preset("embedded", schedule=schedule), wanted) == expected
+
+
+def test_permits_are_bounded_and_given_back_once() -> None:
+    admission = Admission(4, 10**6)
+    first, second = admission.acquire(3, 10), admission.acquire(1, 10)
+    with pytest.raises(ApiError) as full:
+        admission.acquire(1, 10)
+    assert full.value.fault is Fault.QUEUE_FULL
+    first.release()
+    first.release()
+    assert admission.items == 1
+    second.release(finished=True)
+    assert admission.items == 0 and admission.wait_idle(0)
+
+
+def test_retry_after_follows_the_drain_rate() -> None:
+    clock = Clock()
+    admission = Admission(10, 10**9, seconds_per_item=2.0, clock=clock)
+
+    def retry_after(items: int) -> int:
+        with pytest.raises(ApiError) as full:
+            admission.acquire(items, 1)
+        assert full.value.retry_after is not None
+        return full.value.retry_after
+
+    held = [admission.acquire(1, 1) for _ in range(10)]
+    assert retry_after(1) == 2 and retry_after(5) == 10
+    for _ in range(60):  # pictures really leave at one in 7 seconds
+        clock.now += 7.0
+        held.pop(0).release(finished=True)
+        held.append(admission.acquire(1, 1))
+    assert retry_after(1) == 7 and retry_after(10) == 70
+
+
+def test_settings_come_from_flags_over_environment_over_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1\nhost: 0.0.0.0\nqueue_items: 30\napi_keys: [from-file]\n")
+    monkeypatch.setenv("RMD_CONFIG", str(file))
+    monkeypatch.setenv("RMD_PORT", "2")
+    monkeypatch.setenv("RMD_QUEUE_ITEMS", "31")
+    settings = ServerSettings(port=3)
+    assert (settings.port, settings.queue_items, settings.host) == (3, 31, "0.0.0.0")
+    monkeypatch.setenv("RMD_API_KEYS", "one, two")
+    settings = ServerSettings()
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    shown = settings.describe()
+    assert "2 key(s), hidden" in shown and "one" not in shown.split() and "queue_items: 31" in shown
+    assert "two" not in repr(settings)
+
+
+def test_wrong_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError, match="prot"):
+        ServerSettings.model_validate({"prot": 1})
+    with pytest.raises(ValidationError, match="queue_items"):
+        ServerSettings(queue_items=5, max_images=10)
+    monkeypatch.setenv("RMD_CONFIG", str(tmp_path / "none.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        ServerSettings()
+
+
+def test_stored_files_expire_and_stay_within_their_memory() -> None:
+    clock = Clock()
+    store = FileStore(max_bytes=100, life_seconds=10, clock=clock)
+    names = [store.put(bytes(40), "image/png", "png") for _ in range(3)]
+    assert store.get(names[0]) is None and store.get(names[2]) is not None and store.stored_bytes == 80
+    clock.now = 11
+    assert store.get(names[2]) is None and store.stored_bytes == 0
+
+
+def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        store = IdempotencyStore(max_replies=10, life_seconds=5, clock=clock)
+        made = 0
+
+        async def make(fail: bool = False) -> dict[str, Any]:
+            nonlocal made
+            made += 1
+            await asyncio.sleep(0)
+            if fail:
+                raise ApiError(Fault.ENGINE_FAILED, "no")
+            return {"made": made}
+
+        with pytest.raises(ApiError):
+            await store.run(b"me", "k", b"body", lambda: make(fail=True))
+        await asyncio.sleep(0)
+        assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, False)
+        assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, True)
+        assert await store.run(b"you", "k", b"other", make) == ({"made": 3}, False), "keys of two callers never meet"
+        with pytest.raises(ApiError) as conflict:
+            await store.run(b"me", "k", b"other", make)
+        assert conflict.value.fault is Fault.CONFLICT
+        clock.now = 6
+        assert await store.run(b"me", "k", b"other", make) == ({"made": 4}, False)
+
+    asyncio.run(scenario())

@@ -1,0 +1,256 @@
+"""The picture pipeline on small packages that the test itself packs: join, render, split, caption, cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data import build as build_module
+from training.data.build import base_of, build_pictures, normalise_hexcode
+from training.data.captions import GROUNDS, compose_caption
+from training.data.dataset import PictureSet, Record, caption
+from training.data.sources import DEFAULT_PACKAGES, Package, SourceError, Tarball, digest_of, fetch, notice_text
+from training.data.split import assign_splits, style_family, unit_hash
+
+RED_DISC = '<circle cx="8" cy="8" r="6" fill="#ff0000"/>'
+BLUE_BOX = '<rect width="36" height="36" fill="#0000ff"/>'
+
+
+def pack(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def dump(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def webp(colour: tuple[int, int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (256, 256), colour).save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> tuple[Path, list[Package]]:
+    """A cache root with four packages fetched: labels, two SVG sets, one raster set."""
+    root = tmp_path / "data"
+    fetched = root / "packages"
+    fetched.mkdir(parents=True)
+    contents = {
+        "labels": {
+            "package/en/data.json": dump(
+                [
+                    {"label": "red disc", "hexcode": "1F534", "tags": ["circle", "red"], "group": 8},
+                    {"label": "keycap", "hexcode": "0023-FE0F-20E3", "group": 8},
+                    {"label": "broken", "hexcode": "1F9FF", "tags": [], "group": 8},
+                ]
+            )
+        },
+        "round": {
+            "package/chars.json": dump(
+                {"1f534": "disc", "23-20e3": "hash", "0023-20e3": "hash", "1f9ff": "broken", "1f44d-1f3fb": "hand"}
+            ),
+            "package/icons.json": dump(
+                {
+                    "width": 16,
+                    "height": 16,
+                    "icons": {
+                        "disc": {"body": RED_DISC},
+                        "hash": {"body": BLUE_BOX, "width": 36, "height": 36},
+                        "broken": {"body": "<g>"},
+                        "hand": {"body": RED_DISC},
+                    },
+                }
+            ),
+        },
+        "raster": {
+            "package/assets/1f534.webp": webp((0, 255, 0, 255)),
+            "package/assets/1f535.webp": webp((0, 0, 255, 255)),
+            "package/README.md": b"nothing to draw",
+        },
+    }
+    made = []
+    for name, members in contents.items():
+        package = Package(name, "1.0.0", "", "MIT", f"{name} credit.", "" if name == "labels" else name)
+        pack(fetched / package.file_name, members)
+        made.append(replace(package, sha256=digest_of(fetched / package.file_name)))
+    return root, made
+
+
+def test_pictures_join_labels_and_render(packages: tuple[Path, list[Package]]) -> None:
+    root, made = packages
+    seen: list[tuple[int, int]] = []
+    pictures = build_pictures(root, made, processes=1, progress=lambda done, total: seen.append((done, total)))
+    # A skin-tone variant and an unlabelled code are left out; a code written two ways is one picture; a broken SVG goes.
+    assert [(r.hexcode, r.style) for r in pictures.records] == [
+        ("1f534", "round"), ("0023-20e3", "round"), ("1f534", "raster"),
+    ]  # fmt: skip
+    assert pictures.records[0].tags == ("circle", "red")
+    assert seen[-1] == (4, 4)
+    assert pictures.meta["not_rendered"] == 1
+    assert pictures.rgba.shape == (3, 128, 128, 4)
+    disc = pictures.rgba[0]
+    assert disc[64, 64].tolist() == [255, 0, 0, 255]
+    assert disc[0, 0, 3] == 0
+    assert pictures.rgba[1][2, 2].tolist() == [0, 0, 255, 255]
+    assert pictures.rgba[2][64, 64].tolist() == [0, 255, 0, 255]
+    assert "raster credit." in (root / "NOTICE").read_text()
+
+
+def test_a_whole_cache_is_not_rendered_again(
+    packages: tuple[Path, list[Package]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, made = packages
+    build_pictures(root, made, processes=1)
+    monkeypatch.setattr(build_module, "render", lambda _: pytest.fail("rendered again"))
+    assert len(build_pictures(root, made, processes=1)) == 3
+    with pytest.raises(pytest.fail.Exception):
+        build_pictures(root, made, processes=1, force=True)
+
+
+def test_an_interrupted_build_leaves_no_cache(
+    packages: tuple[Path, list[Package]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, made = packages
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "render", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_pictures(root, made, processes=1)
+    with pytest.raises(FileNotFoundError, match="rmd data"):
+        PictureSet.load(root)
+    assert len(build_pictures(root, made, processes=1)) == 3
+
+
+def test_a_changed_package_is_refused(packages: tuple[Path, list[Package]]) -> None:
+    root, made = packages
+    path = root / "packages" / made[1].file_name
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(SourceError, match=r"round-1\.0\.0\.tgz has sha256 .* delete the file"):
+        build_pictures(root, made, processes=1)
+
+
+def test_a_missing_npm_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="'no-such-npm' is not installed"):
+        fetch(DEFAULT_PACKAGES[0], tmp_path, npm="no-such-npm")
+
+
+def test_a_failed_fetch_says_why(tmp_path: Path) -> None:
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho 'E404 no such package' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    with pytest.raises(SourceError, match="E404 no such package"):
+        fetch(DEFAULT_PACKAGES[0], tmp_path / "packages", npm=str(npm))
+
+
+def test_a_fetched_package_is_checked_before_it_is_kept(tmp_path: Path) -> None:
+    npm = tmp_path / "npm"
+    npm.write_text(f"#!/bin/sh\necho other > {DEFAULT_PACKAGES[0].file_name}\n")
+    npm.chmod(0o755)
+    with pytest.raises(SourceError, match="is pinned to"):
+        fetch(DEFAULT_PACKAGES[0], tmp_path / "packages", npm=str(npm))
+    assert not list((tmp_path / "packages").glob("*.tgz"))
+
+
+def test_members_that_leave_the_package_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.tgz"
+    pack(path, {"package/good.json": b"{}", "package/../../evil": b"", "/absolute": b""})
+    assert Tarball(path).names == ["good.json"]
+    with pytest.raises(SourceError, match=r"holds no bad\.json"):
+        Tarball(path).read("bad.json")
+
+
+def test_codes_are_normalised() -> None:
+    assert normalise_hexcode("0023-FE0F-20E3") == "0023-20e3"
+    assert base_of("1f44d-1f3fb") == "1f44d"
+    assert base_of("1f9d1-1f3fd-200d-1f52c") == "1f9d1-200d-1f52c"
+
+
+@pytest.fixture(scope="module")
+def many() -> dict[tuple[str, str], str]:
+    styles = ("noto", "twemoji", "fluent flat", "fluent 3d")
+    return dict(assign_splits((f"{code:05x}", style) for code in range(3000) for style in styles))
+
+
+def test_no_held_out_concept_is_trained_on(many: dict[tuple[str, str], str]) -> None:
+    unseen = {code for (code, _), split in many.items() if split == "unseen_concept"}
+    assert all(split == "unseen_concept" for (code, _), split in many.items() if code in unseen)
+    assert 0.08 < len(unseen) / 3000 < 0.12
+
+
+def test_an_unseen_pair_is_known_in_another_family(many: dict[tuple[str, str], str]) -> None:
+    trained: dict[str, set[str]] = {}
+    for (code, style), split in many.items():
+        if split == "train":
+            trained.setdefault(code, set()).add(style_family(style))
+    pairs = [(code, style) for (code, style), split in many.items() if split == "unseen_pair"]
+    assert pairs
+    for code, style in pairs:
+        assert trained[code]
+        assert style_family(style) not in trained[code]  # Fluent flat and 3D are held out together
+
+
+def test_the_split_does_not_depend_on_order_but_on_the_code_alone(many: dict[tuple[str, str], str]) -> None:
+    assert assign_splits(reversed(list(many))) == many
+    assert unit_hash("concept:1f600") == pytest.approx(0.6264118329903968)  # the line that shipped weights were drawn by
+    assert assign_splits([("1f600", "noto")]) == {("1f600", "noto"): "train"}  # one family: it cannot be a pair
+
+
+RECORD = Record("1f534", "1f534", "fluent 3d", "red circle", ("geometric", "red", "round"), 8, "train")
+
+
+def test_the_plain_caption_names_label_and_style() -> None:
+    assert caption(RECORD) == "red circle, fluent 3d style"
+    assert caption(RECORD, ground="blue") == "red circle, fluent 3d style, on a blue background"
+    with pytest.raises(ValueError, match="ground 'mauve' is none of white"):
+        caption(RECORD, ground="mauve")
+
+
+def test_random_captions_vary_and_always_name_the_ground() -> None:
+    rng = random.Random(0)
+    texts = [caption(RECORD, rng, "pink") for _ in range(400)]
+    assert all(text.endswith("on a pink background") for text in texts)
+    styled = sum("fluent 3d style" in text for text in texts) / len(texts)
+    tagged = sum("geometric" in text for text in texts) / len(texts)
+    assert 0.84 < styled < 0.95
+    assert 0.1 < tagged < 0.35
+    assert compose_caption("dot", "noto", (), random.Random(1)).startswith("dot")
+
+
+def test_composites_fill_the_ground_and_average_down() -> None:
+    rgba = np.zeros((1, 128, 128, 4), np.uint8)
+    rgba[0, :, :64] = (10, 20, 30, 255)
+    pictures = PictureSet([RECORD], rgba)
+    picture = pictures.composite(0, GROUNDS["red"], 64)
+    assert picture.shape == (64, 64, 3)
+    assert picture[5, 5].tolist() == [10, 20, 30]
+    assert picture[5, 60].tolist() == list(GROUNDS["red"])
+    rgba[0, :, :, 3] = 128
+    assert np.abs(PictureSet([RECORD], rgba).composite(0)[5, 5].astype(int) - [132, 137, 142]).max() <= 1
+
+
+def test_records_survive_the_cache() -> None:
+    assert Record.from_dict(json.loads(json.dumps(RECORD.to_dict()))) == RECORD
+    with pytest.raises(ValueError, match="1 records but 2 pictures"):
+        PictureSet([RECORD], np.zeros((2, 128, 128, 4), np.uint8))
+
+
+def test_the_notice_credits_what_must_be_credited() -> None:
+    text = notice_text()
+    assert "CC-BY 4.0" in text
+    assert all(package.name in text for package in DEFAULT_PACKAGES)

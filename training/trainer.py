@@ -1,0 +1,398 @@
+"""The distillation loop: one student update, some fake-score updates, records, checkpoints, resumption.
+
+Devices and processes are accelerate's. Gradients are averaged over processes explicitly, so that the networks keep
+their plain names and may be compiled; every process draws its own samples, and the first one keeps the records.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from training.attention import training_attention
+from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
+from training.methods.base import DistillationMethod, Matched, ScoreSample
+from training.networks import Networks, trained_parameters
+from training.optimizer import AveragedWeights, MasterAdamW
+from training.randomness import Randomness
+from training.settings import DistillSettings, changed_settings
+
+MAX_BAD_UPDATES = 20
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass
+class Hooks:
+    """What the loop calls; every one may do nothing.
+
+    Attributes:
+        on_update: after each update, with the share of the run that is done and the update's figures.
+        on_sheet: every `sheet_every` updates, with the trainer.
+    """
+
+    on_update: Callable[[float, dict[str, float]], None] = lambda _share, _figures: None
+    on_sheet: Callable[[Trainer], None] = lambda _trainer: None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored in its checkpoints."""
+
+    iteration: int = 0
+    seconds: float = 0.0
+    bad_updates: int = 0
+    skipped: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Trainer:
+    """Runs one method on one set of networks, in one run folder.
+
+    The folder gets `settings.json`, `metrics.jsonl`, `checkpoints/step-*` and, from the hooks, `sheets/*.png`.
+    """
+
+    def __init__(
+        self,
+        method: DistillationMethod,
+        networks: Networks,
+        settings: DistillSettings,
+        run: Path,
+        *,
+        accelerator: Accelerator | None = None,
+        hooks: Hooks | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.method, self.networks, self.settings, self.run = method, networks, settings, run
+        self.accelerator = accelerator or Accelerator(cpu=method.backbone.device.type == "cpu")
+        self.hooks = hooks or Hooks()
+        device = method.backbone.device
+        rank = self.accelerator.process_index
+        self.random = Randomness(settings.seed + 1_000_003 * rank, device, dtype)
+        self.rollout = method.rollout(self.random)
+        options = {"betas": settings.betas, "weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+        student = trained_parameters(networks.student)
+        self.student_optimizer = MasterAdamW(student, settings.generator_rate, **options)  # type: ignore[arg-type]
+        fake = trained_parameters(networks.fake)
+        head = getattr(method, "head", None)
+        if head is not None:
+            fake |= {f"discriminator.{name}": parameter for name, parameter in head.named_parameters()}
+        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **options)  # type: ignore[arg-type]
+        self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
+        self.progress = Progress()
+        self._stop = False
+
+    # ---- one update -------------------------------------------------------------------------------------------------
+
+    def update(self) -> dict[str, float]:
+        """One generator update and its fake-score updates; returns figures to log."""
+        settings, method, call = self.settings, self.method, self.networks.call
+        iteration = self.progress.iteration
+        warm = iteration < settings.warm_start_iterations
+        factor = self.rate_factor()
+        self.student_optimizer.zero_grad()
+        states = method.states(self.rollout, call["student"], method.active_steps(iteration))
+        predictions = self.rollout.predict(call["student"], states)
+        matched = method.match(predictions)
+        samples: list[ScoreSample | None] = [None] * len(matched)
+        figures: dict[str, float] = {}
+        if warm:
+            loss = method.warm_start_loss(predictions, matched, call["teacher"], self.random)
+            figures["warm_start_loss"] = float(loss.detach())
+            rate = settings.warm_start_rate or settings.generator_rate
+        else:
+            loss, drawn = self._generator_loss(matched, figures)
+            if settings.shared_score_sample:
+                samples = list(drawn)
+            figures["generator_loss"] = float(loss.detach())
+            rate = settings.generator_rate
+        loss.backward()  # type: ignore[no-untyped-call]
+        figures["generator_grad_norm"] = self.student_optimizer.step(rate * factor, self._reduce)
+        self.ema.update(self.student_optimizer.master_state())
+        if not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations:
+            self._update_fake(matched, samples, factor, figures)
+        self.progress.iteration += 1
+        self._watch(figures)
+        return figures
+
+    def _generator_loss(
+        self, matched: Sequence[Matched], figures: dict[str, float]
+    ) -> tuple[Tensor, list[ScoreSample]]:
+        call = self.networks.call
+        total = sum(len(m.steps) for m in matched)
+        samples = [self.method.score_sample(m, self.random) for m in matched]
+        loss: Tensor | None = None
+        for m, sample in zip(matched, samples, strict=True):
+            part, part_figures = self.method.generator_loss(m, call["teacher"], call["fake"], sample)
+            figures.update(part_figures)
+            part = part * (len(m.steps) / total)
+            loss = part if loss is None else loss + part
+        if loss is None:
+            raise TrainingError("the method matched nothing")
+        return loss, samples
+
+    def _update_fake(
+        self,
+        matched: Sequence[Matched],
+        samples: Sequence[ScoreSample | None],
+        factor: float,
+        figures: dict[str, float],
+    ) -> None:
+        settings, fake = self.settings, self.networks.call["fake"]
+        early = self.progress.iteration < settings.early_iterations
+        for number in range(settings.early_fake_steps if early else settings.fake_steps):
+            if number and not self.rollout.pipelined:
+                matched, samples = self._fresh_matched(), ()
+            # Gradients that the generator's loss may have left in the fake network (GAN, patch loss) are dropped.
+            self.fake_optimizer.zero_grad()
+            total = sum(len(m.steps) for m in matched)
+            parts = []
+            for index, m in enumerate(matched):
+                sample = samples[index] if number == 0 and index < len(samples) else None
+                parts.append(self.method.critic_loss(m, fake, self.random, sample) * (len(m.steps) / total))
+            loss = torch.stack(parts).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            figures["fake_loss"] = float(loss.detach())
+            figures["fake_grad_norm"] = self.fake_optimizer.step(settings.fake_rate * factor, self._reduce)
+
+    @torch.no_grad()
+    def _fresh_matched(self) -> list[Matched]:
+        """New samples of the student for a further fake-score update."""
+        student = self.networks.call["student"]
+        active = self.method.active_steps(self.progress.iteration)
+        return self.method.match(self.rollout.predict(student, self.method.states(self.rollout, student, active)))
+
+    def _reduce(self, grads: list[Tensor]) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = self.accelerator.reduce(flat, reduction="mean")
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def _watch(self, figures: dict[str, float]) -> None:
+        norms = [value for name, value in figures.items() if name.endswith("grad_norm")]
+        if all(math.isfinite(value) for value in norms):
+            self.progress.bad_updates = 0
+            return
+        self.progress.bad_updates += 1
+        self.progress.skipped += 1
+        if self.progress.bad_updates >= MAX_BAD_UPDATES:
+            raise TrainingError(
+                f"{MAX_BAD_UPDATES} updates in a row had no finite gradient; resume from an earlier checkpoint with "
+                f"lower rates (--change-settings --set generator_rate=... --set fake_rate=...)"
+            )
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def share_done(self) -> float:
+        """How much of the run is behind, 0 to 1, by iterations or minutes, whichever is further."""
+        shares = [0.0]
+        if self.settings.iterations is not None:
+            shares.append(self.progress.iteration / max(self.settings.iterations, 1))
+        if self.settings.minutes is not None:
+            shares.append(self.progress.seconds / (60 * self.settings.minutes))
+        return min(1.0, max(shares))
+
+    def rate_factor(self) -> float:
+        """Linear rise over `rate_warmup` updates, linear fall to `final_rate` over the last `decay_share`."""
+        settings = self.settings
+        rise = min(1.0, (self.progress.iteration + 1) / settings.rate_warmup) if settings.rate_warmup else 1.0
+        fall = 1.0
+        if settings.decay_share:
+            into = max(0.0, (self.share_done() - (1 - settings.decay_share)) / settings.decay_share)
+            fall = 1.0 - (1.0 - settings.final_rate) * into
+        return rise * fall
+
+    def train(self) -> bool:
+        """Run to the end of the budget, or until SIGTERM or SIGINT.
+
+        Returns:
+            whether the budget is used up (False: stopped; resume to go on).
+
+        Raises:
+            TrainingError: no end was set, or the gradients stay without finite values.
+        """
+        settings = self.settings
+        if settings.iterations is None and settings.minutes is None:
+            raise TrainingError("the run has no end: give --minutes or --iterations")
+        self.run.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            self._write_settings()
+        with self._signals(), training_attention(self.method.backbone.device.type):
+            mark = time.monotonic()
+            while self.share_done() < 1.0 and not self._stop:
+                figures = self.update()
+                now = time.monotonic()
+                self.progress.seconds, mark = self.progress.seconds + now - mark, now
+                self._record(figures)
+                self.hooks.on_update(self.share_done(), figures)
+                iteration = self.progress.iteration
+                if settings.sheet_every and iteration % settings.sheet_every == 0 and self.accelerator.is_main_process:
+                    self.hooks.on_sheet(self)
+                if iteration % settings.save_every == 0:
+                    self.save()
+        self.save()
+        return not self._stop
+
+    def stop(self) -> None:
+        """Ask the loop to save and return after the update it is in."""
+        self._stop = True
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first SIGINT stop the loop; a second SIGINT interrupts at once."""
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            self.stop()
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: the caller stops the loop
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, previous in before.items():
+                signal.signal(number, previous)
+
+    # ---- records ----------------------------------------------------------------------------------------------------
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line, every `log_every` updates: means since the line before."""
+        return self.run / "metrics.jsonl"
+
+    def _record(self, figures: dict[str, float]) -> None:
+        sums = self.progress.sums
+        for name, value in figures.items():
+            pair = sums.setdefault(name, [0.0, 0.0])
+            pair[0] += value
+            pair[1] += 1
+        if self.progress.iteration % self.settings.log_every or not self.accelerator.is_main_process:
+            return
+        means = {name: total / count for name, (total, count) in sums.items()}
+        line = {
+            "iteration": self.progress.iteration,
+            "seconds": round(self.progress.seconds, 2),
+            "rate_factor": round(self.rate_factor(), 5),
+            "skipped": self.progress.skipped,
+            **{name: float(f"{value:.6g}") for name, value in sorted(means.items()) if math.isfinite(value)},
+        }
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        sums.clear()
+
+    def _write_settings(self) -> None:
+        path = self.run / "settings.json"
+        scratch = path.with_name("settings.json.partial")
+        scratch.write_text(json.dumps(self.settings.to_record(), indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint (first process only)."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        roles = {
+            "student": self.student_optimizer.master_state(),
+            "student_optimizer": self.student_optimizer.optimizer_state(),
+            "fake": self.fake_optimizer.master_state(),
+            "fake_optimizer": self.fake_optimizer.optimizer_state(),
+            "ema": self.ema.weights,
+            "random": {"generator": self.random.state(), **self.rollout.state_dict()},
+        }
+        state = {
+            "seconds": self.progress.seconds,
+            "skipped": self.progress.skipped,
+            "bad_updates": self.progress.bad_updates,
+            "sums": self.progress.sums,
+            "ema_updates": self.ema.updates,
+            "settings": self.settings.to_record(),
+        }
+        save_checkpoint(self.run / "checkpoints", self.progress.iteration, roles, state, self.settings.keep_checkpoints)
+
+    def resume(self, change_settings: bool = False) -> bool:
+        """Continue from the run's newest checkpoint.
+
+        With several processes, all but the first draw other noise than an uninterrupted run would have.
+
+        Args:
+            change_settings: allow the settings in `CHANGEABLE` to differ from the stored ones.
+
+        Returns:
+            whether there was a checkpoint.
+
+        Raises:
+            TrainingError: other settings than the run was started with.
+        """
+        found = checkpoints(self.run / "checkpoints")
+        if not found:
+            return False
+        roles, state = load_checkpoint(found[-1])
+        changed = changed_settings(state["settings"], self.settings.to_record())
+        fixed = [name for name in changed if name not in self.settings.changeable]
+        if fixed:
+            raise TrainingError(f"this run was started with other settings: {', '.join(fixed)}; they cannot change")
+        if changed and not change_settings:
+            raise TrainingError(f"this run has other values of {', '.join(changed)}; to change them, --change-settings")
+        self.student_optimizer.load_master_state(roles["student"])
+        self.student_optimizer.load_optimizer_state(roles["student_optimizer"])
+        self.fake_optimizer.load_master_state(roles["fake"])
+        self.fake_optimizer.load_optimizer_state(roles["fake_optimizer"])
+        self.ema.weights = {name: roles["ema"][name].to(value) for name, value in self.ema.weights.items()}
+        self.ema.updates = int(state["ema_updates"])
+        if self.accelerator.process_index == 0:
+            self.random.load_state(roles["random"]["generator"])
+            self.rollout.load_state_dict(roles["random"])
+        else:
+            self.random = Randomness(
+                self.settings.seed + 1_000_003 * self.accelerator.process_index + 7 * int(state["iteration"]),
+                self.random.device,
+                self.random.dtype,
+            )
+            self.rollout.random = self.random
+        self.progress = Progress(
+            iteration=int(state["iteration"]),
+            seconds=float(state["seconds"]),
+            bad_updates=int(state["bad_updates"]),
+            skipped=int(state["skipped"]),
+            sums={name: list(pair) for name, pair in state["sums"].items()},
+        )
+        if self.accelerator.is_main_process:
+            self._cut_metrics()
+        return True
+
+    def _cut_metrics(self) -> None:
+        """Drop the lines that a killed run wrote after the checkpoint."""
+        if not self.metrics_file.is_file():
+            return
+        kept = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["iteration"] <= self.progress.iteration:
+                    kept.append(line + "\n")
+            except ValueError:  # the line that the kill cut short
+                continue
+        scratch = self.metrics_file.with_name("metrics.jsonl.partial")
+        scratch.write_text("".join(kept), encoding="utf-8")
+        os.replace(scratch, self.metrics_file)
