@@ -30,7 +30,9 @@ def command(
     engines: Annotated[Path | None, typer.Option(help="Use the engines in this folder (rmd build).")] = None,
     backend: Annotated[str, typer.Option(help="With --engines: which backend's; without: eager.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32 (eager only).")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; left out: bfloat16 with engines, else float32.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prompts drawn together.", min=1)] = 4,
     sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet instead of one file a prompt.")] = False,
     out: Annotated[Path, typer.Option(help="A .png or .mp4 file, or a folder for many.")] = Path("out"),
@@ -40,8 +42,6 @@ def command(
     names = list(dict.fromkeys(schedule or [])) or [""]
     if backend not in ("auto", "eager") and engines is None:
         raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
-    if engines is not None and TEACHER in names:
-        raise ValueError("the teacher has no engines: leave --engines out to draw with it")
     runs = _open(checkpoint, names, engines, backend, device, dtype)
     headings = [label for label, _, _ in runs]
     single = sheet or (len(texts) == 1 and len(runs) == 1)
@@ -82,7 +82,7 @@ def _check_out(out: Path, single: bool, suffix: str) -> None:
 
 
 def _open(
-    path: Path, names: Sequence[str], engines: Path | None, backend: str, device: str, dtype: str
+    path: Path, names: Sequence[str], engines: Path | None, backend: str, device: str, dtype: str | None
 ) -> list[tuple[str, Backbone, Cascade]]:
     """Heading, backbone and cascade of each schedule; the students' schedules share one backbone."""
     import torch
@@ -90,7 +90,9 @@ def _open(
     from rmd.backbones.registry import get_backbone
     from rmd.checkpoint import CheckpointFolder
 
+    store = None if backend == "eager" else engines
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    dtype = dtype or ("float32" if store is None else "bfloat16")
     if dtype not in dtypes:
         raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(dtypes)}")
     folder = CheckpointFolder.read(path)
@@ -98,23 +100,31 @@ def _open(
     for name in names:
         if name not in folder.cascades and name != TEACHER:
             raise ValueError(f"--schedule {name!r} is not in {path}: {', '.join([*folder.cascades, TEACHER])}")
-    backbone_class = get_backbone(folder.backbone_name)
-    runs: dict[str, tuple[str, Backbone, Cascade]] = {}
-    if TEACHER in names:
-        teacher_path = folder.teacher_path
-        if teacher_path is None or not teacher_path.is_dir():
-            raise ValueError(f"{path} names no teacher that is at hand (cascade.json, teacher.folder)")
-        teacher = backbone_class.load(teacher_path, dtype=dtypes[dtype], device=device)
-        runs[TEACHER] = TEACHER, teacher, _teacher_cascade(folder, teacher)
-    if students := [name for name in names if name != TEACHER]:
-        compiled = engines is not None and backend != "eager"
-        student = backbone_class.load(path, dtype=dtypes[dtype], device=device, weights=not compiled)
-        if compiled:
-            from engines.runner import EngineExecutor
+    loaded: dict[Path, Backbone] = {}
 
-            student.executor = EngineExecutor.open(checkpoint=path, store=engines, backend=backend, device=device)
-        runs.update({name: (name, student, folder.cascades[name]) for name in students})
-    return [runs[name] for name in names]
+    def load(weights: Path) -> Backbone:
+        if weights not in loaded:
+            backbone = get_backbone(folder.backbone_name).load(
+                weights, dtype=dtypes[dtype], device=device, weights=store is None
+            )
+            if store is not None:
+                from engines.runner import EngineExecutor
+
+                source = None if weights == path else weights  # the teacher runs in the student's engines
+                backbone.executor = EngineExecutor.open(path, store, backend, device, dtype=dtype, weights_from=source)
+            loaded[weights] = backbone
+        return loaded[weights]
+
+    runs: list[tuple[str, Backbone, Cascade]] = []
+    for name in names:
+        if name != TEACHER:
+            runs.append((name, load(path), folder.cascades[name]))
+            continue
+        if folder.teacher_path is None or not folder.teacher_path.is_dir():
+            raise ValueError(f"{path} names no teacher that is at hand (cascade.json, teacher.folder)")
+        teacher = load(folder.teacher_path)
+        runs.append((name, teacher, _teacher_cascade(folder, teacher)))
+    return runs
 
 
 def _teacher_cascade(folder: CheckpointFolder, backbone: Backbone) -> Cascade:

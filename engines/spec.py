@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from engines.target import Target
 
 KEY_LENGTH = 32
+# Settings that say where a network came from, or how it was cast, and not what it computes.
+_NOT_THE_GRAPH = frozenset({"training", "name_or_path", "architectures", "dtype", "torch_dtype"})
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,17 @@ def graph_digest(module: nn.Module) -> str:
         digest.update(f"{name}|{kind.__module__}.{kind.__qualname__}|{child.extra_repr()}\n".encode())
         for attribute, value in sorted(vars(child).items()):
             # Plain settings, such as a scaling factor or an epsilon, change the graph as much as a layer does.
-            if not attribute.startswith("_") and isinstance(value, bool | int | float | str | tuple) and attribute != "training":
+            plain = isinstance(value, bool | int | float | str | tuple)
+            if plain and not attribute.startswith("_") and attribute not in _NOT_THE_GRAPH:
                 digest.update(f" {attribute}={value!r}\n".encode())
         config = getattr(child, "config", None)
         if config is not None:
             digest.update(_config_text(config).encode())
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
+    for name, tensor in module.named_parameters(remove_duplicate=False):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode())
+    for name, tensor in module.named_buffers(remove_duplicate=False):
+        # Loaders cast buffers, constructors on the meta device do not; the dtype is a part of the spec anyway.
+        digest.update(f"{name}{tuple(tensor.shape)}\n".encode())
     for kind in sorted(sources, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
         digest.update(_source(kind).encode())
     return digest.hexdigest()
@@ -181,6 +186,9 @@ def _config_text(config: Any) -> str:
     data = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(data, Mapping):
         return ""
-    # Where a folder lies, and which version of a library wrote it, is not what the network computes.
-    kept = {name: value for name, value in data.items() if not name.startswith("_") and "version" not in name}
+    kept = {
+        name: value
+        for name, value in data.items()
+        if not name.startswith("_") and "version" not in name and name not in _NOT_THE_GRAPH
+    }
     return json.dumps(kept, sort_keys=True, default=str)

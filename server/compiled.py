@@ -1,14 +1,88 @@
-"""Compiled engines for the server: open the store, build what is missing, or say why eager it is."""
+"""Compiled engines for the server: choose the backend, build what is missing, put them under a backbone."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
 
+from engines.build import BuildProgress, build_checkpoint, missing_engines
+from engines.errors import BackendUnavailable
+from engines.planning import CheckpointPlan, EngineOptions
+from engines.runner import EngineExecutor
+from engines.store import EngineStore
+from rmd.backbones.base import Backbone
 from rmd.checkpoint import CheckpointFolder
+from server.settings import ServerSettings
 
 log = logging.getLogger("rmd.server")
 
+_EAGER = "eager"
 
-def attach_engines(settings: Any, checkpoint: CheckpointFolder, report: Any) -> Any:
+
+def choose_engines(settings: ServerSettings, checkpoint: CheckpointFolder) -> EngineOptions | None:
+    """Return what to build and load engines with, or None where the networks run eager.
+
+    A machine that cannot build (no C++ compiler) still runs engines that are in its store already.
+
+    Raises:
+        BackendUnavailable: a backend was named that cannot be used here.
+    """
+    if settings.backend == _EAGER:
+        return None
+    common = (settings.device, settings.dtype, settings.buckets)
+    try:
+        options, note = EngineOptions.resolve(settings.backend, *common)
+        if options.backend != _EAGER:
+            if note:
+                log.warning("%s", note)
+            return options
+    except BackendUnavailable as error:
+        if settings.backend != "inductor":
+            raise
+        options, note = None, str(error)
+    built = EngineOptions("inductor", *common[:2], *([] if settings.buckets is None else [settings.buckets]))
+    if not missing_engines(CheckpointPlan(checkpoint, built), EngineStore(settings.engines)):
+        return built
+    if options is None:
+        raise BackendUnavailable(note)
+    log.warning("running eager: %s", note)
     return None
+
+
+def build_missing(
+    settings: ServerSettings, options: EngineOptions, report: Callable[[int, int, str], None]
+) -> None:
+    """Build the engines that the store lacks, reporting (done, total, what).
+
+    Raises:
+        EngineError: they cannot be built; the message says why and what to do.
+    """
+
+    def progress(now: BuildProgress) -> None:
+        left = "" if now.remaining is None else f", about {now.remaining:.0f} s left"
+        report(now.done, now.total, f"building engines ({now.current}{left})")
+
+    build_checkpoint(
+        checkpoint=settings.checkpoint,
+        store=settings.engines,
+        backend=options.backend,
+        progress=progress,
+        device=options.device,
+        dtype=options.dtype,
+        buckets=options.buckets,
+        announce=lambda text: log.info("%s", text),
+    )
+
+
+def attach_engines(
+    settings: ServerSettings, options: EngineOptions, checkpoint: CheckpointFolder, backbone: Backbone
+) -> EngineExecutor:
+    """Let a loaded backbone run through the built engines; its weights move into them, no second copy is held.
+
+    Raises:
+        EngineMissing: some are not built; the message holds the command that builds them.
+        EngineError: they do not fit this machine or these weights.
+    """
+    executor = EngineExecutor.from_plan(CheckpointPlan(checkpoint, options, backbone), EngineStore(settings.engines))
+    backbone.executor = executor
+    return executor

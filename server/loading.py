@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 
-from rmd.backbones.base import Backbone, EagerExecutor
-from rmd.backbones.registry import get_backbone, load_checkpoint
+from engines.errors import EngineError
+from engines.planning import EngineOptions
+from engines.runner import EngineExecutor
+from rmd.backbones.base import Backbone
+from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.size import Size
 from rmd.timesteps import uniform_teacher_timesteps
-from server.compiled import attach_engines
-from server.model import EAGER_TEACHER, TEACHER_SCHEDULE, Schedule, ServedModel, TeacherBaseline
+from server.compiled import attach_engines, build_missing, choose_engines
+from server.model import COMPILED_TEACHER, EAGER_TEACHER, TEACHER_SCHEDULE, Schedule, ServedModel, TeacherBaseline
 from server.scheduling.latency import MIN_GAIN, STUDENT, TEACHER, LatencyTable, StationKey
 from server.service import Progress
 from server.settings import ServerSettings
@@ -45,42 +47,51 @@ def load_model(settings: ServerSettings, report: Report) -> ServedModel:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     report(Progress(0, 4, "reading the checkpoint"))
-    dtype = getattr(torch, settings.dtype)
     checkpoint = CheckpointFolder.read(settings.checkpoint)
-    executor = None
-    if settings.backend != "eager":
-        executor = attach_engines(settings, checkpoint, report)
-    backbone, checkpoint = load_checkpoint(
-        settings.checkpoint, dtype=dtype, device=settings.device, weights=executor is None
-    )
-    kind = "eager"
-    if executor is not None:
-        backbone.executor, kind = executor, executor.kind
-    schedules = {name: Schedule(name, cascade, STUDENT) for name, cascade in checkpoint.cascades.items()}
-    lanes: dict[str, Backbone] = {STUDENT: backbone}
+    options = choose_engines(settings, checkpoint)
+    if options is not None and settings.build_missing:
+        build_missing(settings, options, lambda done, total, text: report(Progress(done, total, text)))
 
-    report(Progress(1, 4, "loading the teacher"))
+    report(Progress(1, 4, "loading the weights"))
+    dtype = getattr(torch, settings.dtype)
+    backbone = get_backbone(checkpoint.backbone_name).load(checkpoint.path, dtype=dtype, device=settings.device)
     teacher = _load_teacher(settings, checkpoint, dtype)
+    lanes, schedules = {STUDENT: backbone}, {n: Schedule(n, c, STUDENT) for n, c in checkpoint.cascades.items()}
     if teacher is not None and settings.serve_teacher:
         lanes[TEACHER] = teacher
         schedules[TEACHER_SCHEDULE] = Schedule(TEACHER_SCHEDULE, _teacher_cascade(checkpoint), TEACHER)
 
+    report(Progress(2, 4, "timing the eager teacher"))
+    baselines: list[TeacherBaseline] = []
+    if settings.measure_teacher and checkpoint.teacher is not None:
+        # Its own network, or the student's, which has its shape. Eager: nothing has been attached yet.
+        baselines.append(_eager_baseline(teacher or backbone, checkpoint, checkpoint.teacher.steps))
+
+    report(Progress(3, 4, "loading engines" if options else "preparing"))
+    memory = _memory(lanes)
+    if options is not None:
+        memory |= attach_engines(settings, options, checkpoint, backbone).memory()
+        if TEACHER in lanes:
+            memory |= _attach_teacher(settings, options, checkpoint, lanes[TEACHER])
     model = ServedModel(
         model_id=settings.model_id,
-        created=int((Path(settings.checkpoint) / CASCADE_FILE).stat().st_mtime),
+        created=int((checkpoint.path / CASCADE_FILE).stat().st_mtime),
         lanes=lanes,
         schedules=schedules,
         default=checkpoint.default,
         latencies=LatencyTable({}),
-        executor_kind=kind,
-        memory_bytes=_memory(lanes),
+        executor_kind=options.backend if options else "eager",
+        memory_bytes=memory,
     )
-    report(Progress(2, 4, "warming up"))
     stations = (*model.stations(), *_preview_stations(model))
-    model.latencies = LatencyTable({key: _measure_station(model, key, settings.max_batch) for key in stations})
-    report(Progress(3, 4, "timing the teacher"))
-    if settings.measure_teacher:
-        model.baseline = _measure_teacher(teacher or backbone, checkpoint)
+    measured: dict[StationKey, dict[int, float]] = {}
+    for done, key in enumerate(stations):
+        report(Progress(done, len(stations), f"warming up {key.label}"))
+        measured[key] = _measure_station(model, key, settings.max_batch)
+    model.latencies = LatencyTable(measured)
+    if baselines and TEACHER in lanes and isinstance(lanes[TEACHER].executor, EngineExecutor):
+        baselines.append(_compiled_baseline(model, schedules[TEACHER_SCHEDULE].cascade))
+    model.baselines = tuple(baselines)
     return model
 
 
@@ -110,14 +121,25 @@ def _load_teacher(settings: ServerSettings, checkpoint: CheckpointFolder, dtype:
     return get_backbone(checkpoint.backbone_name).load(path, dtype=dtype, device=settings.device)
 
 
-def _memory(lanes: dict[str, Backbone]) -> dict[str, int]:
-    """Return the bytes of the loaded weights by lane and component."""
-    held: dict[str, int] = {}
-    for lane, backbone in lanes.items():
-        for name, module in backbone.component_modules().items():
-            size = sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type != "meta")
-            held[name if lane == STUDENT else f"{lane} {name}"] = size
-    return held
+def _attach_teacher(
+    settings: ServerSettings, options: EngineOptions, checkpoint: CheckpointFolder, teacher: Backbone
+) -> dict[str, int]:
+    """Run the teacher through the student's engines, which hold no weights of their own, where they allow it."""
+    try:
+        executor = attach_engines(settings, options, checkpoint, teacher)
+    except EngineError as error:
+        log.warning("the teacher runs eager: %s", error)
+        return {}
+    return {f"{TEACHER} {name}": held for name, held in executor.memory().items()}
+
+
+def _memory(lanes: Mapping[str, Backbone]) -> dict[str, int]:
+    """Return the bytes of the eager weights by lane and component."""
+    return {
+        name if lane == STUDENT else f"{lane} {name}": sum(p.numel() * p.element_size() for p in module.parameters())
+        for lane, backbone in lanes.items()
+        for name, module in backbone.component_modules().items()
+    }
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -130,19 +152,29 @@ def _preview_stations(model: ServedModel) -> tuple[StationKey, ...]:
 
 
 def _measure_station(model: ServedModel, key: StationKey, max_batch: int) -> dict[int, float]:
-    """Time a station's batches, doubling them while that pays; the first run of each is warm-up."""
+    """Time a station's batches; the first run of each is warm-up.
+
+    With engines: every bucket, all of which have to be warm. Eager: doubling while that pays.
+    """
+    backbone = model.lanes[key.lane]
+    buckets = _engine_buckets(backbone, key)
+    batches = buckets or tuple(2**k for k in range(max_batch.bit_length()) if 2**k <= max_batch)
     measured: dict[int, float] = {}
-    batch, best_rate = 1, 0.0
-    while batch <= max_batch:
-        work = _station_work(model, key, batch)
-        work()
-        measured[batch] = _fastest(work, model.backbone.device)
+    best_rate = 0.0
+    for batch in batches:
+        measured[batch] = _fastest(_station_work(model, key, batch), backbone.device)
         rate = batch / measured[batch]
-        if rate < best_rate * MIN_GAIN:
+        if not buckets and rate < best_rate * MIN_GAIN:
             break
         best_rate = max(best_rate, rate)
-        batch *= 2
     return measured
+
+
+def _engine_buckets(backbone: Backbone, key: StationKey) -> tuple[int, ...]:
+    if not isinstance(backbone.executor, EngineExecutor):
+        return ()
+    component = {"encode": "text_encoder", "denoise": "denoiser", "decode": "decoder"}[key.kind]
+    return backbone.executor.buckets(component, key.size)
 
 
 def _station_work(model: ServedModel, key: StationKey, batch: int) -> Callable[[], object]:
@@ -165,7 +197,11 @@ def _denoiser_work(backbone: Backbone, size: Size, rows: int) -> Callable[[], ob
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Return the least of a few timings: noise on a shared machine only ever adds. Slow work is timed less often."""
+    """Run once to warm up, then return the least of a few timings: noise on a shared machine only ever adds.
+
+    Slow work is timed less often.
+    """
+    work()
     seconds: list[float] = []
     while len(seconds) < _REPEATS and sum(seconds) < _PATIENCE_SECONDS:
         started = time.perf_counter()
@@ -176,29 +212,26 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
     return min(seconds)
 
 
-def _measure_teacher(backbone: Backbone, checkpoint: CheckpointFolder) -> TeacherBaseline | None:
-    """Time the eager teacher at batch 1 on this machine: its own network, or the student's, which has its shape."""
-    if checkpoint.teacher is None:
-        return None
-    if not isinstance(backbone.executor, EagerExecutor):
-        log.warning("the teacher is not here to be timed, so no speed-up is reported")
-        return None
+def _eager_baseline(backbone: Backbone, checkpoint: CheckpointFolder, steps: int) -> TeacherBaseline:
+    """Time the eager teacher at batch 1: one prompt, one guided step (two rows), one decoding at full size."""
     size = checkpoint.default_cascade.full_size
     latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
-    works: dict[str, Callable[[], object]] = {
-        "step": _denoiser_work(backbone, size, 2),
-        "encode": lambda: backbone.encode_prompts(["a red rocket"]),
-        "decode": lambda: backbone.decode(latents, size),
-    }
-    seconds: dict[str, float] = {}
-    for name, work in works.items():
-        work()
-        seconds[name] = _fastest(work, backbone.device)
     return TeacherBaseline(
         kind=EAGER_TEACHER,
-        steps=checkpoint.teacher.steps,
-        guided_step_seconds=seconds["step"],
-        encode_seconds=seconds["encode"],
-        decode_seconds=seconds["decode"],
+        steps=steps,
+        guided_step_seconds=_fastest(_denoiser_work(backbone, size, 2), backbone.device),
+        encode_seconds=_fastest(lambda: backbone.encode_prompts(["a red rocket"]), backbone.device),
+        decode_seconds=_fastest(lambda: backbone.decode(latents, size), backbone.device),
     )
 
+
+def _compiled_baseline(model: ServedModel, cascade: Cascade) -> TeacherBaseline:
+    """Read the compiled teacher's latency off the stations' timings."""
+    size, latencies = cascade.full_size, model.latencies
+    return TeacherBaseline(
+        kind=COMPILED_TEACHER,
+        steps=cascade.num_steps,
+        guided_step_seconds=latencies.seconds(StationKey("denoise", TEACHER, size), 2),
+        encode_seconds=latencies.seconds(StationKey("encode"), 1),
+        decode_seconds=latencies.seconds(StationKey("decode", size=size), 1),
+    )

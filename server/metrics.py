@@ -68,7 +68,7 @@ class _StateCollector(Collector):
         yield _family(
             "rmd_teacher_seconds",
             "The teacher's own latency for one picture, timed on this machine at start: guided step x steps + "
-            "encode + decode. kind says what ran it.",
+            "encode + decode. kind: eager or compiled.",
             ["kind"],
             now.teacher_seconds,
         )

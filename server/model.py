@@ -11,7 +11,8 @@ from rmd.size import Size
 from server.scheduling.latency import STUDENT, LatencyTable, StationKey
 
 TEACHER_SCHEDULE = "teacher"
-EAGER_TEACHER = "eager_teacher"
+EAGER_TEACHER = "eager"
+COMPILED_TEACHER = "compiled"
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TeacherBaseline:
-    """The teacher's own latency for one picture on this machine, timed at start.
+    """The teacher's own latency for one picture on this machine, timed at start at batch 1.
 
-    ``seconds = encode + steps * guided step + decode``, all eager, at batch 1.
+    ``seconds = encode + steps * guided step + decode``. ``kind`` is "eager", or "compiled" for the same network
+    through engines: the first says what this server gains over plain use of the teacher, the second what is left
+    when the teacher is compiled too.
     """
 
     kind: str
@@ -54,7 +57,10 @@ class TeacherBaseline:
 
 @dataclass
 class ServedModel:
-    """A checkpoint, ready to run. ``lanes`` maps weights to backbones; text and decoding use the student's."""
+    """A checkpoint, ready to run.
+
+    ``lanes`` maps weights to backbones. Text and decoding use the student's, which distillation leaves as they were.
+    """
 
     model_id: str
     created: int
@@ -63,7 +69,7 @@ class ServedModel:
     default: str
     latencies: LatencyTable
     executor_kind: str = "eager"
-    baseline: TeacherBaseline | None = None
+    baselines: tuple[TeacherBaseline, ...] = ()
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -166,20 +166,18 @@ class Service:
 
     # -- state for others ------------------------------------------------------------------------------------------
 
-    def speedup(self, compute_seconds: float) -> float | None:
-        """Return the teacher's seconds over ``compute_seconds``; None where the teacher was not measured."""
-        baseline = self._model.baseline if self._model else None
-        return baseline.seconds / compute_seconds if baseline and compute_seconds > 0 else None
+    def speedups(self, compute_seconds: float) -> dict[str, float]:
+        """Return the teacher's seconds over ``compute_seconds`` by kind of baseline; empty where none was measured."""
+        if self._model is None or compute_seconds <= 0:
+            return {}
+        return {baseline.kind: baseline.seconds / compute_seconds for baseline in self._model.baselines}
 
     def snapshot(self) -> Snapshot:
         """Return the state that the gauges show."""
         model = self._model
-        baseline = model.baseline if model else None
-        speedup: dict[tuple[str, str], float] = {}
         with self._recent_lock:
             means = {name: sum(window) / len(window) for name, window in self._recent.items() if window}
-        if baseline:
-            speedup = {(name, baseline.kind): baseline.seconds / mean for name, mean in means.items() if mean > 0}
+        speedup = {(name, kind): x for name, mean in means.items() for kind, x in self.speedups(mean).items()}
         return Snapshot(
             ready=self.state is State.READY,
             draining=self.state is State.DRAINING,
@@ -190,7 +188,7 @@ class Service:
             queue_depth=self._executor.depths(),
             batch_width={key.label: model.latencies.width(key) for key in model.stations()} if model else {},
             engine_memory_bytes=model.memory_bytes if model else {},
-            teacher_seconds={baseline.kind: baseline.seconds} if baseline else {},
+            teacher_seconds={baseline.kind: baseline.seconds for baseline in model.baselines} if model else {},
             speedup=speedup,
             stored_file_bytes=self.files.stored_bytes,
         )
@@ -198,6 +196,8 @@ class Service:
     # -- called by the executor ------------------------------------------------------------------------------------
 
     def _report(self, progress: Progress) -> None:
+        if self._draining:
+            raise InterruptedError("the server was stopped while it was loading")
         self.progress = progress
         self._notify_progress(progress)
 
@@ -210,6 +210,8 @@ class Service:
         log.info("ready: %s on %s", model.model_id, model.executor_kind)
 
     def _failed(self, error: BaseException) -> None:
+        if isinstance(error, InterruptedError):
+            return
         self.failure = f"{type(error).__name__}: {error}"
         self._notify_failed(error)
 

@@ -52,6 +52,7 @@ class ServerSettings(BaseSettings):
     queue_megapixels: float = Field(256.0, gt=0, description="their pixels at full size, in millions")
     deadline_seconds: float = Field(120.0, gt=0, description="from admission to reply, checked at every step")
     drain_seconds: float = Field(60.0, ge=0, description="longest wait for accepted requests at SIGTERM")
+    buckets: Annotated[tuple[int, ...] | None, NoDecode] = Field(None, description="batch sizes of the engines")
     max_batch: int = Field(8, ge=1, description="widest batch tried at warm-up where no engine fixes it")
     package_threads: int = Field(2, ge=1, description="threads that compress pictures")
     idempotency_seconds: float = Field(600.0, gt=0)
@@ -59,13 +60,19 @@ class ServerSettings(BaseSettings):
     files_seconds: float = Field(3600.0, gt=0, description="life of a response_format=url picture")
     files_megabytes: float = Field(64.0, gt=0, description="memory kept for those pictures")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "buckets", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _split_commas(cls, value: Any) -> Any:
         """Accept a comma-separated string, which is how an environment variable says a list."""
         if isinstance(value, str):
-            return tuple(key for key in (part.strip() for part in value.split(",")) if key)
+            return tuple(entry for entry in (part.strip() for part in value.split(",")) if entry) or None
         return value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _no_keys(cls, value: Any) -> Any:
+        """An empty variable means none."""
+        return () if value is None else value
 
     @model_validator(mode="after")
     def _queue_holds_one_request(self) -> ServerSettings:

@@ -116,13 +116,12 @@ def training_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     if settings.method == "swd" and settings.schedule is None:
         return scale_wise(teacher.backbone, base)
     if settings.method in ("tdm", "dmd2") and settings.schedule is None and len(base.sizes) > 1:
-        single = Cascade.from_steps(
+        return Cascade.from_steps(
             base.name,
             [step.teacher_timestep for step in base.steps],
             [base.full_size] * base.num_steps,
             flow_shift=base.flow_shift,
         )
-        return single
     return base
 
 

@@ -1,4 +1,4 @@
-"""A distilled network to a checkpoint folder: a diffusers folder with `cascade.json`, which counts once it was reloaded."""
+"""A distilled network to a checkpoint folder (diffusers and `cascade.json`), which counts once it was reloaded."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
         ExportError: a reloaded tensor differs, or the reloaded model gives values that are not finite.
         FileNotFoundError: the teacher's folder lacks a component.
     """
-    out = Path(os.path.abspath(out))
+    out = Path.cwd() / out
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -89,7 +89,7 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
                 export.teacher_steps,
                 export.teacher_guidance,
                 export.flow_shift,
-                folder=os.path.relpath(_real(export.teacher_folder), out),
+                folder=os.path.relpath(export.teacher_folder, out),
             ),
             distillation=export.record,
         )
@@ -114,7 +114,7 @@ def _write_network(network: Any, folder: Path, dtype: torch.dtype) -> dict[str, 
 
 
 def _write_shared(scratch: Path, out: Path, export: Export) -> None:
-    teacher = _real(export.teacher_folder)
+    teacher = export.teacher_folder
     index = teacher / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{index} does not exist; --teacher must be a diffusers folder")
@@ -129,10 +129,6 @@ def _write_shared(scratch: Path, out: Path, export: Export) -> None:
             (scratch / name).symlink_to(os.path.relpath(source.resolve(), scratch), target_is_directory=True)
         else:
             shutil.copytree(source, scratch / name, symlinks=False)
-
-
-def _real(folder: Path) -> Path:
-    return Path(os.path.abspath(folder))
 
 
 def _notice(export: Export) -> str:
@@ -159,7 +155,8 @@ def model_card(name: str, export: Export) -> str:
     return f"""# {name}
 
 A few-step student of the backbone `{export.backbone}`, distilled with {record.get("method", "rmd").upper()} from
-`{export.teacher_folder.name}` ({export.teacher_steps} steps, guidance {export.teacher_guidance:g}). It needs no guidance.
+`{export.teacher_folder.name}` ({export.teacher_steps} steps, guidance {export.teacher_guidance:g}). The student itself
+needs no guidance.
 
 Schedule **{export.default}** ({cascade.num_steps} network passes):
 
@@ -169,8 +166,9 @@ Schedule **{export.default}** ({cascade.num_steps} network passes):
 
 {facts}
 
-`cascade.json` holds the schedules ({", ".join(export.cascades)}; trained for {export.default}), the noise re-injection
-intensity at inference ({cascade.transition_noise_intensity:g}) and the settings of the distillation. Weights are bfloat16 safetensors.
+`cascade.json` holds the schedules ({", ".join(export.cascades)}; trained for {export.default}), the intensity of noise
+re-injection at inference ({cascade.transition_noise_intensity:g}) and the settings of the distillation. The weights are
+bfloat16 safetensors.
 
 ```
 rmd generate --checkpoint {name} "a prompt"

@@ -115,7 +115,9 @@ class DiffusersBackbone(Backbone):
             if name not in config:
                 raise BackboneError(f"{cls.name}: the configuration lacks {name!r}")
         raw = {
-            name: build_random(target, config[name], cls.component_dtype(name, config[name], dtype), torch.device(device))
+            name: build_random(
+                target, config[name], cls.component_dtype(name, config[name], dtype), torch.device(device)
+            )
             for name, target in cls.components.items()
             if name in config
         }

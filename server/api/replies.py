@@ -106,7 +106,6 @@ def report(service: Service, generation: Generation, pictures: Sequence[Finished
             )
         )
     compute = fmean(record.compute for record in records)
-    baseline, speedup = service.model.baseline, service.speedup(compute)
     return RmdReport(
         seed=spec.seeds[0],
         seeds=list(spec.seeds),
@@ -121,8 +120,8 @@ def report(service: Service, generation: Generation, pictures: Sequence[Finished
             compute=round(compute, 6),
             total=round(time.monotonic() - generation.arrived, 6),
         ),
-        eager_teacher_seconds=round(baseline.seconds, 6) if baseline else None,
-        speedup_over_eager_teacher=round(speedup, 3) if speedup else None,
+        teacher_seconds={baseline.kind: round(baseline.seconds, 6) for baseline in service.model.baselines},
+        speedup={kind: round(ratio, 3) for kind, ratio in service.speedups(compute).items()},
     )
 
 

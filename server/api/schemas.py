@@ -132,10 +132,10 @@ class RmdReport(BaseModel):
     executor: str
     stages: list[StageReport]
     seconds: SecondsReport
-    eager_teacher_seconds: float | None = Field(
-        description="One picture by the eager teacher on this machine, timed at start; null if not measured."
+    teacher_seconds: dict[str, float] = Field(
+        description="One picture by the teacher on this machine, timed at start: by kind, 'eager' and 'compiled'."
     )
-    speedup_over_eager_teacher: float | None = Field(description="That over seconds.compute.")
+    speedup: dict[str, float] = Field(description="Those over seconds.compute, by the same kinds.")
 
 
 class ImageData(BaseModel):

@@ -137,7 +137,7 @@ class DeviceExecutor:
             while (batch := self._next_batch(policy)) is not None:
                 self._run(runner, model, *batch)
         except BaseException as error:  # the thread must never die silently: readiness has to say so
-            log.exception("the device thread ended")
+            log.error("the device thread ended: %s", error, exc_info=self._model is not None)
             self._on_failed(error)
         finally:
             with self._changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -63,8 +64,14 @@ def test_sheet_of_schedules_and_teacher(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red fox\nan old lighthouse\n")
     out = tmp_path / "sheet.png"
+    # the teacher's forty guided steps would take long; four will do
+    copy = tmp_path / "few"
+    shutil.copytree(folder, copy)
+    record = json.loads((copy / "cascade.json").read_text())
+    record["teacher"]["steps"] = 4
+    (copy / "cascade.json").write_text(json.dumps(record))
     schedules = ["--schedule", "2+2", "--schedule", "0+4", "--schedule", "teacher"]
-    result = _run("--prompts", file, "--checkpoint", folder, *schedules, "--sheet", "--out", out)
+    result = _run("--prompts", file, "--checkpoint", copy, *schedules, "--sheet", "--out", out)
     assert result.exit_code == 0, result.output
     with Image.open(out) as picture:
         assert picture.size == (3 * 68 + 4, 16 + 2 * (64 + 16 + 4) + 4)
@@ -94,7 +101,6 @@ def test_film(tmp_path: Path) -> None:
         (["fox", "--schedule", "9+9"], r"--schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
         (["fox", "--dtype", "int8"], "--dtype 'int8' is not one of"),
         (["fox", "--backend", "inductor"], "needs --engines FOLDER"),
-        (["fox", "--schedule", "teacher", "--engines", "e"], "the teacher has no engines"),
         (["fox", "--out", "fox.jpg"], "this makes a .png file"),
         (["fox", "--schedule", "2+2", "--schedule", "0+4", "--out", "fox.png"], "give a folder, or --sheet"),
     ],
@@ -104,6 +110,13 @@ def test_bad_input(folder: Path, arguments: list[str], message: str) -> None:
         result = _run(*arguments, "--checkpoint", folder)
         assert result.exception is not None
         raise result.exception
+
+
+def test_engines_that_are_not_built(folder: Path, tmp_path: Path) -> None:
+    result = _run("fox", "--checkpoint", folder, "--engines", tmp_path / "none", "--out", tmp_path / "fox.png")
+    assert result.exit_code != 0
+    assert "rmd build" in str(result.exception)
+    assert not (tmp_path / "fox.png").exists()
 
 
 def test_list_backbones() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -309,7 +310,7 @@ def tau_intervals(cascade: Cascade, interval: str) -> Tensor:
         pairs = [cascade.stages[step.stage].teacher_interval for step in cascade.steps]
     elif interval == "step":
         edges = [step.teacher_timestep / 1000 for step in cascade.steps] + [0.0]
-        pairs = [(max(low, lowest), min(high, highest)) for high, low in zip(edges[:-1], edges[1:], strict=True)]
+        pairs = [(max(low, lowest), min(high, highest)) for high, low in pairwise(edges)]
     else:
         raise ValueError(f"interval {interval!r} is not one of stage, step, full")
     for index, (low, high) in enumerate(pairs):

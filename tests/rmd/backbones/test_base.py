@@ -35,7 +35,9 @@ def _load(folder: Path | str) -> object:
 
 
 def test_unknown_backbone_lists_the_known() -> None:
-    with pytest.raises(BackboneError, match=r"unknown backbone 'flux'; known are embedded, sdxl, pixart, sd3, wan-1.3b"):
+    with pytest.raises(
+        BackboneError, match=r"unknown backbone 'flux'; known are embedded, sdxl, pixart, sd3, wan-1.3b"
+    ):
         get_backbone("flux")
 
 

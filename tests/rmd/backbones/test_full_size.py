@@ -10,14 +10,21 @@ from rmd.backbones.registry import get_backbone
 
 # Parameters of the denoiser, exactly; published as 2.57 B, 0.61 B, 2.2 B (without the position table), 1.3 B, 14 B.
 EXPECTED = {
-    "embedded": (0, (16, 64)),
+    "embedded": (18_624_032, (16, 64)),
     "sdxl": (2_567_463_684, (1024, 4096)),
     "pixart": (611_349_152, (1024, 4096)),
     "sd3": (2_243_171_520, (1024, 4096)),
     "wan-1.3b": (1_418_996_800, (14_700, 32_760)),
     "wan-14b": (14_288_491_584, (32_760, 75_600)),
 }
-DECODER = {"embedded": 0, "sdxl": 83_653_863, "pixart": 83_653_863, "sd3": 83_819_683, "wan-1.3b": 126_892_531, "wan-14b": 126_892_531}
+DECODER = {
+    "embedded": 3_737_560,
+    "sdxl": 83_653_863,
+    "pixart": 83_653_863,
+    "sd3": 83_819_683,
+    "wan-1.3b": 126_892_531,
+    "wan-14b": 126_892_531,
+}
 
 
 @pytest.mark.parametrize("name", CONFIGURED)

@@ -1,0 +1,298 @@
+"""How much faster a cascade is than its teacher: steps, schedules, text, decoding, by batch and way of running.
+
+    python -m engines.benchmark.speedup --device cuda --backbone sdxl --out benchmarks/gpu
+
+Latency depends on the architecture and not on the weights' values, so the large backbones are measured with random
+weights of their public configurations. Whole schedules are run where that takes seconds; else they are the sum of their
+measured steps, and the report says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engines.benchmark.executors import make_executor, variants_for
+from engines.benchmark.ratios import PAPER, STOCK, Measured, rows_of, schedule_seconds, speedups, step_key
+from engines.benchmark.report import command_line, environment, write_speedup
+from engines.benchmark.subjects import (
+    Runner,
+    Subject,
+    checkpoint_subject,
+    parameter_bytes,
+    random_subject,
+)
+from engines.benchmark.timing import Timing, time_interleaved
+
+
+@dataclass(frozen=True)
+class SpeedupSettings:
+    """What is measured.
+
+    Attributes:
+        backbone: key of the registry; the checkpoint's own where one is given.
+        checkpoint: folder, None for random weights.
+        engines: folder of built engines (adds the variant "engines"; needs a checkpoint).
+        backend: of those engines.
+        device, dtype: such as "cuda" and "bfloat16".
+        scale: "full" or "tiny" (see :func:`random_subject`).
+        batches: pictures at a time.
+        variants: None for the device's own list.
+        repeats: rounds at most.
+        whole_limit: a schedule is run whole when its steps add up to fewer seconds than this.
+        minutes: no new batch is begun after this long.
+        threads: of the CPU; None leaves torch's choice.
+        stock: also run the teacher as a diffusers pipeline would.
+        out: folder of the report.
+    """
+
+    backbone: str = "embedded"
+    checkpoint: Path | None = None
+    engines: Path | None = None
+    backend: str = "auto"
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    scale: str = "full"
+    batches: tuple[int, ...] = (1, 8)
+    variants: tuple[str, ...] | None = None
+    repeats: int = 7
+    whole_limit: float = 20.0
+    minutes: float = 30.0
+    threads: int | None = None
+    stock: bool = True
+    out: Path = Path("benchmarks/speedup")
+
+
+def run_speedup(settings: SpeedupSettings, progress: Callable[[str], None] = lambda _what: None) -> dict[str, Any]:
+    """Measure and write ``speedup-<backbone>-<device>.json``, ``.md`` and (with matplotlib) ``.png``.
+
+    Returns:
+        the content of the JSON file.
+
+    Raises:
+        ValueError: unknown backbone, dtype or variant, or engines without a checkpoint.
+    """
+    device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    dtype = getattr(torch, settings.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {settings.dtype!r} is not one of torch's, such as bfloat16")
+    began = time.monotonic()
+    progress("building the networks")
+    subject = (
+        checkpoint_subject(settings.checkpoint, dtype, device)
+        if settings.checkpoint
+        else random_subject(settings.backbone, settings.scale, dtype, device)
+    )
+    runners, unavailable = _runners(settings, subject, device)
+    measured, notes = Measured(), [subject.note] if subject.note else []
+    for batch in settings.batches:
+        if time.monotonic() - began > 60 * settings.minutes:
+            notes.append(f"batch {batch} was not begun: the {settings.minutes:g} minutes of --minutes were over")
+            continue
+        _measure_batch(settings, subject, runners, batch, device, measured, progress)
+    content = _content(settings, subject, measured, unavailable, notes, device)
+    write_speedup(settings.out, content)
+    return content
+
+
+def _runners(
+    settings: SpeedupSettings, subject: Subject, device: torch.device
+) -> tuple[dict[str, tuple[Runner, Runner]], dict[str, str]]:
+    """By variant, the runner of students and the one of the teacher; and why other variants are not there."""
+    runners: dict[str, tuple[Runner, Runner]] = {}
+    unavailable: dict[str, str] = {}
+    for variant in variants_for(device, settings.variants):
+        try:
+            runner = Runner(subject, make_executor(variant, subject.backbone, device, settings.dtype))
+        except (ValueError, ImportError) as error:
+            unavailable[variant] = str(error)
+            continue
+        runners[variant] = runner, runner
+    if settings.engines is not None:
+        if settings.checkpoint is None:
+            raise ValueError("--engines needs the --checkpoint that they were built for")
+        from engines.runner import EngineExecutor
+
+        executor = EngineExecutor.open(
+            settings.checkpoint, settings.engines, settings.backend, settings.device, dtype=settings.dtype
+        )
+        # The teacher has the same architecture: its time through the same engines does not depend on whose weights
+        # they hold.
+        runner = Runner(subject, executor)
+        runners["engines"] = runner, runner
+    if not runners:
+        raise ValueError("no variant can run here: " + "; ".join(f"{k}: {v}" for k, v in unavailable.items()))
+    return runners, unavailable
+
+
+def _measure_batch(
+    settings: SpeedupSettings,
+    subject: Subject,
+    runners: Mapping[str, tuple[Runner, Runner]],
+    batch: int,
+    device: torch.device,
+    measured: Measured,
+    progress: Callable[[str], None],
+) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    guidance = subject.teacher.guidance_scale
+    cases: dict[tuple[str, int, Any], Callable[[], Any]] = {}
+    for variant, (student, teacher) in runners.items():
+        for size in subject.sizes:
+            cases[variant, batch, step_key(size, False)] = student.step(size, batch, 1.0)
+        full = subject.teacher.full_size
+        cases[variant, batch, step_key(full, True)] = teacher.step(full, batch, guidance)
+        if "decoder" in subject.backbone.component_modules():
+            cases[variant, batch, "decode"] = student.decode(full, batch)
+        text = student.text(batch)
+        if text is not None:
+            cases[variant, batch, "text"] = text
+    _time(cases, settings, device, measured, progress, f"batch {batch}, steps")
+    whole: dict[tuple[str, int, Any], Callable[[], Any]] = {}
+    for variant, (student, teacher) in runners.items():
+        for name, cascade in (("teacher", subject.teacher), *subject.students.items()):
+            estimate = schedule_seconds(measured, variant, batch, name, cascade)
+            if estimate is not None and estimate[0] < settings.whole_limit:
+                runner = teacher if name == "teacher" else student
+                whole[variant, batch, name] = runner.schedule(cascade, batch)
+    stock = measured.seconds("eager", batch, step_key(subject.teacher.full_size, True))
+    if settings.stock and stock is not None and stock * subject.teacher.num_steps < settings.whole_limit:
+        whole[STOCK, batch, "teacher"] = runners["eager"][1].diffusers_loop(subject.teacher, batch)
+    _time(whole, settings, device, measured, progress, f"batch {batch}, schedules")
+    if device.type == "cuda":
+        measured.timings[STOCK, batch, "peak_bytes"] = Timing.of([float(torch.cuda.max_memory_allocated(device))])
+    for student, _ in runners.values():
+        if hasattr(student.executor, "release") and device.type == "cuda":
+            student.executor.release()
+
+
+def _time(
+    cases: Mapping[tuple[str, int, Any], Callable[[], Any]],
+    settings: SpeedupSettings,
+    device: torch.device,
+    measured: Measured,
+    progress: Callable[[str], None],
+    what: str,
+) -> None:
+    found = time_interleaved(
+        cases,
+        device,
+        repeats=settings.repeats,
+        case_budget=settings.whole_limit,
+        progress=lambda case: progress(f"{what}: {case}"),
+    )
+    measured.timings.update(found.timings)
+    measured.failures.update(found.failures)
+
+
+def _content(
+    settings: SpeedupSettings,
+    subject: Subject,
+    measured: Measured,
+    unavailable: Mapping[str, str],
+    notes: Sequence[str],
+    device: torch.device,
+) -> dict[str, Any]:
+    backbone = subject.backbone
+    variants = list(dict.fromkeys(variant for variant, _, _ in measured.timings if variant != STOCK))
+    peaks = {
+        str(batch): int(timing.median) for (_, batch, what), timing in measured.timings.items() if what == "peak_bytes"
+    }
+    rows = rows_of(subject, measured, variants, settings.batches)
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    return {
+        "format": 1,
+        "kind": "speedup",
+        "command": command_line(),
+        **environment(device),
+        "settings": plain,
+        "backbone": backbone.name,
+        "weights": subject.weights,
+        "parameters": backbone.denoiser_parameters(),
+        "component_bytes": parameter_bytes(backbone.component_modules()),
+        "tokens": {str(size): backbone.tokens(size) for size in subject.sizes},
+        "teacher": {"steps": subject.teacher.num_steps, "guidance_scale": subject.teacher.guidance_scale},
+        "timings": [
+            {"variant": variant, "batch": batch, "what": _label(what), **timing.to_dict()}
+            for (variant, batch, what), timing in measured.timings.items()
+            if what != "peak_bytes"
+        ],
+        "schedules": rows,
+        **speedups(rows),
+        "peak_bytes": peaks,
+        "unavailable": dict(unavailable),
+        "failures": [
+            {"variant": variant, "batch": batch, "what": _label(what), "reason": reason}
+            for (variant, batch, what), reason in measured.failures.items()
+        ],
+        "paper": PAPER.get(backbone.name),
+        "notes": list(notes),
+    }
+
+
+def _label(what: Any) -> str:
+    return what if isinstance(what, str) else f"step {what[1]}{' guided' if what[2] else ''}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of this module; `rmd bench speedup` takes the same options."""
+    options = argparse.ArgumentParser(prog="python -m engines.benchmark.speedup", description=__doc__.splitlines()[0])
+    options.add_argument("--backbone", default="embedded", help="embedded, sdxl, pixart, sd3, wan-1.3b or wan-14b")
+    options.add_argument("--checkpoint", type=Path, help="measure this folder instead of random weights")
+    options.add_argument("--engines", type=Path, help="also through the engines in this folder")
+    options.add_argument("--backend", default="auto", help="of those engines")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--scale", default="full", choices=("full", "tiny"), help="tiny rehearses the same path")
+    options.add_argument("--batches", default="1,8")
+    options.add_argument("--variants", help="eager, compiled, tensorrt, inductor, each also +graphs; comma-separated")
+    options.add_argument("--repeats", type=int, default=7)
+    options.add_argument("--whole-limit", type=float, default=20.0, help="run schedules whole below so many seconds")
+    options.add_argument("--minutes", type=float, default=30.0, help="begin no new batch after this long")
+    options.add_argument("--threads", type=int)
+    options.add_argument("--no-stock", action="store_true", help="leave the diffusers loop out")
+    options.add_argument("--out", type=Path, default=Path("benchmarks/speedup"))
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    chosen = parser().parse_args(argv)
+    settings = SpeedupSettings(
+        backbone=chosen.backbone,
+        checkpoint=chosen.checkpoint,
+        engines=chosen.engines,
+        backend=chosen.backend,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        scale=chosen.scale,
+        batches=tuple(int(part) for part in chosen.batches.split(",")),
+        variants=tuple(chosen.variants.split(",")) if chosen.variants else None,
+        repeats=chosen.repeats,
+        whole_limit=chosen.whole_limit,
+        minutes=chosen.minutes,
+        threads=chosen.threads,
+        stock=not chosen.no_stock,
+        out=chosen.out,
+    )
+    began = time.monotonic()
+    content = run_speedup(settings, lambda what: print(f"[{time.monotonic() - began:6.1f} s] {what}", flush=True))
+    from engines.benchmark.report import speedup_markdown
+
+    print(speedup_markdown(content))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

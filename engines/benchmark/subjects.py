@@ -1,0 +1,264 @@
+"""What is measured: a backbone (from a checkpoint, or with random weights), its schedules and ways of running it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rmd.backbones.base import Backbone, Conditioning, repeat_rows
+from rmd.backbones.configs import PUBLISHED, published_config
+from rmd.backbones.registry import get_backbone
+from rmd.cascade import Cascade, teacher_cascade
+from rmd.presets import PROFILES
+from rmd.sampler import sample
+from rmd.size import Size
+
+IMAGE_SPLITS = ("0+4", "1+3", "2+2", "3+1")
+FILM_SPLITS = ("0+6", "3+3")
+# The embedded model's networks; their weights do not matter to a bench, their shapes do.
+_EMBEDDED: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_layers": 8,
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 384,
+        "caption_projection_dim": 256,
+        "pooled_projection_dim": 384,
+        "pos_embed_max_size": 16,
+    },
+    "vae": {},
+    "scheduler": {},
+    "text_encoder": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+    },
+}
+_TINY_EMBEDDED = {
+    "transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32},
+    "vae": {"widths": [8, 8], "blocks": [1, 1]},
+    "text_encoder": {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64},
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone with the schedules to compare.
+
+    Attributes:
+        backbone: loaded.
+        teacher: the teacher's whole schedule, guided.
+        students: by split, unguided.
+        weights: "random", or the checkpoint's folder.
+        note: what is missing, "" otherwise.
+    """
+
+    backbone: Backbone
+    teacher: Cascade
+    students: Mapping[str, Cascade]
+    weights: str
+    note: str = ""
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Every size at which a schedule has a step, ascending."""
+        return tuple(sorted({size for cascade in (self.teacher, *self.students.values()) for size in cascade.sizes}))
+
+
+def has_transformers() -> bool:
+    """Whether text encoders can be built here."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def random_subject(name: str, scale: str, dtype: torch.dtype, device: torch.device) -> Subject:
+    """A backbone of its public configuration with random weights.
+
+    Args:
+        name: key of the registry.
+        scale: "full", or "tiny" for a rehearsal of the same path with small networks of the same classes.
+
+    Raises:
+        ValueError: unknown backbone or scale.
+    """
+    if scale not in ("full", "tiny"):
+        raise ValueError(f"scale {scale!r} is not full or tiny")
+    kind = get_backbone(name)
+    config = _random_config(name, scale)
+    note = ""
+    if not has_transformers():
+        config = {part: value for part, value in config.items() if not part.startswith("text_encoder")}
+        note = "transformers is not installed: text encoding is not measured, end-to-end times leave it out"
+    backbone = kind.from_config(config, dtype, device)
+    if scale == "tiny":
+        from rmd.backbones.tiny import tiny_sizes
+
+        backbone.sizes = (Size.square(32), Size.square(64)) if name == "embedded" else tiny_sizes(name)
+    return Subject(backbone, teacher_cascade(backbone), student_cascades(backbone), "random", note)
+
+
+def _random_config(name: str, scale: str) -> dict[str, dict[str, Any]]:
+    if name in PUBLISHED:
+        if scale == "full":
+            return published_config(name)
+        from rmd.backbones.tiny import tiny_config
+
+        return tiny_config(name)
+    if scale == "full":
+        return _EMBEDDED
+    return {part: {**values, **_TINY_EMBEDDED.get(part, {})} for part, values in _EMBEDDED.items()}
+
+
+def student_cascades(backbone: Backbone) -> dict[str, Cascade]:
+    """Students' schedules over the backbone's two largest sizes, by split."""
+    profile = PROFILES[cast(Any, backbone).profile]
+    low, full = sorted(backbone.sizes)[-2:]
+    found: dict[str, Cascade] = {}
+    for split in FILM_SPLITS if backbone.media == "video" else IMAGE_SPLITS:
+        below, above = (int(part) for part in split.split("+"))
+        found[split] = Cascade.from_steps(
+            backbone.name,
+            profile.teacher_timesteps(below + above),
+            [low] * below + [full] * above,
+            schedule=backbone.schedule,
+            schedule_name=split,
+            flow_shift=profile.flow_shift,
+            transition_noise_intensity=profile.transition_noise_intensity,
+        )
+    return found
+
+
+def checkpoint_subject(folder: Path, dtype: torch.dtype, device: torch.device) -> Subject:
+    """The student of a checkpoint folder, with its own schedules and its teacher's."""
+    from rmd.backbones.registry import load_checkpoint
+
+    backbone, checkpoint = load_checkpoint(folder, dtype=dtype, device=device)
+    teacher = checkpoint.teacher
+    cascade = teacher_cascade(backbone, teacher.steps if teacher else None)
+    if teacher is not None:
+        cascade = Cascade.from_dict({**cascade.to_dict(), "guidance_scale": teacher.guidance_scale})
+    students = {**student_cascades(backbone), **checkpoint.cascades}
+    order = (*IMAGE_SPLITS, *FILM_SPLITS)
+    return Subject(
+        backbone,
+        cascade,
+        {split: students[split] for split in order if split in students},
+        str(folder),
+    )
+
+
+class Runner:
+    """The calls that are timed, of one subject through one executor.
+
+    Inputs are made once, outside the timing; the noise of whole schedules is made inside, as in real use.
+    """
+
+    def __init__(self, subject: Subject, executor: Any, backbone: Backbone | None = None) -> None:
+        self.subject = subject
+        self.backbone = backbone or subject.backbone
+        self.executor = executor
+
+    def _conditions(self, batch: int) -> tuple[Conditioning, Conditioning]:
+        return self.backbone.random_conditioning(batch), repeat_rows(self.backbone.random_conditioning(1), batch)
+
+    def _with_executor(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            self.backbone.executor = self.executor
+            with torch.inference_mode():
+                return call()
+
+        return run
+
+    def step(self, size: Size, batch: int, guidance: float) -> Callable[[], Any]:
+        """One prediction of x0 at a size; two rows a picture under guidance."""
+        backbone = self.backbone
+        conditioning, uncond = self._conditions(batch)
+        latents = torch.randn(batch, *backbone.latent_shape(size), device=backbone.device)
+        t = torch.full((batch,), 0.5, dtype=torch.float64, device=backbone.device)
+        return self._with_executor(lambda: backbone.guided_x0(latents, t, conditioning, uncond, guidance, size))
+
+    def schedule(self, cascade: Cascade, batch: int) -> Callable[[], Any]:
+        """A whole schedule, from noise to clean latents."""
+        conditioning, uncond = self._conditions(batch)
+        seeds = list(range(batch))
+        return self._with_executor(lambda: sample(self.backbone, cascade, conditioning, seeds, uncond))
+
+    def decode(self, size: Size, batch: int) -> Callable[[], Any]:
+        """Latents to pictures or films."""
+        latents = torch.randn(batch, *self.backbone.latent_shape(size), device=self.backbone.device)
+        return self._with_executor(lambda: self.backbone.decode(latents, size))
+
+    def text(self, batch: int) -> Callable[[], Any] | None:
+        """Every text encoder on a full-length prompt; None when the backbone has none."""
+        names = [name for name in self.backbone.component_modules() if name.startswith("text_encoder")]
+        if not names:
+            return None
+        inputs = {name: self.backbone.example_inputs(name, None, batch) for name in names}
+        return self._with_executor(lambda: [self.backbone.run(name, None, inputs[name]) for name in names])
+
+    def diffusers_loop(self, cascade: Cascade, batch: int) -> Callable[[], Any]:
+        """The teacher's schedule as a diffusers pipeline runs it: its scheduler, its network, guidance in one batch."""
+        scheduler = _diffusers_scheduler(self.backbone, cascade)
+        backbone, size = self.backbone, cascade.full_size
+        denoiser = backbone.component_modules()["denoiser"]
+        conditioning, uncond = self._conditions(batch)
+        both = {name: torch.cat([uncond[name], value]) for name, value in conditioning.items()}
+        shape = (batch, *backbone.latent_shape(size))
+        sizes = backbone.size_conditions(size, 2 * batch)
+
+        def loop() -> Tensor:
+            scheduler.set_timesteps(cascade.num_steps, device=backbone.device)
+            latents = torch.randn(shape, device=backbone.device, dtype=torch.float32) * scheduler.init_noise_sigma
+            for t in scheduler.timesteps:
+                doubled = (
+                    scheduler.scale_model_input(torch.cat([latents, latents]), t)
+                    if _scales(scheduler)
+                    else (torch.cat([latents, latents]))
+                )
+                timestep = t.expand(2 * batch).float()
+                output = denoiser(latents=doubled.to(backbone.dtype), timestep=timestep, **both, **sizes)
+                without, given = output.float().chunk(2)
+                guided = without + cascade.guidance_scale * (given - without)
+                latents = scheduler.step(guided, t, latents, return_dict=False)[0]
+            return latents
+
+        return self._with_executor(loop)
+
+
+def _scales(scheduler: Any) -> bool:
+    return hasattr(scheduler, "scale_model_input")
+
+
+def _diffusers_scheduler(backbone: Backbone, cascade: Cascade) -> Any:
+    import diffusers
+
+    if backbone.prediction == "velocity":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=cascade.flow_shift)
+        scheduler.init_noise_sigma = 1.0
+        return scheduler
+    return diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+
+
+def parameter_bytes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Bytes of each component's parameters and buffers, tensors that it holds twice counted once."""
+    found: dict[str, int] = {}
+    for name, module in modules.items():
+        seen: dict[int, int] = {}
+        for tensor in [*module.parameters(), *module.buffers()]:
+            seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+        found[name] = sum(seen.values())
+    return found
