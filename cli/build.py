@@ -28,15 +28,15 @@ def parse_buckets(text: str | None) -> tuple[int, ...] | None:
 def command(
     checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder.")],
     engines: Annotated[Path, typer.Option(help="The folder of built engines.")] = Path("engines-cache"),
-    backend: Annotated[
-        str, typer.Option(help="auto, inductor, eager, tensorrt or tensorrt_rtx.")
-    ] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, inductor, eager, tensorrt or tensorrt_rtx.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,2,4,8 (default 1,2,4,8,16).")] = None,
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     workers: Annotated[int | None, typer.Option(help="Compilers at once (default: as many as fit).")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that the CPU engines will run on.")] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="List the engines and the memory they need, build none.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="List the engines and the memory they need, build none.")
+    ] = False,
 ) -> None:
     """Compile one engine per component, size and batch bucket. What is built already is kept: runs can be repeated.
 
@@ -59,7 +59,9 @@ def command(
         plan = plan_checkpoint(checkpoint, backend, device, dtype, sizes)
         missing = {engine.spec.key for engine in missing_engines(plan, store)}
         for engine in plan.engines:
-            typer.echo(f"{engine.spec.key[:12]}  {'missing' if engine.spec.key in missing else 'built  '}  {engine.spec.title}")
+            typer.echo(
+                f"{engine.spec.key[:12]}  {'missing' if engine.spec.key in missing else 'built  '}  {engine.spec.title}"
+            )
         typer.echo(plan.memory().describe())
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -78,5 +80,9 @@ def command(
         milliseconds = 1000 * (manifest.latency_seconds or 0.0)
         error = "" if manifest.relative_l2 is None else f"  L2 {manifest.relative_l2:.1e}"
         note = f"  ({manifest.note})" if manifest.note else ""
-        typer.echo(f"{manifest.spec.title:<32} {milliseconds:9.2f} ms  built in {manifest.build_seconds:5.1f} s{error}{note}")
-    typer.echo(f"{len(done.built)} engines built, {done.reused} were there, {done.seconds:.0f} s ({done.backend}), in {engines}")
+        typer.echo(
+            f"{manifest.spec.title:<32} {milliseconds:9.2f} ms  built in {manifest.build_seconds:5.1f} s{error}{note}"
+        )
+    typer.echo(
+        f"{len(done.built)} engines built, {done.reused} there, {done.seconds:.0f} s ({done.backend}), in {engines}"
+    )

@@ -11,6 +11,7 @@ import typer
 def command(
     root: Annotated[Path, typer.Option(help="Cache folder.")] = Path("data"),
     processes: Annotated[int, typer.Option(min=1, help="Rendering processes.")] = 2,
+    gradients: Annotated[bool, typer.Option("--gradients", help="Add the Fluent set with gradients.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Render again even if the cache is whole.")] = False,
 ) -> None:
     """Fetch the picture packages (with `npm pack`), render them at 128 px, join them with labels and split them."""
@@ -20,6 +21,7 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from training.data.build import build_pictures
+    from training.data.sources import DEFAULT_PACKAGES, FLUENT_GRADIENT
 
     console = Console()
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -27,6 +29,7 @@ def command(
         task = bar.add_task("rendering", total=None)
         pictures = build_pictures(
             root,
+            (*DEFAULT_PACKAGES, FLUENT_GRADIENT) if gradients else DEFAULT_PACKAGES,
             processes=processes,
             force=force,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -22,13 +22,15 @@ def list_engines(engines: Engines = Path("engines-cache")) -> None:
     if not manifests:
         typer.echo(f"no engines in {engines}; build some: rmd build --checkpoint FOLDER --engines {engines}")
         return
-    typer.echo(f"{'key':<14}{'backend':<14}{'engine':<32}{'weights':<12}{'MiB':>8}{'L2':>10}{'build s':>9}{'load s':>8}{'ms':>10}")
+    columns = f"{'MiB':>8}{'L2':>10}{'build s':>9}{'load s':>8}{'ms':>10}"
+    typer.echo(f"{'key':<14}{'backend':<14}{'engine':<32}{'weights':<12}{columns}")
     for manifest in manifests:
         error = "-" if manifest.relative_l2 is None else f"{manifest.relative_l2:.1e}"
         latency = "-" if manifest.latency_seconds is None else f"{1000 * manifest.latency_seconds:.2f}"
         typer.echo(
             f"{manifest.key[:12]:<14}{manifest.spec.backend:<14}{manifest.spec.title:<32}{manifest.weights_mode:<12}"
-            f"{manifest.bytes / (1 << 20):>8.1f}{error:>10}{manifest.build_seconds:>9.1f}{manifest.load_seconds:>8.2f}{latency:>10}"
+            f"{manifest.bytes / (1 << 20):>8.1f}{error:>10}{manifest.build_seconds:>9.1f}"
+            f"{manifest.load_seconds:>8.2f}{latency:>10}"
         )
     total = sum(manifest.bytes for manifest in manifests)
     typer.echo(f"{len(manifests)} engines, {total / (1 << 20):.1f} MiB")
@@ -36,7 +38,7 @@ def list_engines(engines: Engines = Path("engines-cache")) -> None:
 
 @app.command()
 def verify(engines: Engines = Path("engines-cache"), device: Device = "cpu") -> None:
-    """Read every file and compare its sha256; tell which engines are damaged or not for this machine. Exit code 1 if any."""
+    """Read every file and compare its sha256; tell which engines are damaged or foreign. Exit code 1 if any."""
     from engines.store import EngineStore
     from engines.target import this_machine
 
@@ -54,7 +56,9 @@ def prune(
     engines: Engines = Path("engines-cache"),
     device: Device = "cpu",
     broken: Annotated[bool, typer.Option("--broken", help="Remove damaged engines.")] = False,
-    foreign: Annotated[bool, typer.Option("--foreign", help="Remove engines of other machines or library versions.")] = False,
+    foreign: Annotated[
+        bool, typer.Option("--foreign", help="Remove engines of other machines or library versions.")
+    ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Remove every engine.")] = False,
     keys: Annotated[list[str] | None, typer.Option("--key", help="Remove the engine whose key begins so.")] = None,
 ) -> None:
@@ -65,11 +69,12 @@ def prune(
     store = EngineStore(engines)
     if not (broken or foreign or everything or keys):
         raise ValueError("nothing to prune: give --broken, --foreign, --key KEY or --all")
-    chosen = set(store.keys()) if everything else set()
+    known = store.keys()
+    chosen = set(known) if everything else set()
     if broken or foreign:
         chosen |= {p.key for p in store.verify(this_machine(device)) if (broken if p.broken else foreign)}
     for prefix in keys or []:
-        matching = [key for key in store.keys() if key.startswith(prefix)]
+        matching = [manifest_key for manifest_key in known if manifest_key.startswith(prefix)]
         if len(matching) != 1:
             raise ValueError(f"--key {prefix!r} names {len(matching)} engines; see `rmd engines list`")
         chosen |= set(matching)
@@ -98,6 +103,8 @@ def measure(
     plan = plan_checkpoint(checkpoint, backend, device, dtype, parse_buckets(buckets))
     measured = measure_built(plan, EngineStore(engines))
     if not measured:
-        raise ValueError(f"none of the {len(plan.engines)} engines of {checkpoint} is in {engines}: {plan.command(engines)}")
+        raise ValueError(
+            f"none of the {len(plan.engines)} engines of {checkpoint} is in {engines}: {plan.command(engines)}"
+        )
     for manifest in sorted(measured, key=lambda m: (m.spec.component, m.spec.size or "", m.spec.batch)):
         typer.echo(f"{manifest.spec.title:<32} {1000 * (manifest.latency_seconds or 0.0):9.2f} ms")

@@ -10,9 +10,9 @@ import typer
 
 def command(
     data: Annotated[Path, typer.Option(help="Picture cache, as `rmd data` writes it.")] = Path("data"),
-    run: Annotated[Path, typer.Option(help="The run's folder: states, log, sheets. An existing run is resumed.")] = Path(
-        "runs/teacher"
-    ),
+    run: Annotated[
+        Path, typer.Option(help="The run's folder: states, log, sheets. An existing run is resumed.")
+    ] = Path("runs/teacher"),
     models: Annotated[Path, typer.Option(help="Where embedded/ and embedded-teacher/ are exported.")] = Path("models"),
     minutes: Annotated[float, typer.Option(min=0.01, help="The transformer's budget, resumed runs included.")] = 60.0,
     autoencoder_minutes: Annotated[float, typer.Option(min=0.01, help="The autoencoder's budget.")] = 14.0,
@@ -22,7 +22,9 @@ def command(
     muon_rate: Annotated[float, typer.Option(min=0, help="Muon's rate, for the blocks' matrices.")] = 1.5e-3,
     adam_rate: Annotated[float, typer.Option(min=0, help="AdamW's rate, for everything else.")] = 6e-4,
     save_minutes: Annotated[float, typer.Option(min=0.01, help="Time between states, exports and sheets.")] = 5.0,
-    text_encoder: Annotated[Path | None, typer.Option(help="MiniLM's folder; the installed package's if left out.")] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="MiniLM's folder; the installed package's if left out.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice if left out.")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer.")] = False,
     sheets: Annotated[bool, typer.Option(help="Draw a contact sheet at every save.")] = True,
@@ -32,6 +34,9 @@ def command(
 
     A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on from its last state when the command is given again.
     """
+    from training.data.dataset import PictureSet
+
+    PictureSet.load(data)  # a missing cache is said before torch and diffusers are imported
     from training.teacher_run import TeacherRun
 
     job = TeacherRun(data, run, models, text_encoder=text_encoder, threads=threads, sheets=sheets, log=typer.echo)

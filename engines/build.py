@@ -161,7 +161,12 @@ def _workers(plan: CheckpointPlan, engines: int, asked: int | None) -> int:
 
 
 def _build_all(
-    plan: CheckpointPlan, store: EngineStore, missing: list[PlannedEngine], workers: int, watch: Stopwatch, report: Report
+    plan: CheckpointPlan,
+    store: EngineStore,
+    missing: list[PlannedEngine],
+    workers: int,
+    watch: Stopwatch,
+    report: Report,
 ) -> None:
     def finished(done: int, title: str) -> None:
         left = watch.seconds / done * (len(missing) - done) if done else None
@@ -222,7 +227,7 @@ def relative_l2(engine: Engine, module: nn.Module) -> float:
         eager: Tensor = module(**inputs).double()
     difference = (engine.run(inputs).double() - eager).norm().item()
     norm = eager.norm().item()
-    return difference / norm if norm > 0 else difference
+    return float(difference / norm if norm > 0 else difference)
 
 
 def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedEngine] | None = None) -> list[Manifest]:
@@ -260,7 +265,11 @@ def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedE
 def median_latency(engine: Engine) -> float:
     """Median wall-clock seconds of a run, warm, the device synchronised."""
     inputs = example_tensors(engine.manifest.spec, engine.device)
-    synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else (lambda: None)
+
+    def synchronise() -> None:
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+
     for _ in range(3):
         engine.run(inputs)
     synchronise()

@@ -40,7 +40,7 @@ class GraphedEngine(Engine):
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # lazy initialisation must not end up in the recording

@@ -1,3 +1,4 @@
+# ruff: noqa: N818  -- "EngineMissing" says what is wrong; "EngineMissingError" says it no better
 """What can go wrong between a checkpoint and a running engine; every message names the way out."""
 
 from __future__ import annotations

@@ -86,14 +86,14 @@ def workspace_bytes(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
             module(**meta)
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return 64 * max(tensor.nbytes for tensor in inputs.values())
-    return live.peak
+    return int(live.peak)
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that operators make, and what is left of them when they die."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live = 0
 

@@ -44,7 +44,9 @@ def rewrite(module: nn.Module) -> Rewritten:
 def rewriting(module: nn.Module) -> str:
     """The name that :func:`rewrite` would give, without doing it (works on the meta device)."""
     transformer = getattr(module, "transformer", None)
-    return "joined-sd3-1" if type(transformer).__name__ == "SD3Transformer2DModel" and _is_plain_sd3(transformer) else ""
+    return (
+        "joined-sd3-1" if type(transformer).__name__ == "SD3Transformer2DModel" and _is_plain_sd3(transformer) else ""
+    )
 
 
 def _is_plain_sd3(transformer: Any) -> bool:
@@ -62,6 +64,11 @@ class JoinedSD3(nn.Module):
         transformer: an ``SD3Transformer2DModel`` without query-key norms and dual attention.
         prefix: of its parameters' names in the component.
     """
+
+    pos_embed: nn.Module
+    time_text_embed: nn.Module
+    context_embedder: nn.Module
+    proj_out: nn.Module
 
     def __init__(self, transformer: Any, prefix: str) -> None:
         super().__init__()
@@ -124,7 +131,8 @@ class JoinedSD3(nn.Module):
         scale, shift = rows[-1].chunk(2, dim=-1)
         patches = self.proj_out(self._modulate(image, scale, shift))
         patches = patches.reshape(batch, height, width, self.patch, self.patch, -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height * self.patch, width * self.patch)
+        velocity: Tensor = patches.permute(0, 5, 1, 3, 2, 4)
+        return velocity.reshape(batch, -1, height * self.patch, width * self.patch)
 
     def _block(
         self, block: nn.ModuleDict, image: Tensor, text: Tensor, image_row: Tensor, text_row: Tensor
@@ -158,7 +166,7 @@ class JoinedSD3(nn.Module):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU's tanh form, 0.5 x (1 + tanh(u)) = x sigmoid(2 u): one exponential, where a vectorised tanh costs several."""
+    """GELU's tanh form as 0.5 x (1 + tanh u) = x sigmoid(2 u): one exponential; a vectorised tanh costs several."""
     return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 

@@ -1,4 +1,4 @@
-"""Runs a checkpoint through its engines: picks batch buckets, pads, splits, checks, and keeps one copy of the weights."""
+"""Runs a checkpoint through its engines: picks buckets, pads, splits, checks, and keeps one copy of the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rmd.size import Size
 log = logging.getLogger(__name__)
 
 MIN_GAIN = 1.10
-"""A larger bucket must give at least this many times the rows a second of the best smaller one to be worth waiting for."""
+"""A larger bucket must give at least this many times the rows a second of the best smaller one."""
 
 Place = tuple[str, str | None]
 
@@ -212,7 +212,7 @@ class EngineExecutor:
         return sum(self._cost(self._engines[place][bucket]) for bucket in self.split(place, batch))
 
     def useful_buckets(self, component: str, size: Size | None, min_gain: float = MIN_GAIN) -> tuple[int, ...]:
-        """The smallest bucket, and those that give at least ``min_gain`` times the throughput of all smaller useful ones."""
+        """The smallest bucket, and each with at least ``min_gain`` times the throughput of the useful ones below."""
         useful: list[int] = []
         best = 0.0
         for bucket in self.buckets(component, size):
@@ -248,7 +248,7 @@ class EngineExecutor:
             EngineError: the weights do not fit. Components are checked before they are changed, one by one.
         """
         states = self._states(weights)
-        for component, state in states.items():
+        for component in states:
             if component not in self._banks:
                 raise EngineError(f"unknown component {component!r}; this model has {', '.join(self._banks)}")
         for component, state in states.items():
@@ -267,7 +267,9 @@ class EngineExecutor:
         options = EngineOptions(self.kind, str(some.device), _dtype(self._engines))
         modules: dict[str, nn.Module] = load_backbone(folder, options).component_modules()
         return {
-            name: dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+            name: dict(
+                [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+            )
             for name, module in modules.items()
             if name in self._banks
         }
@@ -311,7 +313,8 @@ def _loadable(backend: str, device: str, dtype: str, buckets: Sequence[int] | No
 
 
 def _missing_message(missing: list[str], store: EngineStore, plan: CheckpointPlan, command: str) -> str:
-    message = f"{len(missing)} of {len(plan.engines)} engines are not in {store.root} ({missing[0]}, ...). Build them: {command}"
+    count = f"{len(missing)} of {len(plan.engines)}"
+    message = f"{count} engines are not in {store.root} ({missing[0]}, ...). Build them: {command}"
     others = [
         manifest.spec.target.differences(plan.target)
         for manifest in store.list()
@@ -329,7 +332,9 @@ def _rows(component: str, inputs: Mapping[str, Tensor]) -> int:
     rows = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs.values()}
     if len(rows) != 1 or 0 in rows:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-        raise EngineInputError(f"inputs of {component!r} need the same number of rows, at least 1; got {shapes or 'none'}")
+        raise EngineInputError(
+            f"inputs of {component!r} need the same number of rows, at least 1; got {shapes or 'none'}"
+        )
     return rows.pop()
 
 

@@ -154,11 +154,11 @@ def graph_digest(module: nn.Module) -> str:
             digest.update(_config_text(config).encode())
     for name, tensor in module.named_parameters(remove_duplicate=False):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode())
-    for name, tensor in module.named_buffers(remove_duplicate=False):
+    for name, buffer in module.named_buffers(remove_duplicate=False):
         # Loaders cast buffers, constructors on the meta device do not; the dtype is a part of the spec anyway.
-        digest.update(f"{name}{tuple(tensor.shape)}\n".encode())
+        digest.update(f"{name}{tuple(buffer.shape)}\n".encode())
     for kind in sorted(sources, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
-        digest.update(_source(kind).encode())
+        digest.update(_source(kind).encode())  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

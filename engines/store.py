@@ -1,8 +1,8 @@
 """The folder of built engines: whole or absent, whoever builds, crashes or runs out of disk.
 
-    <root>/<key>/manifest.json and the engine's files
-    <root>/.locks/<key>.lock      held by the one process that builds <key>
-    <root>/.building-<key>/       an unfinished build; renamed to <key> when complete
+<root>/<key>/manifest.json and the engine's files
+<root>/.locks/<key>.lock      held by the one process that builds <key>
+<root>/.building-<key>/       an unfinished build; renamed to <key> when complete
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class EngineStore:
         differences += version_differences(manifest)
         if differences:
             raise EngineMismatch(
-                f"engine {manifest.spec.title} was built for {'; '.join(differences)}. Build it for this machine: {command}"
+                f"engine {manifest.spec.title} was built for {'; '.join(differences)}. "
+                f"Build it for this machine: {command}"
             )
         for name, record in manifest.files.items():
             path = self.folder(manifest.key) / name

@@ -77,7 +77,9 @@ def lay_out(weight: Tensor, layout: str, block: int) -> Tensor:
     raise ValueError(f"unknown layout {layout!r}")
 
 
-def find_recipe(constant: Tensor, candidates: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]]) -> Recipe | None:
+def find_recipe(
+    constant: Tensor, candidates: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]]
+) -> Recipe | None:
     """How ``constant`` comes from one of ``candidates``, or None. Values decide, so they must be distinct.
 
     Args:
@@ -148,7 +150,11 @@ class WeightBank:
 
     def release(self, keep: Iterable[Recipe]) -> None:
         """Drop parameters that no constant in ``keep`` is a view of: their packed copies are the weights now."""
-        used = {recipe.sources[0] for recipe in keep if len(recipe.sources) == 1 and recipe.layout in ("plain", "transposed")}
+        used = {
+            recipe.sources[0]
+            for recipe in keep
+            if len(recipe.sources) == 1 and recipe.layout in ("plain", "transposed")
+        }
         self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
         self.module = None
 
@@ -163,9 +169,13 @@ class WeightBank:
         """
         for name, (shape, _) in self._shapes.items():
             if name in state and tuple(state[name].shape) != shape:
-                raise EngineError(f"refit: {name!r} has shape {tuple(state[name].shape)}, the engines were built for {shape}")
+                raise EngineError(
+                    f"refit: {name!r} has shape {tuple(state[name].shape)}, the engines were built for {shape}"
+                )
         cast = {
-            name: tensor.detach().to(self._device, self._shapes[name][1]) for name, tensor in state.items() if name in self._shapes
+            name: tensor.detach().to(self._device, self._shapes[name][1])
+            for name, tensor in state.items()
+            if name in self._shapes
         }
         made = {}
         for recipe in list(self._made):

@@ -108,7 +108,9 @@ def _feed(
             answer = next((line for line in process.stdout if line.startswith(_MARK)), None)
             if answer is None:
                 last = "".join(said).strip().splitlines()
-                raise EngineError(f"the process that built {engine.spec.title} died: {last[-1] if last else 'no message'}")
+                raise EngineError(
+                    f"the process that built {engine.spec.title} died: {last[-1] if last else 'no message'}"
+                )
             failure = json.loads(answer.removeprefix(_MARK))
             if failure is not None:
                 kind = getattr(errors, failure["kind"], EngineError)

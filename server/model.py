@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from rmd.backbones.base import Backbone
+from rmd.backbones.base import Backbone, EagerExecutor
 from rmd.cascade import Cascade
 from rmd.size import Size
 from server.scheduling.latency import STUDENT, LatencyTable, StationKey
@@ -69,7 +69,7 @@ class ServedModel:
     default: str
     latencies: LatencyTable
     executor_kind: str = "eager"
-    baselines: tuple[TeacherBaseline, ...] = ()
+    started_baselines: tuple[TeacherBaseline, ...] = ()
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -81,6 +81,23 @@ class ServedModel:
     def sizes(self) -> tuple[Size, ...]:
         """The finished sizes on offer, smallest first."""
         return tuple(sorted({schedule.cascade.full_size for schedule in self.schedules.values()}))
+
+    @property
+    def baselines(self) -> tuple[TeacherBaseline, ...]:
+        """The teacher's latencies by kind.
+
+        The one whose executor also serves schedule 'teacher' follows the real guided steps, so that a machine that
+        was busy at start, or is busy now, does not bend the speed-up for ever.
+        """
+        teacher = self.schedules.get(TEACHER_SCHEDULE)
+        if teacher is None:
+            return self.started_baselines
+        served = EAGER_TEACHER if isinstance(self.lanes[teacher.lane].executor, EagerExecutor) else COMPILED_TEACHER
+        step = self.latencies.seconds(StationKey("denoise", teacher.lane, teacher.cascade.full_size), 2)
+        return tuple(
+            replace(baseline, guided_step_seconds=step) if baseline.kind == served else baseline
+            for baseline in self.started_baselines
+        )
 
     def stations(self) -> tuple[StationKey, ...]:
         """Return every station of the schedules on offer, in the order a picture meets them."""

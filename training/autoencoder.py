@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,10 +75,8 @@ def psnr(prediction: Tensor, target: Tensor) -> float:
     return float((-10 * torch.log10(squared)).mean())
 
 
-def flatten_pictures(
-    rgba: Tensor, generator: torch.Generator | None, size: int, coloured_share: float = 0.5
-) -> Tensor:
-    """(B, 128, 128, 4) uint8 -> (B, 3, size, size) in [-1, 1] over white, or over random colours for a share of them."""
+def flatten_pictures(rgba: Tensor, generator: torch.Generator | None, size: int, coloured_share: float = 0.5) -> Tensor:
+    """(B, 128, 128, 4) uint8 -> (B, 3, size, size) in [-1, 1] over white, or over random colours for a share."""
     pixels = rgba.float() / 255
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     ground = torch.ones(len(rgba), 1, 1, 3)
@@ -138,7 +135,8 @@ def train_autoencoder(
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    network = (model or EmbeddedAutoencoder()).train().to(memory_format=torch.channels_last)
+    network: EmbeddedAutoencoder = (model or EmbeddedAutoencoder()).train()
+    network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     state_folder = folder / "state"
@@ -177,7 +175,7 @@ def train_autoencoder(
         write_json(state_folder / "progress.json", {"step": step, "seconds": seconds, "tensors": name})
         for old in state_folder.glob("step-*.safetensors"):
             if old.name != name:
-                os.unlink(old)
+                old.unlink()
 
     while (elapsed := time.monotonic() - start) < budget:
         fraction = elapsed / budget
@@ -197,7 +195,7 @@ def train_autoencoder(
                 output = network.decoder(upsample_twice(latents))
             loss = loss + config.upsampling_weight * reconstruction_loss(output.float(), upsample_twice(batch))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0))
         if math.isfinite(norm):  # a single bad batch must not cost the run
             optimizer.step()

@@ -226,9 +226,15 @@ class Distillation:
         weights = trainer.ema.weights if averaged else trainer.student_optimizer.master_state()
         return with_weights(self.networks.student, weights)
 
+    def inference_cascade(self) -> Cascade:
+        """The trained cascade with the re-injection intensity that is exported."""
+        intensity = self.settings.inference_noise_intensity
+        cascade = self.method.cascade
+        return cascade if intensity is None else replace(cascade, transition_noise_intensity=intensity)
+
     def draw_sheet(self, prompts: Sequence[str]) -> Path:
         """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's."""
-        backbone, cascade = self.teacher.backbone, self.method.cascade
+        backbone, cascade = self.teacher.backbone, self.inference_cascade()
         teacher_file = self.run / "sheets" / "teacher.safetensors"
         text = json.dumps([list(prompts), self.teacher.steps, self.teacher.guidance_scale, str(cascade.full_size)])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -247,7 +253,7 @@ class Distillation:
         """Write the student as a checkpoint folder (see :mod:`training.export`)."""
         settings, progress = self.settings, self.trainer.progress
         student = self.student(settings.export_weights == "ema")
-        cascade = self.method.cascade
+        cascade = self.inference_cascade()
         cascades = exported_cascades(self.teacher, cascade)
         record: dict[str, Any] = {
             "method": settings.method,

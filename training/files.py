@@ -33,7 +33,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file."""
-    return load_file(path)
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -53,6 +54,11 @@ def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> No
                     for name, tensor in load_file(file).items()
                 }
                 save_file(tensors, file, metadata={"format": "pt"})
+        config = scratch / "config.json"
+        if config.is_file():  # diffusers notes where a model was loaded from, which means nothing elsewhere
+            content = json.loads(config.read_text())
+            content.pop("_name_or_path", None)
+            config.write_text(json.dumps(content, indent=2) + "\n")
         # Temporary folders and safetensors are private; a service's own user must be able to read a checkpoint.
         scratch.chmod(0o755)
         for file in scratch.iterdir():

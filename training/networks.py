@@ -32,7 +32,9 @@ class Networks:
     def build(cls, backbone: Backbone, settings: DistillSettings) -> Networks:
         """Copy the backbone's denoiser for student and fake score; the backbone's own is the teacher."""
         teacher = backbone.component_modules()["denoiser"].eval().requires_grad_(False)
-        student, fake = (trainable_copy(teacher, settings) for _ in range(2))
+        with torch.random.fork_rng(devices=[]):  # a LoRA's first weights are random
+            torch.manual_seed(settings.seed)
+            student, fake = (trainable_copy(teacher, settings) for _ in range(2))
         roles = {"teacher": teacher, "student": student, "fake": fake}
         call = {
             # One call each way and size: shapes are few, so static graphs are worth their compile time.

@@ -20,8 +20,11 @@ CHANGEABLE = frozenset(
 )  # fmt: skip
 """Settings that `--change-settings` may change when a run is resumed."""
 HOUSEKEEPING = frozenset(
-    {"minutes", "iterations", "log_every", "save_every", "keep_checkpoints", "sheet_every", "sheet_prompts", "compile"}
-)
+    {
+        "minutes", "iterations", "log_every", "save_every", "keep_checkpoints", "sheet_every", "sheet_prompts",
+        "compile", "export_weights", "inference_noise_intensity",
+    }
+)  # fmt: skip
 """Settings that may differ on resuming without being asked: they do not touch what is learnt."""
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -101,6 +104,9 @@ class DistillSettings(BaseSettings):
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     export_weights: Literal["ema", "student"] = "ema"
+    inference_noise_intensity: float | None = Field(
+        None, ge=0, le=1, description="re-injection at inference, as exported; the cascade's own by default"
+    )
 
     # Records.
     log_every: int = Field(10, ge=1)

@@ -1,12 +1,11 @@
 """Checkpoint folders of the embedded model: the shared components once, the teacher beside them.
 
-``<models>/embedded/`` holds autoencoder, text encoder, tokenizer and scheduler; ``<models>/embedded-teacher/`` holds the
-teacher's transformer and relative links to them. Distillation adds the student's transformer to ``embedded``.
+``<models>/embedded/`` holds autoencoder, text encoder, tokenizer and scheduler; ``<models>/embedded-teacher/`` holds
+the teacher's transformer and relative links to them. Distillation adds the student's transformer to ``embedded``.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,9 +102,10 @@ def export_teacher(models: Path, transformer: Any, record: Mapping[str, Any] | N
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
         if not link.is_symlink():
-            os.symlink(Path("..") / SHARED_FOLDER / name, link, target_is_directory=True)
+            link.symlink_to(Path("..") / SHARED_FOLDER / name, target_is_directory=True)
     write_json(folder / "model_index.json", MODEL_INDEX)
     (folder / "NOTICE").write_text(notice_text())
+    (folder / "README.md").write_text(teacher_card(record or {}))
     profile = PROFILES[EmbeddedBackbone.profile]
     cascade = teacher_cascade(_Defaults())
     write_cascade_json(
@@ -117,6 +117,46 @@ def export_teacher(models: Path, transformer: Any, record: Mapping[str, Any] | N
         distillation={"method": "none", "training": dict(record or {})},
     )
     return folder
+
+
+def teacher_card(record: Mapping[str, Any]) -> str:
+    """The README of the teacher's folder."""
+    profile = PROFILES[EmbeddedBackbone.profile]
+    autoencoder = record.get("autoencoder") or {}
+    facts = {
+        "optimiser steps": record.get("step"),
+        "samples seen": record.get("samples"),
+        "minutes of training": record.get("minutes"),
+        "autoencoder, PSNR on held-out pictures in dB": ", ".join(
+            f"{name.replace('_', ' ')} {value:.1f}" for name, value in autoencoder.get("psnr", {}).items()
+        ),
+    }
+    lines = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    return f"""# {TEACHER_FOLDER}
+
+The teacher of the embedded model: a small text-to-image model trained from scratch on captioned pictograms at 64 and
+128 pixels. It exists so that distillation, engines and the service can be run and measured without any download; it is
+no general picture model. It draws whole, coloured, roughly right shapes; fine detail and rare nouns are weak.
+
+- transformer: `SD3Transformer2DModel`, 18.6 million parameters, velocity prediction on a rectified flow
+- text: MiniLM token states, at most 24 word pieces, zero at padding
+- autoencoder: `EmbeddedAutoencoder`, 8x down, 8 channels
+- sampling: {profile.teacher_steps} Euler steps, guidance {profile.teacher_guidance:g}, no shift
+- captions it knows: "<label>, <style> style[, on a <colour> background]", style one of noto, twemoji, fluent flat,
+  fluent 3d
+{lines}
+
+A tenth of the concepts, and one style of some others, were held out from training (`training/data/split.py`).
+
+Autoencoder, text encoder, tokenizer and scheduler are links into `../{SHARED_FOLDER}`. Trained with:
+
+```
+rmd data
+rmd train-teacher
+```
+
+Credits and licences: see NOTICE.
+"""
 
 
 class _Defaults:

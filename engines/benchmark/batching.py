@@ -66,10 +66,10 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     eager = EagerExecutor(backbone.component_modules())
     opened: dict[str, EngineExecutor] = {}
     for name in settings.backends:
-        executor = EngineExecutor.open(
+        compiled = EngineExecutor.open(
             settings.checkpoint, settings.engines, name, settings.device, dtype=settings.dtype
         )
-        opened[executor.kind] = executor
+        opened[compiled.kind] = compiled
     places = _places(EngineStore(settings.engines), opened)
     cases: dict[tuple[str, str, str | None, int], Callable[[], Any]] = {}
     for component, size, batch in places:

@@ -50,7 +50,7 @@ class GraphReplay:
         self, component: str, size: Size | None, inputs: Mapping[str, Tensor]
     ) -> tuple[Any, dict[str, Tensor], Tensor]:
         static = {name: value.clone() for name, value in inputs.items()}
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # lazily made handles and autotuning must not fall into the recording
             for _ in range(3):

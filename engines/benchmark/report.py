@@ -112,8 +112,8 @@ def speedup_markdown(content: Mapping[str, Any]) -> str:
         "",
         f"Weights: {content['weights']}; {settings['dtype']}; teacher {teacher['steps']} steps with guidance "
         f"{teacher['guidance_scale']:g} (two rows a picture). Medians of interleaved repeats in one run. *Over the "
-        "teacher* divides the eager teacher's time by the row's; *same variant* divides by the teacher run in the row's "
-        "own way. End to end is text encoding, denoising and decoding.",
+        "teacher* divides the eager teacher's time by the row's; *same variant* by that of the teacher run in the "
+        "row's own way. End to end is text encoding, denoising and decoding.",
     ]
     if settings["scale"] == "tiny":
         lines += ["", "**A rehearsal with tiny networks: the figures say nothing of the real model.**"]

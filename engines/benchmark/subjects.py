@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rmd.backbones.base import Backbone, Conditioning, repeat_rows
-from rmd.backbones.configs import PUBLISHED, published_config
+from rmd.backbones.configs import published_config
 from rmd.backbones.registry import get_backbone
+from rmd.backbones.tiny import tiny_config, tiny_sizes
 from rmd.cascade import Cascade, teacher_cascade
 from rmd.presets import PROFILES
 from rmd.sampler import sample
@@ -21,37 +22,6 @@ from rmd.size import Size
 
 IMAGE_SPLITS = ("0+4", "1+3", "2+2", "3+1")
 FILM_SPLITS = ("0+6", "3+3")
-# The embedded model's networks; their weights do not matter to a bench, their shapes do.
-_EMBEDDED: dict[str, dict[str, Any]] = {
-    "transformer": {
-        "sample_size": 16,
-        "patch_size": 2,
-        "in_channels": 8,
-        "out_channels": 8,
-        "num_layers": 8,
-        "attention_head_dim": 64,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 384,
-        "caption_projection_dim": 256,
-        "pooled_projection_dim": 384,
-        "pos_embed_max_size": 16,
-    },
-    "vae": {},
-    "scheduler": {},
-    "text_encoder": {
-        "hidden_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-    },
-}
-_TINY_EMBEDDED = {
-    "transformer": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32},
-    "vae": {"widths": [8, 8], "blocks": [1, 1]},
-    "text_encoder": {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64},
-}
 
 
 @dataclass(frozen=True)
@@ -96,29 +66,15 @@ def random_subject(name: str, scale: str, dtype: torch.dtype, device: torch.devi
     if scale not in ("full", "tiny"):
         raise ValueError(f"scale {scale!r} is not full or tiny")
     kind = get_backbone(name)
-    config = _random_config(name, scale)
+    config = published_config(name) if scale == "full" else tiny_config(name)
     note = ""
     if not has_transformers():
         config = {part: value for part, value in config.items() if not part.startswith("text_encoder")}
         note = "transformers is not installed: text encoding is not measured, end-to-end times leave it out"
     backbone = kind.from_config(config, dtype, device)
     if scale == "tiny":
-        from rmd.backbones.tiny import tiny_sizes
-
-        backbone.sizes = (Size.square(32), Size.square(64)) if name == "embedded" else tiny_sizes(name)
+        backbone.sizes = tiny_sizes(name)
     return Subject(backbone, teacher_cascade(backbone), student_cascades(backbone), "random", note)
-
-
-def _random_config(name: str, scale: str) -> dict[str, dict[str, Any]]:
-    if name in PUBLISHED:
-        if scale == "full":
-            return published_config(name)
-        from rmd.backbones.tiny import tiny_config
-
-        return tiny_config(name)
-    if scale == "full":
-        return _EMBEDDED
-    return {part: {**values, **_TINY_EMBEDDED.get(part, {})} for part, values in _EMBEDDED.items()}
 
 
 def student_cascades(backbone: Backbone) -> dict[str, Cascade]:
@@ -145,6 +101,8 @@ def checkpoint_subject(folder: Path, dtype: torch.dtype, device: torch.device) -
     from rmd.backbones.registry import load_checkpoint
 
     backbone, checkpoint = load_checkpoint(folder, dtype=dtype, device=device)
+    if len(checkpoint.default_cascade.sizes) > 1:
+        backbone.sizes = checkpoint.default_cascade.sizes
     teacher = checkpoint.teacher
     cascade = teacher_cascade(backbone, teacher.steps if teacher else None)
     if teacher is not None:
@@ -208,8 +166,14 @@ class Runner:
         inputs = {name: self.backbone.example_inputs(name, None, batch) for name in names}
         return self._with_executor(lambda: [self.backbone.run(name, None, inputs[name]) for name in names])
 
-    def diffusers_loop(self, cascade: Cascade, batch: int) -> Callable[[], Any]:
-        """The teacher's schedule as a diffusers pipeline runs it: its scheduler, its network, guidance in one batch."""
+    def diffusers_loop(self, cascade: Cascade, batch: int, noise: Tensor | None = None) -> Callable[[], Any]:
+        """The teacher's schedule as a diffusers pipeline runs it: its scheduler, its network, guidance in one batch.
+
+        Args:
+            cascade: one size, guided.
+            batch: pictures.
+            noise: what to start from; drawn at each call when None.
+        """
         scheduler = _diffusers_scheduler(self.backbone, cascade)
         backbone, size = self.backbone, cascade.full_size
         denoiser = backbone.component_modules()["denoiser"]
@@ -217,16 +181,16 @@ class Runner:
         both = {name: torch.cat([uncond[name], value]) for name, value in conditioning.items()}
         shape = (batch, *backbone.latent_shape(size))
         sizes = backbone.size_conditions(size, 2 * batch)
+        scales = hasattr(scheduler, "scale_model_input")
 
         def loop() -> Tensor:
             scheduler.set_timesteps(cascade.num_steps, device=backbone.device)
-            latents = torch.randn(shape, device=backbone.device, dtype=torch.float32) * scheduler.init_noise_sigma
+            start = torch.randn(shape, device=backbone.device) if noise is None else noise
+            latents = start * getattr(scheduler, "init_noise_sigma", 1.0)
             for t in scheduler.timesteps:
-                doubled = (
-                    scheduler.scale_model_input(torch.cat([latents, latents]), t)
-                    if _scales(scheduler)
-                    else (torch.cat([latents, latents]))
-                )
+                doubled = torch.cat([latents, latents])
+                if scales:
+                    doubled = scheduler.scale_model_input(doubled, t)
                 timestep = t.expand(2 * batch).float()
                 output = denoiser(latents=doubled.to(backbone.dtype), timestep=timestep, **both, **sizes)
                 without, given = output.float().chunk(2)
@@ -237,17 +201,11 @@ class Runner:
         return self._with_executor(loop)
 
 
-def _scales(scheduler: Any) -> bool:
-    return hasattr(scheduler, "scale_model_input")
-
-
 def _diffusers_scheduler(backbone: Backbone, cascade: Cascade) -> Any:
     import diffusers
 
     if backbone.prediction == "velocity":
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=cascade.flow_shift)
-        scheduler.init_noise_sigma = 1.0
-        return scheduler
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=cascade.flow_shift)
     return diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )

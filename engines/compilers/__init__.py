@@ -42,9 +42,11 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[str, str]:
         can = get_compiler(name).capabilities(kind)
         if not can.available:
             usable = [other for other in _ORDER[kind] if get_compiler(other).capabilities(kind).available]
-            raise BackendUnavailable(f"backend {name!r} is not available: {can.reason}. Use one of: {', '.join(usable)}")
+            raise BackendUnavailable(
+                f"backend {name!r} is not available: {can.reason}. Use one of: {', '.join(usable)}"
+            )
         return name, ""
-    reasons = []
+    reasons: list[str] = []
     for candidate in _ORDER[kind]:
         can = get_compiler(candidate).capabilities(kind)
         if can.available:

@@ -48,9 +48,7 @@ class EagerCompiler(Compiler):
         inputs = example_tensors(spec, next(module.parameters()).device)
         with torch.inference_mode():
             output = module(**inputs)
-        return Manifest(
-            spec, {}, spec.inputs, TensorSpec.of("output", output), "module", build_seconds=watch.seconds
-        )
+        return Manifest(spec, {}, spec.inputs, TensorSpec.of("output", output), "module", build_seconds=watch.seconds)
 
     def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:
         """See :meth:`Compiler.load`."""
@@ -77,7 +75,9 @@ class EagerEngine(Engine):
         rows = {tensor.shape[0] for tensor in inputs.values()}
         if len(rows) == 1 and rows != {self.batch}:
             count = rows.pop()
-            fitted = {name: tensor[:1].expand(self.batch, *tensor.shape[1:]) for name, tensor in inputs.items() if count}
+            fitted = {
+                name: tensor[:1].expand(self.batch, *tensor.shape[1:]) for name, tensor in inputs.items() if count
+            }
             super().check_inputs(fitted)
         else:
             super().check_inputs(inputs)

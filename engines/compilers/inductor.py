@@ -21,7 +21,7 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
-from engines.compilers.packing import UnexplainedConstant, compile_packed, packed_settings
+from engines.compilers.packing import UnexplainedConstantError, compile_packed, packed_settings
 from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.rewrites import rewriting
@@ -96,7 +96,7 @@ class InductorCompiler(Compiler):
             try:
                 names, output, recipes = compile_packed(module, inputs, folder / PACKAGE)
                 return self._manifest(spec, names, output, "packed", recipes, watch)
-            except UnexplainedConstant as error:
+            except UnexplainedConstantError as error:
                 note = f"weights are not packed: {error}"
                 log.info("%s: %s", spec.title, note)
                 (folder / PACKAGE).unlink(missing_ok=True)
@@ -117,7 +117,9 @@ class InductorCompiler(Compiler):
         inside = {name: program.constants[name] for name in wanted if name not in held and name in program.constants}
         lacking = [name for name in wanted if name not in held and name not in inside]
         if lacking:
-            raise EngineError(f"the compiled graph reads {lacking[0]!r}, which is no parameter, buffer or constant of it")
+            raise EngineError(
+                f"the compiled graph reads {lacking[0]!r}, which is no parameter, buffer or constant of it"
+            )
         if inside:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in inside.items()}, folder / CONSTANTS)
         return user_inputs(program, inputs), output, {name: Recipe((name,)) for name in wanted if name in held}
@@ -161,9 +163,7 @@ class InductorEngine(Engine):
         self._loader: Any = _loader(folder / PACKAGE)
         _check_extensions(self._loader.get_metadata(), manifest)
         self._weights = weights
-        constants = {
-            name: weights.constant(Recipe.from_dict(recipe)) for name, recipe in manifest.constants.items()
-        }
+        constants = {name: weights.constant(Recipe.from_dict(recipe)) for name, recipe in manifest.constants.items()}
         inside = load_file(folder / CONSTANTS, device=str(self.device)) if (folder / CONSTANTS).is_file() else {}
         # The loader keeps pointers only: these tensors must live as long as it does.
         self._constants: dict[str, Tensor] = {**constants, **inside}
@@ -210,7 +210,9 @@ def package(program: Any, path: Path, configuration: Mapping[str, Any]) -> None:
         if "No space left on device" in text:
             raise OSError(errno.ENOSPC, "No space left on device") from error
         lines = [line for line in text.strip().splitlines() if line.strip()]
-        raise EngineError(f"AOTInductor could not compile the graph: {lines[0] if lines else type(error).__name__}") from error
+        raise EngineError(
+            f"AOTInductor could not compile the graph: {lines[0] if lines else type(error).__name__}"
+        ) from error
 
 
 def user_inputs(program: Any, inputs: Mapping[str, Tensor]) -> list[str]:

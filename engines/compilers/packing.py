@@ -30,7 +30,7 @@ _CONFIGURATION: dict[str, Any] = {
 }
 
 
-class UnexplainedConstant(EngineError):
+class UnexplainedConstantError(EngineError):
     """A constant of the compiled graph could not be traced to a parameter or buffer."""
 
 
@@ -48,7 +48,7 @@ def compile_packed(
         The inputs' names in the graph's order, an example output, and the recipe of every constant by name.
 
     Raises:
-        UnexplainedConstant: a constant's origin is unclear; the package must not be used.
+        UnexplainedConstantError: a constant's origin is unclear; the package must not be used.
     """
     from engines.compilers.inductor import package, user_inputs
 
@@ -64,15 +64,15 @@ def compile_packed(
     candidates = dict([*target.named_parameters(remove_duplicate=False), *target.named_buffers(remove_duplicate=False)])
     wanted = torch._inductor.aoti_load_package(str(path)).get_constant_fqns()
     if len(set(wanted)) != len(wanted):
-        raise UnexplainedConstant("the compiled graph names two constants alike")
+        raise UnexplainedConstantError("the compiled graph names two constants alike")
     recipes = {}
     for name in wanted:
         constant = captured.get(name)
         if constant is None or constant.is_mkldnn:
-            raise UnexplainedConstant(f"constant {name} has an opaque layout")
+            raise UnexplainedConstantError(f"constant {name} has an opaque layout")
         recipe = find_recipe(constant, candidates, rewritten.sources)
         if recipe is None:
-            raise UnexplainedConstant(f"constant {name} {tuple(constant.shape)} comes from no single parameter")
+            raise UnexplainedConstantError(f"constant {name} {tuple(constant.shape)} comes from no single parameter")
         recipes[name] = recipe
     return names, output, recipes
 

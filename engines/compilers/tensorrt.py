@@ -137,7 +137,9 @@ class TensorRTEngine(Engine):
 
     def __init__(self, manifest: Manifest, folder: Path, weights: WeightBank) -> None:
         super().__init__(manifest)
-        tensorrt = importlib.import_module("torch_tensorrt._TensorRTProxyModule") and importlib.import_module("tensorrt")
+        tensorrt = importlib.import_module("torch_tensorrt._TensorRTProxyModule") and importlib.import_module(
+            "tensorrt"
+        )
         self._tensorrt: Any = tensorrt
         self._logger = tensorrt.Logger(tensorrt.Logger.WARNING)
         self._engine = tensorrt.Runtime(self._logger).deserialize_cuda_engine((folder / PLAN).read_bytes())
@@ -217,7 +219,9 @@ def _import_problem(rtx: bool) -> str:
     try:
         library = importlib.import_module("torch_tensorrt")
     except Exception as error:  # a missing libnvinfer shows as any of ImportError, OSError and plain Exception
-        return f"torch_tensorrt cannot be imported ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return (
+            f"torch_tensorrt cannot be imported ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        )
     is_rtx = bool(getattr(getattr(library, "ENABLED_FEATURES", None), "tensorrt_rtx", False))
     if is_rtx != rtx:
         return f"the installed torch_tensorrt is built for {'TensorRT-RTX' if is_rtx else 'TensorRT'}"

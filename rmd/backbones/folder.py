@@ -103,11 +103,12 @@ class DiffusersFolder:
 
     def tokenizer(self, component: str) -> Any:
         """The tokenizer in a sub-folder; code from the folder is never run."""
+        settings = self.path / component / "tokenizer_config.json"
+        if settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8")):
+            raise BackboneError(f"{settings} asks for code of its own (auto_map), and code from a folder is never run")
         transformers = import_module("transformers")
         try:
-            return transformers.AutoTokenizer.from_pretrained(
-                str(self.path / component), local_files_only=True, trust_remote_code=False
-            )
+            return transformers.AutoTokenizer.from_pretrained(str(self.path / component), local_files_only=True)
         except (OSError, ValueError) as error:
             raise BackboneError(f"no tokenizer could be read from {self.path / component}: {error}") from error
 

@@ -49,6 +49,9 @@ def build_random(
                 _fill(value, name, module, generator)
                 made[id(parameter)] = parameter, nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)][1]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:  # some constructors pin their tables to the CPU
+                module._buffers[name] = buffer.to(device)
     return model.eval()
 
 

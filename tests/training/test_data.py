@@ -93,7 +93,7 @@ def test_pictures_join_labels_and_render(packages: tuple[Path, list[Package]]) -
     root, made = packages
     seen: list[tuple[int, int]] = []
     pictures = build_pictures(root, made, processes=1, progress=lambda done, total: seen.append((done, total)))
-    # A skin-tone variant and an unlabelled code are left out; a code written two ways is one picture; a broken SVG goes.
+    # Left out: a skin-tone variant, an unlabelled code, a broken SVG. A code written two ways is one picture.
     assert [(r.hexcode, r.style) for r in pictures.records] == [
         ("1f534", "round"), ("0023-20e3", "round"), ("1f534", "raster"),
     ]  # fmt: skip
@@ -143,6 +143,20 @@ def test_a_changed_package_is_refused(packages: tuple[Path, list[Package]]) -> N
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(SourceError, match=r"round-1\.0\.0\.tgz has sha256 .* delete the file"):
         build_pictures(root, made, processes=1)
+
+
+def test_a_set_may_take_its_names_from_another(packages: tuple[Path, list[Package]]) -> None:
+    root, made = packages
+    shaded = Package("shaded", "1.0.0", "", "MIT", "shaded credit.", "fluent gradient", "round")
+    icons = {"width": 16, "height": 16, "icons": {"disc": {"body": RED_DISC.replace("#ff0000", "#00ff00")}}}
+    path = root / "packages" / shaded.file_name
+    pack(path, {"package/icons.json": dump(icons)})
+    shaded = replace(shaded, sha256=digest_of(path))
+    pictures = build_pictures(root, [*made, shaded], processes=1)
+    assert pictures.records[-1].style == "fluent gradient"
+    assert pictures.rgba[-1][64, 64].tolist() == [0, 255, 0, 255]
+    with pytest.raises(SourceError, match="shaded needs the package round"):
+        build_pictures(root, [made[0], shaded], processes=1)
 
 
 def test_a_missing_npm_is_named(tmp_path: Path) -> None:
@@ -207,7 +221,7 @@ def test_an_unseen_pair_is_known_in_another_family(many: dict[tuple[str, str], s
 
 def test_the_split_does_not_depend_on_order_but_on_the_code_alone(many: dict[tuple[str, str], str]) -> None:
     assert assign_splits(reversed(list(many))) == many
-    assert unit_hash("concept:1f600") == pytest.approx(0.6264118329903968)  # the line that shipped weights were drawn by
+    assert unit_hash("concept:1f600") == pytest.approx(0.6264118329903968)  # as for the shipped weights
     assert assign_splits([("1f600", "noto")]) == {("1f600", "noto"): "train"}  # one family: it cannot be a pair
 
 

@@ -18,7 +18,13 @@ from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from rmd.backbones.registry import load_checkpoint
 from rmd.size import Size
 from training.autoencoder import (
-    AutoencoderConfig, flatten_pictures, measure, psnr, reconstruction_loss, train_autoencoder, upsample_twice,
+    AutoencoderConfig,
+    flatten_pictures,
+    measure,
+    psnr,
+    reconstruction_loss,
+    train_autoencoder,
+    upsample_twice,
 )  # fmt: skip
 from training.data.dataset import PictureSet, Record
 from training.files import save_model
@@ -294,10 +300,13 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
 
     folder = again.export()
     assert (folder / "vae").is_symlink()
-    assert not Path(os.readlink(folder / "vae")).is_absolute()
+    assert not (folder / "vae").readlink().is_absolute()
     weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert "CC-BY 4.0" in (models / "embedded" / "NOTICE").read_text()
+    assert "optimiser steps: " in (folder / "README.md").read_text()
+    assert "_name_or_path" not in (folder / "transformer" / "config.json").read_text()
+    assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044 == 0o044
     assert not (models / "embedded" / "transformer").exists()
 
     backbone, checkpoint = load_checkpoint(folder)

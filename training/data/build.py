@@ -75,9 +75,7 @@ def render(drawing: Drawing) -> NDArray[np.uint8] | None:
 
     try:
         if isinstance(drawing.content, str):
-            data = bytes(
-                resvg_py.svg_to_bytes(svg_string=drawing.content, width=PICTURE_SIZE, height=PICTURE_SIZE)
-            )
+            data = bytes(resvg_py.svg_to_bytes(svg_string=drawing.content, width=PICTURE_SIZE, height=PICTURE_SIZE))
         else:
             data = drawing.content
         picture = Image.open(io.BytesIO(data)).convert("RGBA")
@@ -93,9 +91,7 @@ def label_table(tarball: Tarball) -> dict[str, dict[str, Any]]:
     return {normalise_hexcode(entry["hexcode"]): entry for entry in tarball.read_json("en/data.json")}
 
 
-def collect_drawings(
-    packages: Sequence[Package], tarballs: dict[str, Tarball], labels: Iterable[str]
-) -> list[Drawing]:
+def collect_drawings(packages: Sequence[Package], tarballs: dict[str, Tarball], labels: Iterable[str]) -> list[Drawing]:
     """All labelled drawings, one a (hexcode, style), in the order of the packages."""
     known, seen, drawings = set(labels), set(), []
     for package in packages:
@@ -103,7 +99,9 @@ def collect_drawings(
             continue
         tarball = tarballs[package.name]
         if "icons.json" in tarball.names:
-            source = tarballs[package.names_from or package.name]
+            source = tarballs.get(package.names_from or package.name)
+            if source is None:
+                raise SourceError(f"{package.name} needs the package {package.names_from} for its names: add it")
             found: Iterable[Drawing] = svg_drawings(package, tarball, source.read_json("chars.json"))
         else:
             found = raster_drawings(package, tarball)
@@ -171,9 +169,14 @@ def build_pictures(
         entry, base = labels[drawing.hexcode], base_of(drawing.hexcode)
         records.append(
             Record(
-                drawing.hexcode, base, drawing.style, entry["label"], tuple(entry.get("tags", ())),
-                entry.get("group"), splits[base, drawing.style],
-            )  # fmt: skip
+                drawing.hexcode,
+                base,
+                drawing.style,
+                entry["label"],
+                tuple(entry.get("tags", ())),
+                entry.get("group"),
+                splits[base, drawing.style],
+            )
         )
     os.replace(scratch, root / PIXELS_FILE)
     _write_json(root / RECORDS_FILE, [record.to_dict() for record in records])

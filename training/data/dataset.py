@@ -105,7 +105,7 @@ class PictureSet:
         if size != PICTURE_SIZE and PICTURE_SIZE % size == 0:
             factor = PICTURE_SIZE // size
             flat = flat.reshape(size, factor, size, factor, 3).mean((1, 3))
-        pixels = (flat + 0.5).clip(0, 255).astype(np.uint8)
+        pixels: NDArray[np.uint8] = (flat + 0.5).clip(0, 255).astype(np.uint8)
         if pixels.shape[0] != size:
             pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
         return pixels

@@ -69,6 +69,11 @@ FLUENT_3D = Package(
     "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "MIT",
     "Fluent Emoji 3D, packaged by LobeHub. Copyright Microsoft Corporation. MIT.", "fluent 3d",
 )  # fmt: skip
+FLUENT_GRADIENT = Package(
+    "@iconify-json/fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT",
+    "Fluent Emoji (gradients). Copyright Microsoft Corporation. MIT.", "fluent gradient", FLUENT_FLAT.name,
+)  # fmt: skip
+"""The flat set's drawings once more, with gradients; left out by default."""
 DEFAULT_PACKAGES = (LABELS, NOTO, TWEMOJI, FLUENT_FLAT, FLUENT_3D)
 
 
@@ -170,6 +175,6 @@ def notice_text(packages: Mapping[str, str] | None = None) -> str:
         "",
         *(f"- {credit} (npm {name})" for name, credit in credits.items()),
         "",
-        "Text encoder: all-MiniLM-L6-v2, sentence-transformers. Apache-2.0. Weights unchanged but for bfloat16 rounding.",
+        "Text encoder: all-MiniLM-L6-v2, sentence-transformers. Apache-2.0. Weights rounded to bfloat16.",
     ]
     return "\n".join(lines) + "\n"

@@ -71,7 +71,8 @@ class InvertedResidual(nn.Module):
         hidden = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         hidden = F.relu6(self._bn1(self._depthwise_conv(hidden)))
         hidden = self._bn2(self._project_conv(hidden))
-        return x + hidden if self.residual else hidden
+        output: Tensor = x + hidden if self.residual else hidden
+        return output
 
 
 class EfficientNetLite0(nn.Module):
@@ -139,11 +140,13 @@ def load_efficientnet_lite0(
     network.load_state_dict({name: value for name, value in state.items() if not name.startswith("_fc.")})
     network.eval()
     _fold_batch_norms(network)
-    return network.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    network.to(device=device, dtype=dtype)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def _fold_batch_norms(network: EfficientNetLite0) -> None:
-    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
+    pairs: list[tuple[nn.Module, str, str]] = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
         if block.expands:

@@ -27,6 +27,15 @@ _COLUMNS = (
     ("frechet", "Frechet", 1),
     ("nearest_training_cosine", "nearest training picture", 3),
 )
+_READING = (
+    "The distances are **KID and Frechet distance on EfficientNet-Lite0 features**, not FID; lower is better, and "
+    "the floor compares real with real pictures. *Text R@k*: the share of pictures whose own concept is among the "
+    "k nearest texts of the set's concepts (projection fitted on training concepts only). *Picture R@k*: the same "
+    "by the nearest real picture of each concept in the set, so it also rewards the right style, and the "
+    "autoencoder's ceiling is near 1. *Nearest training picture*: mean cosine; a row far above the originals' "
+    "would be copying. ± is the larger of the standard error over prompts (for KID the spread over subsets) and "
+    "the standard deviation over sampling seeds."
+)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -117,13 +126,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"Written by `{report['command']}` on {device['name']} ({device['cpus']} CPUs). Sampling seeds "
         f"{', '.join(map(str, settings['seeds']))}; the teacher once. {_versions(report['versions'])}",
         "",
-        "All features are EfficientNet-Lite0's, so the distances are **KID and Frechet distance on EfficientNet-Lite0 "
-        "features**, not FID; lower is better, and the floor compares real with real pictures. *Text R@k*: the share "
-        "of pictures whose own concept is among the k nearest texts of the set's concepts (projection fitted on "
-        "training concepts only). *Picture R@k*: the same by the nearest real picture of each concept in the set, so it also "
-        "rewards the right style, and the autoencoder's ceiling is near 1. *Nearest training picture*: mean cosine; "
-        "a row far above the originals' would be copying. ± is the larger of the standard error over prompts (for KID "
-        "the spread over subsets) and the standard deviation over sampling seeds.",
+        f"Features are EfficientNet-Lite0's, computed in {report['features']['dtype']}. {_READING}",
     ]
     for entry in report["sets"]:
         lines += ["", f"## {entry['title']}", "", *_set_lines(entry)]

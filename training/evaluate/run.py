@@ -106,6 +106,7 @@ class Models:
             backbone = get_backbone(self.backbone_name).load(
                 self.folder(weights), dtype=torch.bfloat16, device=self.settings.device
             )
+            backbone.sizes = self.cascades[self.default].sizes  # the teacher's own schedule runs at the largest
             if self.settings.compile:
                 modules = backbone.component_modules()
                 modules["denoiser"].compile(dynamic=False)
@@ -221,14 +222,14 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
         "settings": _plain(settings),
         "checkpoint": {"folder": str(settings.checkpoint), "weights": models.digest("student")},
         "teacher": {
+            **asdict(models.teacher),
             "folder": str(models.folder("teacher")),
             "weights": models.digest("teacher"),
-            **asdict(models.teacher),
         },
         "features": {
             "network": "EfficientNet-Lite0",
             "weights_sha256": WEIGHTS_SHA256,
-            "width": train_features.shape[1],
+            "dtype": settings.feature_dtype,
         },
         "text_alignment": {"penalty": projection.penalty, "training_pictures": len(train)},
         "cascades": {row.key: row.cascade.to_dict() for row in rows},

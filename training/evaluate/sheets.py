@@ -43,7 +43,10 @@ def chosen(test: HeldOutSet, count: int = SHEET_PROMPTS, salt: str = "sheet") ->
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Pictures]]], captions: Sequence[str], title: str, columns: int = COLUMNS
+    rows: Sequence[tuple[str, Sequence[Pictures] | Pictures]],
+    captions: Sequence[str],
+    title: str,
+    columns: int = COLUMNS,
 ) -> Image.Image:
     """Blocks of ``columns`` prompts; in each, one line of pictures a row, its name on the left, the prompt below.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rmd.cascade import INTERVAL_CLIP, Cascade
 from rmd.size import Size
 from rmd.upsampling import mix_noise, upsample, upsample_noise
+from training.attention import scoring_attention
 from training.losses import (
     GENERATOR_LOSSES,
     dmd_direction,
@@ -170,7 +171,7 @@ class DistillationMethod:
         """
         conditioning = self.prompts.conditioning(matched.rows)
         uncond = self.prompts.unconditional(len(matched.rows)) if self.guidance_scale != 1.0 else None
-        with torch.no_grad():
+        with torch.no_grad(), scoring_attention():
             real = self.backbone.guided_x0(
                 sample.x, sample.tau, conditioning, uncond, self.guidance_scale, matched.size, denoiser=teacher
             )
@@ -230,7 +231,7 @@ class DistillationMethod:
                 teacher_times = [self.cascade.steps[int(i)].teacher_timestep / 1000 for i in p.steps]
                 t = torch.tensor(teacher_times, dtype=torch.float64, device=y.device)
                 x = self.backbone.schedule.add_noise(y.detach(), random.normal(y.shape), t)
-            with torch.no_grad():
+            with torch.no_grad(), scoring_attention():
                 target = self.backbone.guided_x0(
                     x, t, conditioning, uncond, self.guidance_scale, size, denoiser=teacher
                 )

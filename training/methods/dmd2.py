@@ -46,7 +46,9 @@ class DMD2(TDM):
         Returns:
             the head, whose parameters belong to the fake score's optimiser.
         """
-        self.head = DiscriminatorHead(token_width).to(self.backbone.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            self.head = DiscriminatorHead(token_width).to(self.backbone.device)
         self.real = real, rows
         self.tap = TokenTap(fake)
         return self.head

@@ -104,6 +104,13 @@ def test_v_prediction_folder_is_refused(folder: Path) -> None:
         _load(folder)
 
 
+def test_tokenizer_with_code_is_refused(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["evil.py", None]}}))
+    with pytest.raises(BackboneError, match="code from a folder is never run"):
+        _load(folder)
+
+
 def test_hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 

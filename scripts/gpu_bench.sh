@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in steps of under ten minutes each, on a bare machine: this repository, Python 3.11 or
+# 3.12, torch 2.11 or newer with CUDA, diffusers, safetensors, numpy. transformers is used where it is installed.
+#
+#   scripts/gpu_bench.sh list                 the steps
+#   scripts/gpu_bench.sh check                versions, the tiny rehearsal of every family on this GPU
+#   scripts/gpu_bench.sh sdxl|pixart|sd3      one full-size backbone with random weights
+#   scripts/gpu_bench.sh wan-14b|wan-1.3b    the film models (720p takes minutes a schedule: steps are measured)
+#   scripts/gpu_bench.sh tensorrt-sdxl        the same through TensorRT engines, where torch-tensorrt is installed
+#   scripts/gpu_bench.sh engines              build and check every engine of the embedded checkpoint on this GPU
+#
+# Reports go to $OUT (default benchmarks/gpu). A failed step does not stop the ones after it.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/gpu}
+MINUTES=${MINUTES:-8}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+mkdir -p "$OUT"
+
+bench() { # a report of one backbone; further arguments go to the bench
+  local backbone=$1
+  shift
+  timeout $((MINUTES * 60 + 90)) "$PYTHON" -m engines.benchmark.speedup \
+    --device cuda --backbone "$backbone" --minutes "$MINUTES" --out "$OUT" "$@" 2>&1 | tee "$OUT/$backbone.log"
+}
+
+step() {
+  case $1 in
+    list) sed -n '2,14s/^# \{0,1\}//p' "$0" ;;
+    check)
+      nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || true
+      "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)'
+      for backbone in sdxl pixart sd3 wan-14b; do
+        timeout 120 "$PYTHON" -m engines.benchmark.speedup --device cuda --backbone "$backbone" --scale tiny \
+          --batches 1,2 --repeats 3 --variants eager,eager+graphs --out "$OUT/rehearsal" \
+          || echo "rehearsal of $backbone failed"
+      done
+      ;;
+    sdxl | pixart | sd3) bench "$1" --batches 1,2,4,8,16 --repeats 5 --whole-limit 6 ;;
+    wan-14b) bench wan-14b --batches 1 --repeats 3 --whole-limit 1 --variants eager,compiled --no-stock ;;
+    wan-1.3b) bench wan-1.3b --batches 1,2 --repeats 3 --whole-limit 10 --no-stock ;;
+    tensorrt-*) bench "${1#tensorrt-}" --batches 1,4 --repeats 5 --whole-limit 6 --variants eager,tensorrt+graphs --out "$OUT/tensorrt" ;;
+    engines)
+      timeout 580 "$PYTHON" -m cli.main build --checkpoint models/embedded --device cuda --engines engines-cache-gpu \
+        && timeout 300 "$PYTHON" -m cli.main bench engines --checkpoint models/embedded --device cuda \
+          --engines engines-cache-gpu --out "$OUT"
+      ;;
+    *)
+      echo "unknown step '$1'; see: $0 list" >&2
+      return 2
+      ;;
+  esac
+}
+
+[ $# -gt 0 ] || set -- list
+status=0
+for name in "$@"; do
+  step "$name" || status=$?
+done
+exit $status

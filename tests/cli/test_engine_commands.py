@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.build import parse_buckets
+from cli.engines import app
+
+
+def test_an_empty_store_is_no_error(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(app, ["list", "--engines", str(tmp_path / "none")])
+    assert listed.exit_code == 0 and "no engines in" in listed.output and "rmd build" in listed.output
+    verified = CliRunner().invoke(app, ["verify", "--engines", str(tmp_path / "none")])
+    assert verified.exit_code == 0 and "0 engines sound, 0 not" in verified.output
+    pruned = CliRunner().invoke(app, ["prune", "--all", "--engines", str(tmp_path / "none")])
+    assert pruned.exit_code == 0 and "0 engines removed" in pruned.output
+
+
+def test_a_broken_engine_is_reported_and_pruned(tmp_path: Path) -> None:
+    (tmp_path / ("0" * 32)).mkdir()
+    verified = CliRunner().invoke(app, ["verify", "--engines", str(tmp_path)])
+    assert verified.exit_code == 1 and "broken" in verified.output and "is missing" in verified.output
+    assert "1 engines removed" in CliRunner().invoke(app, ["prune", "--broken", "--engines", str(tmp_path)]).output
+    assert CliRunner().invoke(app, ["verify", "--engines", str(tmp_path)]).exit_code == 0
+
+
+def test_prune_needs_to_be_told_what(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["prune", "--engines", str(tmp_path)])
+    assert isinstance(result.exception, ValueError) and "nothing to prune" in str(result.exception)
+    result = CliRunner().invoke(app, ["prune", "--key", "abc", "--engines", str(tmp_path)])
+    assert isinstance(result.exception, ValueError) and "names 0 engines" in str(result.exception)
+
+
+def test_buckets_are_read_and_checked() -> None:
+    assert parse_buckets("1,2, 8") == (1, 2, 8) and parse_buckets(None) is None
+    for text, message in (("0", "at least 1"), ("1;2", "separated by commas"), ("", "separated by commas")):
+        with pytest.raises(ValueError, match=message):
+            parse_buckets(text)

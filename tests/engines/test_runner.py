@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import resource
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engines.build import build_checkpoint, measure, missing_engines, plan_checkpoint
+from engines.compilers import get_compiler
+from engines.errors import (
+    BackendUnavailable,
+    EngineCorrupt,
+    EngineError,
+    EngineInputError,
+    EngineMissing,
+    NotEnoughMemory,
+)
+from engines.manifest import MANIFEST
+from engines.memory import MemoryPlan, workspace_bytes
+from engines.planning import CheckpointPlan, EngineOptions
+from engines.runner import EngineExecutor
+from engines.store import EngineStore
+from engines.weights import WeightBank
+from engines.worker import build_in_processes
+from rmd.backbones.registry import load_checkpoint
+from rmd.backbones.tiny import write_tiny_folder
+from rmd.sampler import sample
+from rmd.size import Size
+from tests.engines.conftest import Net, net_inputs, net_spec
+
+SIZE = Size(64, 64)
+
+
+def executor_of(net: nn.Module, buckets: dict[int, float | None], padded: bool = True) -> EngineExecutor:
+    """Engines of ``net`` at these batches, with these recorded latencies."""
+    bank = WeightBank(net)
+    compiler = get_compiler("eager")
+    engines = {}
+    for batch, seconds in buckets.items():
+        manifest = compiler.build(net, net_spec(net, "eager", batch), Path()).updated(latency_seconds=seconds)
+        engines[batch] = compiler.load(manifest, Path(), bank)
+    return EngineExecutor({("denoiser", "64x64"): engines}, {"denoiser": bank}, "eager", padded)
+
+
+def test_rows_are_served_by_the_cheapest_buckets(net: nn.Module) -> None:
+    batching = executor_of(net, {1: 1.0, 2: 1.2, 4: 1.6})
+    assert [batching.split(("denoiser", "64x64"), rows) for rows in (1, 2, 3, 4, 5, 9)] == [
+        (1,), (2,), (4,), (4,), (4, 1), (4, 4, 1),
+    ]  # fmt: skip
+    costly = executor_of(net, {1: 1.0, 2: 2.1, 4: 4.5})
+    assert costly.split(("denoiser", "64x64"), 4) == (1, 1, 1, 1)
+    assert costly.latency("denoiser", SIZE, 3) == 3.0
+    assert executor_of(net, {1: None, 4: None}).split(("denoiser", "64x64"), 6) == (4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "useful"),
+    [
+        ({1: 1.0, 2: 1.95, 4: 3.9}, (1,)),  # the high stage: batching gains too little
+        ({1: 1.0, 2: 1.2, 4: 1.6}, (1, 2, 4)),
+        ({1: 1.0, 2: 1.95, 4: 3.0}, (1, 4)),
+        ({1: 1.0, 2: 1.0, 4: 2.0}, (1, 2)),
+    ],
+)
+def test_a_larger_bucket_is_useful_from_a_tenth_more_throughput(
+    net: nn.Module, seconds: dict[int, float | None], useful: tuple[int, ...]
+) -> None:
+    assert executor_of(net, seconds).useful_buckets("denoiser", SIZE) == useful
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("padded", [True, False])
+def test_any_number_of_rows_gives_what_eager_gives(net: nn.Module, rows: int, padded: bool) -> None:
+    executor = executor_of(net, {2: 1.0, 4: 1.1}, padded)
+    inputs = net_inputs(rows)
+    output = executor.run("denoiser", SIZE, inputs)
+    assert output.shape == (rows, 8, 16)
+    assert torch.allclose(output, net(**inputs), atol=1e-5)
+
+
+def test_bad_requests_are_named(net: nn.Module) -> None:
+    executor = executor_of(net, {1: 1.0})
+    with pytest.raises(EngineError, match="unknown component 'unet'; this model has denoiser"):
+        executor.run("unet", SIZE, net_inputs(1))
+    with pytest.raises(EngineMissing, match="no engine of 'denoiser' at size 32x32; there are 64x64"):
+        executor.run("denoiser", Size(32, 32), net_inputs(1))
+    with pytest.raises(EngineInputError, match=r"same number of rows.*latents \(2, 8, 16\), timestep \(1,\)"):
+        executor.run("denoiser", SIZE, {"latents": torch.zeros(2, 8, 16), "timestep": torch.zeros(1)})
+    with pytest.raises(EngineInputError, match="at least 1; got none"):
+        executor.run("denoiser", SIZE, {})
+    with pytest.raises(EngineError, match="has no latency"):
+        executor.latency("denoiser", SIZE, 0)
+
+
+class Hungry(Net):
+    """Needs a gibibyte a row, at least three quarters of which are never touched."""
+
+    def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        scratch = torch.empty(latents.shape[0], 1 << 30, dtype=torch.uint8)
+        scratch[:, 0] = 1
+        return super().forward(latents, timestep) * scratch[:, :1, None]
+
+
+def test_out_of_memory_falls_back_to_smaller_batches() -> None:
+    net = Hungry().eval().requires_grad_(False)
+    executor = executor_of(net, {1: 1.0, 2: 1.1, 4: 1.2})
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (5 << 29), hard))  # room for two rows
+    try:
+        output = executor.run("denoiser", SIZE, net_inputs(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert executor.buckets("denoiser", SIZE) == (1, 2)
+    assert torch.allclose(output, Net().eval()(**net_inputs(4)), atol=1e-5)
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(net: nn.Module) -> None:
+    class Broken(Net):
+        def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
+            if latents.abs().sum() > 1e6:
+                raise RuntimeError("the device was lost")
+            return super().forward(latents, timestep)
+
+    executor = executor_of(Broken().eval(), {1: 1.0, 2: 1.1})
+    with pytest.raises(RuntimeError, match="device was lost"):
+        executor.run("denoiser", SIZE, {**net_inputs(2), "latents": torch.full((2, 8, 16), 1e6)})
+    assert executor.buckets("denoiser", SIZE) == (1, 2)
+
+
+# ---- whole checkpoints -----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_covers_all_sizes_and_components(tiny_checkpoint: Path) -> None:
+    plan = plan_checkpoint(tiny_checkpoint, "eager", dtype="float32", buckets=(4, 1, 2, 2))
+    titles = {engine.spec.title for engine in plan.engines}
+    assert {f"denoiser {size} batch {batch}" for size in ("32x32", "64x64") for batch in (1, 2, 4)} <= titles
+    assert {"decoder 64x64 batch 1", "decoder 64x64 batch 4", "decoder 32x32 batch 1"} <= titles
+    assert {f"{name} batch 1" for name in ("text_encoder", "text_encoder_2", "text_encoder_3")} <= titles
+    assert len({engine.spec.key for engine in plan.engines}) == len(plan.engines)
+    with pytest.raises(EngineError, match="unknown component 'unet'; this model has denoiser, decoder"):
+        plan.spec("unet", None, 1)
+
+
+def test_a_plan_without_weights_has_the_keys_of_the_loaded_model(tiny_checkpoint: Path) -> None:
+    options = EngineOptions("inductor", "cpu", "bfloat16", (1,))
+    empty = CheckpointPlan.read(tiny_checkpoint, options)
+    backbone, checkpoint = load_checkpoint(tiny_checkpoint)
+    loaded = CheckpointPlan(checkpoint, options, backbone)
+    assert [engine.spec.key for engine in empty.engines] == [engine.spec.key for engine in loaded.engines]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"buckets": (0,)}, EngineError, r"buckets \[0\]: give batch sizes of at least 1"),
+        ({"buckets": ()}, EngineError, "give batch sizes"),
+        ({"backend": "tensorrt"}, BackendUnavailable, "'tensorrt' is not available"),
+        ({"backend": "onnx"}, BackendUnavailable, "unknown backend 'onnx'"),
+        ({"dtype": "int8"}, EngineError, "use bfloat16, float16 or float32"),
+    ],
+)
+def test_bad_options_give_one_clear_error(
+    tiny_checkpoint: Path, tmp_path: Path, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build_checkpoint(tiny_checkpoint, tmp_path, **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_draw_what_the_network_draws(tiny_checkpoint: Path, eager_store: Path) -> None:
+    backbone, checkpoint = load_checkpoint(tiny_checkpoint, dtype=torch.float32)
+    conditioning = backbone.encode_prompts(["a red rocket", "a tree", "x"])
+    expected = sample(backbone, checkpoint.default_cascade, conditioning, [1, 2, 3])
+    pictures = backbone.decode(expected, checkpoint.default_cascade.full_size)
+
+    served, _ = load_checkpoint(tiny_checkpoint, dtype=torch.float32, weights=False)
+    served.executor = EngineExecutor.open(tiny_checkpoint, eager_store, "eager", dtype="float32", buckets=(1, 2))
+    again = sample(
+        served, checkpoint.default_cascade, served.encode_prompts(["a red rocket", "a tree", "x"]), [1, 2, 3]
+    )
+    assert torch.allclose(again, expected, atol=1e-4)
+    assert torch.allclose(served.decode(again, checkpoint.default_cascade.full_size), pictures, atol=1e-3)
+
+
+def test_a_new_checkpoint_is_taken_without_a_restart(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
+    executor = EngineExecutor.open(tiny_checkpoint, eager_store, "eager", dtype="float32", buckets=(1, 2))
+    other = write_tiny_folder("sd3", tmp_path / "other", seed=1)
+    backbone, _ = load_checkpoint(other, dtype=torch.float32)
+    inputs = backbone.example_inputs("denoiser", SIZE, 2)
+    assert not torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-3)
+    executor.refit(other)
+    assert torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-5)
+    with pytest.raises(EngineError, match="unknown component 'unet'"):
+        executor.refit({"unet": {}})
+
+
+def test_the_teachers_weights_run_through_the_same_engines(
+    tiny_checkpoint: Path, eager_store: Path, tmp_path: Path
+) -> None:
+    teacher = write_tiny_folder("sd3", tmp_path / "teacher", seed=2)
+    executor = EngineExecutor.open(
+        tiny_checkpoint, eager_store, "eager", dtype="float32", buckets=(1, 2), weights_from=teacher
+    )
+    backbone, _ = load_checkpoint(teacher, dtype=torch.float32)
+    inputs = backbone.example_inputs("denoiser", SIZE, 1)
+    assert torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-5)
+
+
+def test_missing_and_damaged_engines_name_the_command(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
+    command = rf"rmd build --checkpoint {tiny_checkpoint} --engines .* --backend eager .*--buckets 1,2"
+    with pytest.raises(EngineMissing, match=rf"engines are not in .* Build them: {command}"):
+        EngineExecutor.open(tiny_checkpoint, tmp_path, "eager", dtype="float32", buckets=(1, 2))
+    copy = tmp_path / "copy"
+    shutil.copytree(eager_store, copy)
+    next(copy.glob(f"*/{MANIFEST}")).write_text("{")
+    with pytest.raises(EngineCorrupt, match="is not JSON"):
+        EngineExecutor.open(tiny_checkpoint, copy, "eager", dtype="float32", buckets=(1, 2))
+
+
+def test_a_build_goes_on_where_it_stopped_and_reports(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(eager_store, tmp_path / "store")
+    store = EngineStore(tmp_path / "store")
+    plan = plan_checkpoint(tiny_checkpoint, "eager", dtype="float32", buckets=(1, 2))
+    store.prune([plan.engines[0].spec.key, plan.engines[1].spec.key])
+    seen = []
+    said: list[str] = []
+    report = build_checkpoint(
+        tiny_checkpoint, store, "eager", seen.append, dtype="float32", buckets=(1, 2), announce=said.append
+    )
+    assert [progress.done for progress in seen] == [0, 1, 2] and seen[-1].remaining == 0
+    assert len(report.built) == 2 and report.reused == len(plan.engines) - 2
+    assert all(manifest.latency_seconds and manifest.relative_l2 == 0.0 for manifest in report.built)
+    assert "memory plan for cpu" in said[0]
+    assert missing_engines(plan, store) == []
+    assert len(measure(plan, store)) == len(plan.engines)
+
+
+def test_processes_build_into_one_store(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    plan = plan_checkpoint(tiny_checkpoint, "eager", dtype="float32", buckets=(1,))
+    wanted = list(plan.engines[:2])
+    assert set(build_in_processes(plan, store, wanted, 2)) == {engine.spec.title for engine in wanted}
+    assert set(store.keys()) == {engine.spec.key for engine in wanted}
+
+
+def test_a_workers_failure_reaches_the_parent(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_checkpoint(tiny_checkpoint, "eager", dtype="float32", buckets=(1,))
+    wrong = replace(plan.engines[0], spec=replace(plan.engines[0].spec, graph="0"))
+    with pytest.raises(EngineError, match=r"the worker plans .* its parent as"):
+        list(build_in_processes(plan, EngineStore(tmp_path), [wrong], 1))
+    assert EngineStore(tmp_path).keys() == []
+
+
+def test_a_memory_plan_that_does_not_fit_is_refused() -> None:
+    plan = MemoryPlan({"denoiser": 3 << 20}, 2 << 20, 1 << 20, 6 << 20, "cuda:0")
+    plan.check()
+    assert plan.total == 5 << 20 and "loaded: 5 MiB, while building 1 MiB more" in plan.describe()
+    with pytest.raises(NotEnoughMemory, match=r"need 6 MiB and cuda:0 has 5 MiB free; build smaller buckets"):
+        replace(plan, available=5 << 20).check()
+
+
+def test_workspace_counts_what_lives_at_once() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(10):
+                x = x * self.weight
+            return x
+
+    size = 1000 * 4
+    assert size <= workspace_bytes(Chain(), {"x": torch.zeros(1000)}) <= 3 * size

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from engines.compilers import get_compiler
+from engines.errors import EngineCorrupt, EngineError
+from engines.manifest import MANIFEST, Manifest
+from engines.spec import EngineSpec, graph_digest, weights_digest
+from engines.target import Target, this_machine
+from tests.engines.conftest import Net, net_request, net_spec
+
+
+def test_the_same_network_gives_the_same_key_whatever_its_weights(net: nn.Module) -> None:
+    assert net_spec(net).key == net_spec(Net(seed=5)).key
+    assert net_spec(net).key == net_spec(Net().to("meta")).key
+
+
+def test_the_network_itself_is_part_of_the_key(net: nn.Module) -> None:
+    assert graph_digest(net) != graph_digest(Net(scale=2.0))
+    other = Net()
+    other.down = nn.Linear(64, 16, bias=False)
+    assert graph_digest(net) != graph_digest(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"component": "decoder"},
+        {"size": "128x128"},
+        {"batch": 4},
+        {"dtype": "bfloat16"},
+        {"backend": "eager"},
+        {"weights_mode": "embedded"},
+        {"graph": "0"},
+        {"inputs": ()},
+        {"versions": {"torch": "0"}},
+        {"settings": {"freezing": False}},
+        {"weights": "0"},
+        {"target": Target("cpu", "linux-x86_64", "avx2")},
+        {"target": Target("cuda", "linux-x86_64", "", "9.0", "13.0", "580")},
+        {"target": Target("cuda", "linux-x86_64", "", "9.0", "13.0", "590")},
+    ],
+)
+def test_every_part_changes_the_key(net: nn.Module, change: dict[str, object]) -> None:
+    spec = net_spec(net)
+    assert replace(spec, **change).key != spec.key  # type: ignore[arg-type]
+
+
+def test_embedded_weights_are_part_of_the_key_and_shared_ones_are_not(net: nn.Module) -> None:
+    assert net_spec(net).weights is None
+    assert net_spec(net).with_weights(weights_digest(net)).key != net_spec(net).with_weights(weights_digest(Net(1))).key
+
+
+def test_the_number_of_threads_is_part_of_a_cpu_engine(net: nn.Module) -> None:
+    one = net_spec(net).key
+    torch.set_num_threads(2)
+    assert net_spec(net).key != one
+
+
+def test_a_spec_survives_its_record(net: nn.Module) -> None:
+    spec = net_spec(net)
+    again = EngineSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again.key == spec.key and again.inputs == spec.inputs and again.title == "denoiser 64x64 batch 2"
+
+
+def test_inputs_that_disagree_about_the_batch_are_refused(net: nn.Module) -> None:
+    request = net_request(net)
+    broken = replace(request, inputs={**request.inputs, "timestep": torch.zeros(3)})
+    with pytest.raises(EngineError, match="disagree about the batch"):
+        get_compiler("inductor").plan(broken)
+
+
+def test_a_target_names_what_the_machine_lacks() -> None:
+    here = this_machine("cpu")
+    assert here.differences(here) == []
+    built = replace(here, instruction_set=f"{here.instruction_set} avx99")
+    assert built.differences(here) == ["CPU instructions avx99, which this CPU lacks"]
+    older = replace(here, instruction_set="")
+    assert older.differences(here) == []  # more instructions than it needs
+    gpu = Target("cuda", here.platform, "", "9.0", "13.0", "580")
+    other = replace(gpu, compute_capability="8.9", driver="570")
+    assert gpu.differences(other) == ["GPU compute capability 9.0, here 8.9", "GPU driver major version 580, here 570"]
+
+
+def test_the_manifest_says_what_was_built(store: tuple[object, Manifest]) -> None:
+    manifest = store[1]
+    record = json.loads(manifest.to_json())
+    assert record["profile"] == {"batch": 2, "guided_requests": 1}
+    assert [entry["name"] for entry in record["inputs"]] == ["latents", "timestep"]
+    assert record["output"]["shape"] == [2, 8, 16]
+    assert record["blocks"] == 1 and record["fallback_operators"] == []
+    assert 0 < record["relative_l2"] < 1e-5 or record["relative_l2"] == 0
+    assert record["build_seconds"] > 0 and record["load_seconds"] > 0
+    assert set(record["spec"]) == {
+        "component", "size", "batch", "dtype", "backend", "weights_mode", "inputs", "graph", "target", "versions",
+        "settings", "weights",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"format": 2}', "field 'format'"),
+        ('{"format": 1}', "missing or wrong"),
+        (None, "is missing"),
+    ],
+)
+def test_a_broken_manifest_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(EngineCorrupt, match=message):
+        Manifest.read(tmp_path)
+
+
+def test_a_manifest_of_another_engine_is_refused(store: tuple[object, Manifest], tmp_path: Path) -> None:
+    folder = tmp_path / ("0" * 32)
+    folder.mkdir()
+    (folder / MANIFEST).write_text(store[1].to_json())
+    with pytest.raises(EngineCorrupt, match="key does not match"):
+        Manifest.read(folder)

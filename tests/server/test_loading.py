@@ -1,0 +1,97 @@
+"""From a folder to a served model: engines built at the first start, found at the second, and the teacher's baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from engines.errors import BackendUnavailable, EngineMissing
+from engines.planning import EngineOptions
+from engines.runner import EngineExecutor
+from rmd.backbones.tiny import write_tiny_folder
+from server import loading
+from server.compiled import choose_engines
+from server.loading import load_model
+from server.model import ServedModel
+from server.scheduling.latency import StationKey
+from server.service import Progress
+from tests.server.conftest import TEACHER_STEPS, make_settings
+from tests.server.house import pixels, serving
+
+
+def test_engines_are_built_at_the_first_start_and_found_at_the_second(
+    checkpoint: Path, loaded: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the engine layer's reference compiler, which needs no compiler of the machine."""
+    options = EngineOptions("eager", "cpu", "float32", (1, 2))
+    monkeypatch.setattr(loading, "choose_engines", lambda settings, folder: options)
+    settings = make_settings(checkpoint, engines=tmp_path / "store")
+    seen: list[Progress] = []
+    with pytest.raises(EngineMissing, match="rmd build"):
+        load_model(settings.model_copy(update={"build_missing": False}), seen.append)
+    model = load_model(settings, seen.append)
+    assert any("building engines" in progress.text for progress in seen)
+    assert isinstance(model.backbone.executor, EngineExecutor)
+    assert isinstance(model.lanes["teacher"].executor, EngineExecutor)
+    assert {baseline.kind for baseline in model.baselines} == {"eager", "compiled"}
+    low = min(model.schedules["2+2"].cascade.sizes)
+    assert model.latencies.buckets(StationKey("denoise", size=low)) == (1, 2)
+    assert model.memory_bytes["denoiser"] > 0 and model.memory_bytes["teacher denoiser"] > 0
+
+    seen.clear()
+    again = load_model(settings, seen.append)
+    assert not any("building engines" in progress.text for progress in seen)
+    with serving(again, settings) as house:
+        compiled = house.draw(seed=3, n=3).json()
+    with serving(loaded, make_settings(checkpoint)) as house:
+        eager = house.draw(seed=3, n=3).json()
+    assert set(compiled["rmd"]["speedup"]) == {"eager", "compiled"}
+    for mine, reference in zip(compiled["data"], eager["data"], strict=True):
+        difference = np.abs(pixels(mine["b64_json"]) - pixels(reference["b64_json"]))
+        assert difference.mean() <= 1 and difference.max() <= 8
+
+
+def test_the_baseline_is_the_guided_teacher(loaded: ServedModel) -> None:
+    (baseline,) = loaded.started_baselines
+    assert baseline.kind == "eager" and baseline.steps == TEACHER_STEPS
+    parts = baseline.encode_seconds + TEACHER_STEPS * baseline.guided_step_seconds + baseline.decode_seconds
+    assert baseline.seconds == pytest.approx(parts)
+
+
+def test_without_its_folder_the_teacher_is_not_offered(tmp_path: Path) -> None:
+    folder = write_tiny_folder("pixart", tmp_path / "alone")
+    file = folder / "cascade.json"
+    file.write_text(file.read_text().replace('"folder": "."', '"folder": "../gone"'))
+    model = load_model(make_settings(folder, max_batch=1), lambda progress: None)
+    assert "teacher" not in model.schedules
+    assert [baseline.kind for baseline in model.baselines] == ["eager"], "the student has the teacher's shape"
+    with serving(model, make_settings(folder)) as house:
+        refused = house.draw(schedule="teacher")
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "schedule"
+        assert house.draw(seed=1).status_code == 200
+
+
+def test_a_backend_that_is_not_here_is_named(checkpoint: Path) -> None:
+    from rmd.checkpoint import CheckpointFolder
+
+    folder = CheckpointFolder.read(checkpoint)
+    assert choose_engines(make_settings(checkpoint, backend="eager"), folder) is None
+    with pytest.raises(BackendUnavailable, match="warp"):
+        choose_engines(make_settings(checkpoint, backend="warp"), folder)
+
+
+def test_rmd_serve_says_what_is_wrong_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cli.main import app
+
+    runner = CliRunner()
+    monkeypatch.setenv("RMD_API_KEYS", "very-secret")
+    arguments = ["serve", "--checkpoint", str(tmp_path / "nothing"), "--backend", "eager", "--port", "0"]
+    stopped = runner.invoke(app, arguments)
+    assert stopped.exit_code == 1
+    assert "nothing" in stopped.output and "is not a folder" in stopped.output
+    assert "1 key(s), hidden" in stopped.output and "very-secret" not in stopped.output
+    wrong = runner.invoke(app, ["serve", "--queue-items", "3"])
+    assert wrong.exit_code == 2 and "queue_items" in wrong.output

@@ -1,0 +1,174 @@
+"""From a teacher folder through the command to a checkpoint folder that reloads."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from cli.main import app
+from rmd.backbones.registry import load_checkpoint
+from rmd.backbones.tiny import write_tiny_folder
+from rmd.checkpoint import CheckpointFolder
+from training import export as export_module
+from training.distil import Distillation, Teacher, training_cascade
+from training.export import ExportError, export_checkpoint, verify
+from training.files import load_tensors
+from training.networks import merged_network
+from training.prompts import encode_prompts, read_prompt_file
+from training.settings import DistillSettings
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_folder("sd3", tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def distillation(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Distillation:
+    settings = DistillSettings(
+        iterations=1, batch_size=2, precision="fp32", low_stage_iterations=0, generator_rate=1e-2
+    )
+    teacher = replace(Teacher.open(teacher_folder, None, torch.float32), steps=2)
+    run = tmp_path_factory.mktemp("runs")
+    prompts = encode_prompts(teacher.backbone, ["a dog", "a cat", "a dog"], run / "prompts")
+    built = Distillation.build(teacher, prompts, settings, run)
+    assert built.trainer.train()
+    return built
+
+
+def test_an_export_is_a_checkpoint_folder_with_the_averaged_student(
+    distillation: Distillation, teacher_folder: Path, tmp_path: Path
+) -> None:
+    out = distillation.export(tmp_path / "student")
+    backbone, checkpoint = load_checkpoint(out, dtype=torch.bfloat16)
+    assert checkpoint.default == "2+2" and set(checkpoint.cascades) == {"2+2", "1+3", "3+1", "0+4"}
+    assert checkpoint.teacher is not None and checkpoint.teacher.steps == 2
+    assert checkpoint.teacher_path is not None and checkpoint.teacher_path.resolve() == teacher_folder.resolve()
+    assert checkpoint.distillation["settings"]["method"] == "rmd"
+    own = dict(backbone.component_modules()["denoiser"].named_parameters())
+    for name, value in distillation.trainer.ema.weights.items():
+        assert torch.equal(own[name], value.to(torch.bfloat16)), name
+    assert (out / "README.md").read_text().startswith("# student") and (out / "NOTICE").read_text()
+    assert not list(tmp_path.glob(".student-*"))
+
+
+def test_linked_components_stay_valid_and_an_older_folder_is_replaced(
+    distillation: Distillation, teacher_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "student"
+    out.mkdir()
+    (out / "old").write_text("old")
+    distillation.export(out, share="link")
+    assert not (out / "old").exists()
+    assert (out / "vae").is_symlink() and not (out / "vae").readlink().is_absolute()
+    assert (out / "vae").resolve() == (teacher_folder / "vae").resolve()
+    assert CheckpointFolder.read(out).default == "2+2"
+
+
+def test_a_failed_check_leaves_the_older_folder(
+    distillation: Distillation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = distillation.export(tmp_path / "student")
+    before = (out / "cascade.json").read_bytes()
+
+    def damage(path: Path) -> dict[str, torch.Tensor]:
+        tensors = load_tensors(path)
+        name = sorted(tensors)[0]
+        return {**tensors, name: tensors[name] + 1}
+
+    monkeypatch.setattr(export_module, "load_tensors", damage)
+    with pytest.raises(ExportError, match="differs from the trained one"):
+        distillation.export(out)
+    assert (out / "cascade.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+
+
+def test_verification_sees_a_missing_weight(distillation: Distillation, tmp_path: Path) -> None:
+    out = distillation.export(tmp_path / "student")
+    expected = {
+        name: value.to(torch.bfloat16) for name, value in merged_network(distillation.student()).state_dict().items()
+    }
+    spec = export_module.Export("sd3", "transformer", distillation.teacher.folder, {}, "2+2", 2, 4.5)
+    verify(out, spec, expected, torch.bfloat16)
+    with pytest.raises(ExportError, match="other weights"):
+        verify(out, spec, {**expected, "further": torch.zeros(1)}, torch.bfloat16)
+
+
+def test_a_teacher_that_links_into_the_replaced_folder_gives_real_copies(
+    distillation: Distillation, tmp_path: Path
+) -> None:
+    student = distillation.export(tmp_path / "student")
+    teacher = tmp_path / "student-teacher"
+    teacher.mkdir()
+    for path in student.iterdir():
+        (teacher / path.name).symlink_to(os.path.relpath(path, teacher), target_is_directory=path.is_dir())
+    spec = export_module.Export(
+        "sd3", "transformer", teacher, {"2+2": distillation.method.cascade}, "2+2", 2, 4.5, share="link"
+    )
+    export_checkpoint(merged_network(distillation.student()), student, spec)
+    assert not (student / "vae").is_symlink() and (student / "vae" / "config.json").is_file()
+    assert CheckpointFolder.read(student).teacher_path == student / "../student-teacher"
+
+
+def test_the_sheet_has_a_row_for_teacher_and_student(distillation: Distillation) -> None:
+    path = distillation.draw_sheet(["a dog", "a cat"])
+    with Image.open(path) as image:
+        assert image.width > 2 * 64 and image.height > 2 * 64
+    assert path.parent.name == "sheets"
+
+
+def test_each_method_gets_a_cascade_that_fits_it(distillation: Distillation) -> None:
+    teacher = distillation.teacher
+    sizes = {}
+    for method in ("rmd", "tdm", "dmd2", "swd"):
+        cascade = training_cascade(teacher, DistillSettings(method=method))
+        sizes[method] = [step.size.width for step in cascade.steps]
+    assert sizes == {"rmd": [32, 32, 64, 64], "tdm": [64] * 4, "dmd2": [64] * 4, "swd": [32, 48, 48, 64]}
+
+
+def test_prompts_are_cached_and_drawn_as_often_as_they_are_given(distillation: Distillation, tmp_path: Path) -> None:
+    backbone = distillation.teacher.backbone
+    first = encode_prompts(backbone, ["a dog", "a longer prompt", "a dog"], tmp_path)
+    assert first.texts == ["a dog", "a longer prompt"] and first.order.tolist() == [0, 1, 0]
+    (file,) = tmp_path.iterdir()
+    stamp = file.stat().st_mtime_ns
+    second = encode_prompts(backbone, ["a dog", "a longer prompt", "a dog"], tmp_path)
+    assert file.stat().st_mtime_ns == stamp
+    alone = backbone.encode_prompts(["a longer prompt"])
+    for name, value in second.conditioning(torch.tensor([1])).items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-4)
+        assert torch.equal(value, first.conditioning(torch.tensor([1]))[name])
+
+
+def test_a_prompt_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("# nothing\n\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompt_file(tmp_path / "p.txt")
+    with pytest.raises(FileNotFoundError, match="one prompt a line"):
+        read_prompt_file(tmp_path / "absent.txt")
+
+
+def test_the_command_distils_resumes_and_exports(teacher_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n")
+    base = ["distill", "--teacher", str(teacher_folder), "--out", str(tmp_path / "out"), "--run", str(tmp_path / "run")]
+    flags = ["--prompts", str(prompts), "--batch-size", "2", "--device", "cpu", "--set", "sheet_every=0"]
+    runner = CliRunner()
+    result = runner.invoke(app, [*base, *flags, "--iterations", "1", "--set", "low_stage_iterations=0"])
+    assert result.exit_code == 0, result.output
+    assert CheckpointFolder.read(tmp_path / "out").distillation["iterations"] == 1
+    again = runner.invoke(app, [*base, *flags, "--iterations", "2"])
+    assert isinstance(again.exception, ValueError) and "--resume" in str(again.exception)
+    result = runner.invoke(app, [*base, *flags, "--iterations", "2", "--resume"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["batch_size"] == 2
+    result = runner.invoke(app, [*base, "--export-only", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert CheckpointFolder.read(tmp_path / "out").distillation["iterations"] == 2

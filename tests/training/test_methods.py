@@ -1,0 +1,246 @@
+"""The methods on tiny real networks: who gets gradients, from where, on which intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rmd.sampler import advance, needs_noise
+from tests.training.distil_setup import (
+    FULL,
+    LOW,
+    attach_samples,
+    cascade_for,
+    make_method,
+    prompt_set,
+    settings_for,
+    tiny_backbone,
+)
+from training.methods.base import DistillationMethod, Matched, tau_intervals
+from training.networks import Networks
+from training.randomness import Randomness
+from training.rollout import Rollout, State
+
+METHODS = ["rmd", "tdm", "dmd2", "swd"]
+
+
+def prepared(method_name: str, **options: Any) -> tuple[DistillationMethod, Networks, Randomness]:
+    settings = settings_for(method_name, **options)
+    method = make_method(settings)
+    networks = Networks.build(method.backbone, settings)  # type: ignore[arg-type]
+    nudge(networks.student)
+    if method_name == "swd" or settings.gan_weight:
+        attach_samples(method, networks)
+    return method, networks, Randomness(1)
+
+
+@torch.no_grad()
+def nudge(module: nn.Module) -> None:
+    """Move a network a little, so that student and fake score differ from the teacher."""
+    for index, parameter in enumerate(module.parameters()):
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+
+
+def matched_of(method: DistillationMethod, networks: Networks, random: Randomness) -> list[Matched]:
+    rollout = method.rollout(random)
+    states = method.states(rollout, networks.student, range(method.cascade.num_steps))
+    return method.match(rollout.predict(networks.student, states))
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None and bool(p.grad.any())]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_generators_loss_is_finite_and_trains_the_student_alone(name: str) -> None:
+    method, networks, random = prepared(name)
+    (matched,) = matched_of(method, networks, random)
+    loss, figures = method.generator_loss(
+        matched, networks.teacher, networks.fake, method.score_sample(matched, random)
+    )
+    assert torch.isfinite(loss) and figures["direction"] > 0
+    loss.backward()
+    assert gradients(networks.student)
+    assert not gradients(networks.teacher)
+    # SwD's patch loss goes through the fake network to reach the student; the trainer drops what it leaves there.
+    assert name == "swd" or not gradients(networks.fake)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_critics_loss_is_finite_and_trains_the_fake_score_alone(name: str, shared: bool) -> None:
+    method, networks, random = prepared(name, shared_score_sample=shared)
+    (matched,) = matched_of(method, networks, random)
+    sample = method.score_sample(matched, random)
+    method.generator_loss(matched, networks.teacher, networks.fake, sample)
+    loss = method.critic_loss(matched, networks.fake, random, sample if shared else None)
+    assert torch.isfinite(loss)
+    loss.backward()
+    assert gradients(networks.fake)
+    assert not gradients(networks.student) and not gradients(networks.teacher)
+
+
+def test_dmd2s_gan_loss_reaches_student_and_head() -> None:
+    method, networks, random = prepared("dmd2", gan_weight=1.0, guidance_scale=1.0)
+    (matched,) = matched_of(method, networks, random)
+    _, figures = method.generator_loss(matched, networks.teacher, networks.fake, method.score_sample(matched, random))
+    assert figures["gan_generator_loss"] > 0
+    method.critic_loss(matched, networks.fake, random).backward()
+    assert gradients(method.head)  # type: ignore[attr-defined]
+
+
+def test_a_low_stages_gradient_comes_through_the_upsampling() -> None:
+    method, networks, random = prepared("rmd")
+    rollout = method.rollout(random)
+    predictions = rollout.predict(networks.student, [rollout.roll_out(networks.student, 1, 2)])
+    assert predictions[0].x0.shape[-2:] == (4, 4)
+    predictions[0].x0.retain_grad()
+    (matched,) = method.match(predictions)
+    assert matched.size == FULL and matched.y.shape[-2:] == (8, 8)
+    sample = method.score_sample(matched, random)
+    loss, _ = method.generator_loss(matched, networks.teacher, networks.fake, sample)
+    loss.backward()
+    gradient = predictions[0].x0.grad
+    assert gradient is not None and bool((gradient != 0).all())
+    assert gradients(networks.student)
+
+
+def test_only_a_low_stage_gets_predicted_noise_into_the_score() -> None:
+    method, networks, _ = prepared("rmd", score_noise_intensity=1.0)
+    for step, size in ((0, LOW), (2, FULL)):
+        rollout = method.rollout(Randomness(4))
+        (matched,) = method.match(rollout.predict(networks.student, [rollout.roll_out(networks.student, step, 2)]))
+        sample = method.score_sample(matched, Randomness(5))
+        tau = sample.tau[0].item()
+        eps = (sample.x[0] - (1 - tau) * matched.y[0].detach()) / tau
+        predicted = torch.allclose(eps, matched.eps[0], atol=1e-4)
+        assert predicted == (size == LOW)
+
+
+def test_stage_intervals_are_disjoint_and_clipped() -> None:
+    cascade = cascade_for("rmd")
+    stage = tau_intervals(cascade, "stage").tolist()
+    assert stage[0] == stage[1] and stage[2] == stage[3]
+    assert stage[0][1] == 0.98 and stage[3][0] == 0.02
+    assert stage[0][0] == stage[2][1] == pytest.approx(cascade.stages[0].teacher_interval[0])
+    assert tau_intervals(cascade, "step").tolist() == [[0.75, 0.98], [0.5, 0.75], [0.25, 0.5], [0.02, 0.25]]
+    assert tau_intervals(cascade, "full").tolist() == [[0.02, 0.98]] * 4
+    with pytest.raises(ValueError, match="interval 'half'"):
+        tau_intervals(cascade, "half")
+
+
+def test_times_are_drawn_from_each_samples_own_interval() -> None:
+    method, networks, random = prepared("rmd", interval="step", rollout="pipelined", batch_size=64)
+    (matched,) = matched_of(method, networks, random)
+    assert sorted(set(matched.steps.tolist())) == [0, 1, 2, 3]
+    tau = method.score_sample(matched, random).tau
+    low, high = method.intervals[matched.steps].unbind(1)
+    assert bool(((tau >= low) & (tau <= high)).all())
+
+
+def test_the_warm_up_trains_the_low_stage_alone() -> None:
+    method = make_method(settings_for(low_stage_iterations=3, warm_start_iterations=2, warm_start_fake_iterations=1))
+    assert [method.active_steps(i) for i in range(7)] == [[0, 1, 2, 3]] * 2 + [[0, 1]] * 3 + [[0, 1, 2, 3]] * 2
+
+
+def test_fresh_roll_outs_reach_every_step_and_pipelined_batches_hold_all() -> None:
+    method, networks, _ = prepared("rmd")
+    fresh = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 2)
+    seen = {fresh.states(networks.student, range(4))[0].step for _ in range(30)}
+    assert seen == {0, 1, 2, 3}
+    pipelined = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 6, pipelined=True)
+    states = pipelined.states(networks.student, range(4))
+    assert [(state.step, len(state.rows)) for state in states] == [(0, 2), (1, 2), (2, 1), (3, 1)]
+
+
+def test_a_pipelined_sample_moves_on_by_its_own_prediction() -> None:
+    method, networks, random = prepared("rmd", rollout="pipelined", transition_noise_intensity=1.0)
+    rollout = method.rollout(random)
+    states = rollout.states(networks.student, range(4))
+    predictions = rollout.predict(networks.student, states)
+    assert not any(needs_noise(method.cascade, step, training=True) for step in range(4))
+    by_step = {}
+    for prediction in predictions:
+        for index, step in enumerate(prediction.steps.tolist()):
+            by_step[step] = (prediction.x_t[index : index + 1], prediction.x0[index : index + 1].detach())
+    following = rollout.states(networks.student, range(4))
+    for step in (0, 1, 2):
+        expected = advance(
+            method.cascade, step, *by_step[step], method.backbone.schedule, method.backbone.latent_shape, training=True
+        )
+        torch.testing.assert_close(following[step + 1].x_t, expected)
+        assert following[step + 1].rows.tolist() == states[step].rows.tolist()
+
+
+def test_a_shared_sample_gives_the_critic_the_generators_own_prediction() -> None:
+    method, networks, random = prepared("rmd", shared_score_sample=True)
+    (matched,) = matched_of(method, networks, random)
+    sample = method.score_sample(matched, random)
+    method.generator_loss(matched, networks.teacher, networks.fake, sample)
+    assert sample.fake is not None
+    again = method.backbone.predict_x0(
+        sample.x, sample.tau, method.prompts.conditioning(matched.rows), FULL, denoiser=networks.fake
+    )
+    torch.testing.assert_close(sample.fake, again)
+
+
+def test_the_warm_start_regresses_the_guided_teacher() -> None:
+    method, networks, random = prepared("rmd", guidance_scale=3.0)
+    method.guidance_scale = 3.0
+    rollout = method.rollout(random)
+    predictions = rollout.predict(networks.student, [State(3, torch.randn(2, 8, 8, 8), torch.tensor([0, 1]))])
+    loss = method.warm_start_loss(predictions, method.match(predictions), networks.teacher, random)
+    target = method.backbone.guided_x0(
+        predictions[0].x_t, predictions[0].t, method.prompts.conditioning(torch.tensor([0, 1])),
+        method.prompts.unconditional(2), 3.0, FULL, denoiser=networks.teacher,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, (predictions[0].x0 - target).square().mean())
+    loss.backward()
+    assert gradients(networks.student) and not gradients(networks.teacher)
+
+
+def test_swd_starts_from_clean_samples_of_the_scale_before() -> None:
+    method, networks, random = prepared("swd")
+    rollout = method.rollout(random)
+    (state,) = method.states(rollout, networks.student, [3])
+    assert state.x_t.shape[-2:] == (8, 8)
+    (prediction,) = rollout.predict(networks.student, [state])
+    (matched,) = method.match([prediction])
+    assert matched.size == FULL
+    (state,) = method.states(rollout, networks.student, [2])
+    (matched,) = method.match(rollout.predict(networks.student, [state]))
+    assert matched.size.width == 48, "each scale is matched at its own side"
+
+
+def test_importance_weights_follow_the_intervals_lengths() -> None:
+    method, networks, random = prepared("rmd", interval="step", importance_weight=True, rollout="pipelined")
+    (matched,) = matched_of(method, networks, random)
+    weights = method._sample_weights(matched)
+    lengths = torch.tensor([0.23, 0.25, 0.25, 0.23], dtype=torch.float64)
+    torch.testing.assert_close(weights, (lengths / lengths.mean())[matched.steps])
+
+
+def test_fake_weights_average_one_over_a_stage() -> None:
+    method, networks, random = prepared("rmd", rollout="pipelined")
+    (matched,) = matched_of(method, networks, random)
+    for step in range(4):
+        low, high = method.intervals[step].tolist()
+        tau = torch.linspace(low, high, 4001, dtype=torch.float64)
+        steps = torch.full((4001,), step)
+        stage = Matched(FULL, matched.y, matched.eps, steps, steps)
+        assert float(method._fake_weights(stage, tau).mean()) == pytest.approx(1.0, rel=1e-2)
+
+
+def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
+    with pytest.raises(ValueError, match="tdm works at one resolution"):
+        from training.methods import TDM
+
+        TDM(tiny_backbone(), cascade_for("rmd"), settings_for("tdm"), prompt_set(), 1.0)
+
+
+def test_stage_weights_must_fit_the_stages() -> None:
+    with pytest.raises(ValueError, match="stage_weights has 3 values"):
+        make_method(settings_for(stage_weights=(1.0, 1.0, 1.0)))

@@ -1,0 +1,230 @@
+"""The loop: resumption to the bit, checkpoints that survive a kill, settings, signals, low precision, LoRA."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.distil_setup import make_trainer
+from training import checkpointing
+from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
+from training.networks import merged_network, network_of, with_weights
+from training.optimizer import AveragedWeights, MasterAdamW
+from training.settings import DistillSettings, parse_assignments
+from training.trainer import Hooks, Trainer, TrainingError
+
+VARIANTS: list[dict[str, Any]] = [
+    {"low_stage_iterations": 1},
+    {"rollout": "pipelined", "shared_score_sample": True, "fake_steps": 2, "rate_warmup": 3, "decay_share": 0.5,
+     "warm_start_iterations": 2, "warm_start_fake_iterations": 1, "interval": "step"},
+    {"method": "swd"},
+    {"method": "dmd2", "gan_weight": 0.1, "fake_steps": 2},
+]  # fmt: skip
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        **{f"student.{k}": v for k, v in trainer.student_optimizer.master_state().items()},
+        **{f"fake.{k}": v for k, v in trainer.fake_optimizer.master_state().items()},
+        **{f"ema.{k}": v for k, v in trainer.ema.weights.items()},
+    }
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=["fresh", "pipelined", "swd", "dmd2-gan"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole = make_trainer(tmp_path / "whole", **options)
+    initial = {name: value.clone() for name, value in weights_of(whole).items()}
+    assert whole.train()
+    first = make_trainer(tmp_path / "parts", **options)
+    first.hooks = Hooks(on_update=lambda _share, _figures: first.stop() if first.progress.iteration == 2 else None)
+    assert not first.train()
+    second = make_trainer(tmp_path / "parts", **options)
+    assert second.resume()
+    assert second.progress.iteration == 2
+    assert second.train()
+    expected = weights_of(whole)
+    for name, value in weights_of(second).items():
+        assert torch.equal(value, expected[name]), name
+    assert any(not torch.equal(initial[name], expected[name]) for name in expected if name.startswith("student."))
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["generator_grad_norm"] > 0 for line in lines)
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path / "run", iterations=1)
+    trainer.train()
+    before = checkpoints(tmp_path / "run" / "checkpoints")
+    save = checkpointing.save_tensors
+
+    def break_at_fake(tensors: Any, path: Path) -> None:
+        if path.name == "fake.safetensors":
+            raise OSError("No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpointing, "save_tensors", break_at_fake)
+    trainer.update()
+    with pytest.raises(OSError, match="No space"):
+        trainer.save()
+    assert checkpoints(tmp_path / "run" / "checkpoints") == before
+    resumed = make_trainer(tmp_path / "run", iterations=1)
+    assert resumed.resume() and resumed.progress.iteration == 1
+    monkeypatch.undo()
+    trainer.save()
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001", "step-00000002"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for iteration in (5, 10, 15):
+        save_checkpoint(tmp_path, iteration, {"ema": {"w": torch.ones(2)}}, {}, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000015"]
+    (tmp_path / "step-00000015" / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks ema\.safetensors"):
+        load_checkpoint(tmp_path / "step-00000015")
+
+
+def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", iterations=50)
+    trainer.hooks = Hooks(
+        on_update=lambda _share, _figures: (
+            os.kill(os.getpid(), signal.SIGTERM) if trainer.progress.iteration == 2 else None
+        )
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert not trainer.train()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
+
+
+def test_resuming_refuses_other_settings_unless_they_may_change(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", iterations=1).train()
+    with pytest.raises(TrainingError, match="batch_size"):
+        make_trainer(tmp_path / "run", batch_size=2).resume(change_settings=True)
+    changed = make_trainer(tmp_path / "run", fake_rate=5e-4)
+    with pytest.raises(TrainingError, match="--change-settings"):
+        changed.resume()
+    assert changed.resume(change_settings=True)
+    assert make_trainer(tmp_path / "run", iterations=9).resume(), "a longer run needs no leave"
+
+
+def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="--minutes or --iterations"):
+        make_trainer(tmp_path / "run", iterations=None).train()
+
+
+def test_minutes_end_a_run_and_count_earlier_time(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", iterations=None, minutes=1.0)
+    trainer.progress.seconds = 59.999
+    assert trainer.train()
+    assert trainer.progress.iteration == 1
+
+
+def test_rates_rise_and_fall(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", iterations=100, rate_warmup=10, decay_share=0.2, final_rate=0.1)
+    factors = {}
+    for iteration in (0, 9, 50, 80, 90, 100):
+        trainer.progress.iteration = iteration
+        factors[iteration] = trainer.rate_factor()
+    assert factors == pytest.approx({0: 0.1, 9: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1})
+
+
+def test_updates_without_finite_gradients_are_skipped_and_then_end_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", iterations=100)
+    with torch.no_grad():
+        next(trainer.networks.fake.parameters()).fill_(float("nan"))
+    before = {name: value.clone() for name, value in trainer.student_optimizer.master_state().items()}
+    with pytest.raises(TrainingError, match="no finite gradient"):
+        trainer.train()
+    for name, value in trainer.student_optimizer.master_state().items():
+        assert torch.equal(value, before[name])
+
+
+def test_bfloat16_training_keeps_small_updates_in_float32_masters(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"w": weight}, 1e-4)
+    for _ in range(30):
+        weight.grad = torch.full_like(weight, 0.1)
+        optimizer.step(1e-4)
+    assert optimizer.master_state()["w"].tolist() == pytest.approx([1 - 30e-4] * 4, rel=1e-4)
+    assert weight.tolist() == pytest.approx([0.997] * 4, abs=2**-8)
+    trainer = make_trainer(tmp_path / "run", precision="bf16", iterations=2, rollout="pipelined")
+    assert trainer.train()
+    assert {p.dtype for p in trainer.networks.student.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in trainer.ema.weights.values()} == {torch.float32}
+
+
+def test_gradients_are_clipped_and_their_norm_is_reported_before() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = MasterAdamW({"w": weight}, 1e-3, clip_norm=1.0)
+    weight.grad = torch.full((4,), 10.0)
+    assert optimizer.step(1e-3) == pytest.approx(20.0)
+    state = optimizer.optimizer_state()
+    assert state["w.exp_avg_sq"].tolist() == pytest.approx([0.05 * 0.25] * 4, rel=1e-4)
+
+
+def test_the_average_follows_the_weights() -> None:
+    average = AveragedWeights({"w": torch.zeros(1)}, 0.9)
+    for _ in range(200):
+        average.update({"w": torch.ones(1)})
+    assert float(average.weights["w"]) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_lora_trains_its_adapters_alone_and_merges(tmp_path: Path, checkpointed: bool) -> None:
+    options: dict[str, Any] = {
+        "lora_rank": 2,
+        "iterations": 2,
+        "gradient_checkpointing": checkpointed,
+        "generator_rate": 0.2,
+    }
+    trainer = make_trainer(tmp_path / "run", **options)
+    assert all("lora_" in name for name in trainer.student_optimizer.names)
+    assert trainer.train()
+    resumed = make_trainer(tmp_path / "run", **options)
+    assert resumed.resume()
+    student = with_weights(resumed.networks.student, resumed.student_optimizer.master_state())
+    inputs = {
+        "latents": torch.randn(1, 8, 8, 8), "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 24, 16), "pooled_projections": torch.randn(1, 16),
+    }  # fmt: skip
+    with torch.no_grad():
+        adapted = student(**inputs)
+        plain = trainer.networks.teacher(**inputs)
+        name, _ = network_of(student)
+        setattr(student, name, merged_network(student))
+        merged = student(**inputs)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(merged, plain)
+    assert not any("lora" in key for key in network_of(student)[1].state_dict())
+
+
+def test_settings_come_from_file_flags_and_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: tdm\nbatch_size: 8\nguidance_scale: 2\n")
+    monkeypatch.setenv("RMD_DISTILL_SEED", "7")
+    settings = DistillSettings.read(file, {"guidance_scale": 5.0, "iterations": None})
+    assert (settings.method, settings.batch_size, settings.guidance_scale, settings.seed) == ("tdm", 8, 5.0, 7)
+    assert settings.loss == "elementwise_huber" and settings.interval == "step"
+    assert DistillSettings.read(None, {"method": "tdm", "loss": "squared"}).loss == "squared"
+    assert DistillSettings(**settings.to_record()) == settings
+    with pytest.raises(ValueError, match="'learning_rate'"):
+        DistillSettings.read(None, {"learning_rate": 1})
+    with pytest.raises(ValueError, match="warm_start_fake_iterations"):
+        DistillSettings.read(None, {"warm_start_iterations": 10})
+
+
+def test_assignments_are_read_as_values() -> None:
+    assert parse_assignments(["generator_rate=1e-4", "betas=[0, 0.95]", "normalise=true", "loss=squared"]) == {
+        "generator_rate": 1e-4,
+        "betas": [0, 0.95],
+        "normalise": True,
+        "loss": "squared",
+    }
+    with pytest.raises(ValueError, match="not name=value"):
+        parse_assignments(["guidance_scale"])

@@ -1,0 +1,52 @@
+"""Real TensorRT-RTX plans on a machine without a GPU.
+
+TensorRT-RTX finishes a plan just in time on the host that loads it, so its builder needs no GPU; torch-tensorrt's Python
+code, however, asks `torch.cuda` about the device when it is imported and when it sets up a build. Those questions are
+answered here, for an A100, and nothing else is replaced. The product itself never does this.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+CAPABILITY = (8, 0)
+
+
+def answer_cuda_queries() -> None:
+    """Give torch's CUDA queries the answers of one A100; work on the device still fails, as it should."""
+    properties = SimpleNamespace(
+        name="NVIDIA A100", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=40 << 30, multi_processor_count=108
+    )
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "get_device_capability": lambda device=None: CAPABILITY,
+        "get_device_name": lambda device=None: properties.name,
+        "get_device_properties": lambda device=None: properties,
+        "mem_get_info": lambda device=None: (38 << 30, 40 << 30),
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "init": lambda: None,
+        "_lazy_init": lambda: None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    # The wheel with the bindings alone lacks the thin package that gives them their name.
+    sys.modules.setdefault("tensorrt_rtx", importlib.import_module("tensorrt_rtx_bindings"))
+
+
+answer_cuda_queries()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
