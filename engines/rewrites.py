@@ -7,12 +7,16 @@ product. Parameters are joined, never changed, and :class:`Rewritten` tells from
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engines.weights import Recipe
 
 _EPSILON = 1e-6
 
@@ -23,30 +27,31 @@ class Rewritten:
 
     Attributes:
         module: takes and returns what the original does.
-        sources: for parameters of ``module`` that were joined (or renamed): names in the original, in order.
+        sources: how each parameter and buffer of ``module`` comes from the original's; a recipe without sources stands
+            for a constant that no weights can change.
         name: of the rewriting, part of the engine's key; "" when the module is the original.
     """
 
     module: nn.Module
-    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sources: dict[str, Recipe] = field(default_factory=dict)
     name: str = ""
 
 
-def rewrite(module: nn.Module) -> Rewritten:
-    """The fastest known form of ``module`` for the CPU; the module itself when none applies."""
-    transformer = getattr(module, "transformer", None)
-    if type(transformer).__name__ == "SD3Transformer2DModel" and _is_plain_sd3(transformer):
-        joined = JoinedSD3(transformer, "transformer.")
-        return Rewritten(joined, joined.sources, "joined-sd3-1")
-    return Rewritten(module)
+def rewrite(module: nn.Module, inputs: Mapping[str, Tensor]) -> Rewritten:
+    """The fastest known form of ``module`` for the CPU at the inputs' shapes; the module itself when none applies."""
+    name = rewriting(module)
+    if not name:
+        return Rewritten(module)
+    height, width = inputs["latents"].shape[-2:]
+    joined = JoinedSD3(module.transformer, "transformer.", height, width)
+    return Rewritten(joined, joined.sources, name)
 
 
 def rewriting(module: nn.Module) -> str:
     """The name that :func:`rewrite` would give, without doing it (works on the meta device)."""
     transformer = getattr(module, "transformer", None)
-    return (
-        "joined-sd3-1" if type(transformer).__name__ == "SD3Transformer2DModel" and _is_plain_sd3(transformer) else ""
-    )
+    known = type(transformer).__name__ == "SD3Transformer2DModel" and _is_plain_sd3(transformer)
+    return "joined-sd3-1" if known else ""
 
 
 def _is_plain_sd3(transformer: Any) -> bool:
@@ -58,81 +63,98 @@ def _is_plain_sd3(transformer: Any) -> bool:
 
 
 class JoinedSD3(nn.Module):
-    """``SD3Denoiser`` with joined matrices; same arguments, same result up to rounding.
+    """``SD3Denoiser`` with joined matrices at one size; same arguments, same result up to rounding.
 
     Args:
         transformer: an ``SD3Transformer2DModel`` without query-key norms and dual attention.
         prefix: of its parameters' names in the component.
+        height, width: of the latents.
     """
 
-    pos_embed: nn.Module
-    time_text_embed: nn.Module
-    context_embedder: nn.Module
-    proj_out: nn.Module
+    frequencies: Tensor
+    positions: Tensor
 
-    def __init__(self, transformer: Any, prefix: str) -> None:
+    def __init__(self, transformer: Any, prefix: str, height: int, width: int) -> None:
         super().__init__()
         config = transformer.config
         self.heads = int(config.num_attention_heads)
         self.patch = int(config.patch_size)
         self.width = int(transformer.inner_dim)
-        self.sources: dict[str, tuple[str, ...]] = {}
-        names = {id(child): f"{prefix}{name}" for name, child in transformer.named_modules()}
+        self.grid = height // self.patch, width // self.patch
+        self.sources: dict[str, Recipe] = {}
+        self._names = {id(child): f"{prefix}{name}" for name, child in transformer.named_modules()}
 
-        def keep(attribute: str, child: nn.Module) -> None:
-            setattr(self, attribute, child)
-            for name, _ in [*child.named_parameters(), *child.named_buffers()]:
-                self.sources[f"{attribute}.{name}"] = (f"{names[id(child)]}.{name}",)
-
-        keep("pos_embed", transformer.pos_embed)
-        keep("time_text_embed", transformer.time_text_embed)
-        keep("context_embedder", transformer.context_embedder)
-        keep("proj_out", transformer.proj_out)
+        # A convolution whose kernel is its stride is a product over patches.
+        self.patches = self._join("patches", [transformer.pos_embed.proj])
+        crop = Recipe((f"{prefix}pos_embed.pos_embed",), crop=self.grid)
+        self.sources["positions"] = crop
+        table = crop.make({crop.sources[0]: transformer.pos_embed.pos_embed})
+        self.register_buffer("positions", table.clone())
+        self.sources["frequencies"] = Recipe(())
+        self.register_buffer("frequencies", _frequencies(transformer.time_text_embed.time_proj.num_channels))
+        embed = transformer.time_text_embed
+        self.time_up = self._join("time_up", [embed.timestep_embedder.linear_1])
+        self.time_down = self._join("time_down", [embed.timestep_embedder.linear_2])
+        self.pooled_up = self._join("pooled_up", [embed.text_embedder.linear_1])
+        self.pooled_down = self._join("pooled_down", [embed.text_embedder.linear_2])
+        self.text = self._join("text", [transformer.context_embedder])
+        self.out = self._join("out", [transformer.proj_out])
         modulations: list[Any] = []
         for block in transformer.transformer_blocks:
             modulations += [block.norm1.linear, block.norm1_context.linear]
         modulations.append(transformer.norm_out.linear)
         self.widths = [linear.out_features for linear in modulations]
+        self.modulation = self._join("modulation", modulations)
+        self.blocks = nn.ModuleList(
+            self._join_block(f"blocks.{index}.", block) for index, block in enumerate(transformer.transformer_blocks)
+        )
 
-        def join(path: str, linears: list[Any]) -> nn.Linear:
-            for parameter in ("weight", "bias"):
-                self.sources[f"{path}.{parameter}"] = tuple(f"{names[id(linear)]}.{parameter}" for linear in linears)
-            return _join(linears)
+    def _join_block(self, path: str, block: Any) -> nn.ModuleDict:
+        attention = block.attn
+        parts = {
+            "qkv": [attention.to_q, attention.to_k, attention.to_v],
+            "out": [attention.to_out[0]],
+            "up": [block.ff.net[0].proj],
+            "down": [block.ff.net[2]],
+            "text_qkv": [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj],
+        }
+        if not block.context_pre_only:
+            parts["text_out"] = [attention.to_add_out]
+            parts["text_up"] = [block.ff_context.net[0].proj]
+            parts["text_down"] = [block.ff_context.net[2]]
+        return nn.ModuleDict({name: self._join(path + name, linears) for name, linears in parts.items()})
 
-        self.modulation = join("modulation", modulations)
-        blocks = []
-        for index, block in enumerate(transformer.transformer_blocks):
-            attention, at = block.attn, f"blocks.{index}."
-            parts = {
-                "qkv": [attention.to_q, attention.to_k, attention.to_v],
-                "out": [attention.to_out[0]],
-                "up": [block.ff.net[0].proj],
-                "down": [block.ff.net[2]],
-                "text_qkv": [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj],
-            }
-            if not block.context_pre_only:
-                parts["text_out"] = [attention.to_add_out]
-                parts["text_up"] = [block.ff_context.net[0].proj]
-                parts["text_down"] = [block.ff_context.net[2]]
-            blocks.append(nn.ModuleDict({name: join(at + name, linears) for name, linears in parts.items()}))
-        self.blocks = nn.ModuleList(blocks)
+    def _join(self, path: str, linears: list[Any]) -> nn.Linear:
+        """One linear layer with the outputs of ``linears`` side by side."""
+        for parameter in ("weight", "bias"):
+            names = tuple(f"{self._names[id(linear)]}.{parameter}" for linear in linears)
+            self.sources[f"{path}.{parameter}"] = Recipe(names)
+        weight = torch.cat([linear.weight.detach().flatten(1) for linear in linears])
+        with torch.device("meta"):
+            joined = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+        joined.weight = nn.Parameter(weight, requires_grad=False)
+        joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+        return joined
 
     def forward(
         self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
     ) -> Tensor:
         """Velocity (B, C, H, W); arguments as ``SD3Denoiser``."""
-        batch, height, width = latents.shape[0], latents.shape[-2] // self.patch, latents.shape[-1] // self.patch
-        image = self.pos_embed(latents)
-        text = self.context_embedder(encoder_hidden_states)
-        condition = self.time_text_embed(timestep, pooled_projections)
+        batch, (height, width), size = latents.shape[0], self.grid, self.patch
+        cut = latents.reshape(batch, -1, height, size, width, size).permute(0, 2, 4, 1, 3, 5)
+        image = self.patches(cut.reshape(batch, height * width, -1)) + self.positions
+        text = self.text(encoder_hidden_states)
+        angles = timestep[:, None] * self.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(image.dtype)
+        condition = self.time_down(F.silu(self.time_up(waves))) + self.pooled_down(
+            F.silu(self.pooled_up(pooled_projections))
+        )
         rows = self.modulation(F.silu(condition)).unsqueeze(1).split(self.widths, dim=-1)
         for index, block in enumerate(self.blocks):
             image, text = self._block(block, image, text, rows[2 * index], rows[2 * index + 1])  # type: ignore[arg-type]
         scale, shift = rows[-1].chunk(2, dim=-1)
-        patches = self.proj_out(self._modulate(image, scale, shift))
-        patches = patches.reshape(batch, height, width, self.patch, self.patch, -1)
-        velocity: Tensor = patches.permute(0, 5, 1, 3, 2, 4)
-        return velocity.reshape(batch, -1, height * self.patch, width * self.patch)
+        cut = self.out(self._modulate(image, scale, shift)).reshape(batch, height, width, size, size, -1)
+        return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height * size, width * size)
 
     def _block(
         self, block: nn.ModuleDict, image: Tensor, text: Tensor, image_row: Tensor, text_row: Tensor
@@ -170,11 +192,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-def _join(linears: list[Any]) -> nn.Linear:
-    weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
-    bias = linears[0].bias if len(linears) == 1 else torch.cat([linear.bias for linear in linears])
-    with torch.device("meta"):
-        joined = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-    joined.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    joined.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return joined
+def _frequencies(channels: int) -> Tensor:
+    """Of the sinusoidal time embedding, as diffusers' ``Timesteps`` has them without a frequency shift."""
+    half = channels // 2
+    return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)

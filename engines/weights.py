@@ -7,9 +7,10 @@ place when the weights are replaced.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ class Recipe:
         layout: "plain" (as is), "transposed", "blocked" ((N / n, K, n) blocks of the transposed matrix, columns padded
             with zeros), or "vnni" (the same, pairs of rows interleaved, as matrix tiles read them).
         block: n; 0 for "plain" and "transposed".
+        crop: (h, w): the middle of a square table of positions (1, S S, D), as (1, h w, D).
     """
 
     sources: tuple[str, ...]
     layout: str = "plain"
     block: int = 0
+    crop: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in a manifest."""
@@ -40,7 +43,18 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Read what :meth:`to_dict` wrote."""
-        return cls(tuple(data["sources"]), str(data["layout"]), int(data["block"]))
+        crop = data.get("crop")
+        return cls(
+            tuple(data["sources"]),
+            str(data["layout"]),
+            int(data["block"]),
+            None if crop is None else (crop[0], crop[1]),
+        )
+
+    @property
+    def is_parameter(self) -> bool:
+        """The constant is a parameter itself, not a copy."""
+        return len(self.sources) == 1 and self.layout == "plain" and self.crop is None
 
     def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The constant; for a single "plain" source that very tensor, not a copy.
@@ -53,7 +67,10 @@ class Recipe:
             raise EngineError(f"the weights lack {missing[0]!r}, which an engine needs; build the engines again")
         parts = [tensors[name] for name in self.sources]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return lay_out(joined, self.layout, self.block)
+        if self.crop is not None:
+            joined = _middle(joined, *self.crop)
+        # A patch embedding's kernel (N, C, p, p) serves as a matrix (N, C p p).
+        return lay_out(joined if self.layout == "plain" else joined.flatten(1), self.layout, self.block)
 
 
 def lay_out(weight: Tensor, layout: str, block: int) -> Tensor:
@@ -77,22 +94,27 @@ def lay_out(weight: Tensor, layout: str, block: int) -> Tensor:
     raise ValueError(f"unknown layout {layout!r}")
 
 
-def find_recipe(
-    constant: Tensor, candidates: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]]
-) -> Recipe | None:
+def _middle(table: Tensor, height: int, width: int) -> Tensor:
+    side = math.isqrt(table.shape[1])
+    top, left = (side - height) // 2, (side - width) // 2
+    grid = table.reshape(1, side, side, -1)[:, top : top + height, left : left + width]
+    return grid.reshape(1, height * width, -1)
+
+
+def find_recipe(constant: Tensor, candidates: Mapping[str, Tensor], sources: Mapping[str, Recipe]) -> Recipe | None:
     """How ``constant`` comes from one of ``candidates``, or None. Values decide, so they must be distinct.
 
     Args:
         constant: as the compiler left it.
         candidates: the compiled module's parameters and buffers.
-        sources: for candidates that the rewriting joined: what they were joined from.
+        sources: for candidates that are none of the component's own: how they come from those.
     """
     for name, tensor in candidates.items():
         if tensor.dtype != constant.dtype:
             continue
         for layout, block in _possible(constant, tensor):
             if torch.equal(lay_out(tensor, layout, block), constant):
-                return Recipe(sources.get(name, (name,)), layout, block)
+                return replace(sources.get(name, Recipe((name,))), layout=layout, block=block)
     return None
 
 
@@ -138,7 +160,7 @@ class WeightBank:
 
     def constant(self, recipe: Recipe) -> Tensor:
         """The constant of ``recipe``: the same tensor for every engine that asks while one holds it."""
-        if len(recipe.sources) == 1 and recipe.layout == "plain":
+        if recipe.is_parameter:
             return recipe.make(self._tensors)
         made = self._made.get(recipe)
         if made is None:
@@ -153,9 +175,15 @@ class WeightBank:
         used = {
             recipe.sources[0]
             for recipe in keep
-            if len(recipe.sources) == 1 and recipe.layout in ("plain", "transposed")
+            if len(recipe.sources) == 1 and recipe.layout in ("plain", "transposed") and recipe.crop is None
         }
+        dropped = {tensor.data_ptr() for name, tensor in self._tensors.items() if name not in used}
         self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
+        if self.module is not None:
+            # Whoever else holds the module (a backbone that runs through engines) must not keep a second copy alive.
+            for parameter in self.module.parameters():
+                if parameter.data_ptr() in dropped:
+                    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         self.module = None
 
     def refit(self, state: Mapping[str, Tensor]) -> None:

@@ -49,9 +49,7 @@ def choose_engines(settings: ServerSettings, checkpoint: CheckpointFolder) -> En
     return None
 
 
-def build_missing(
-    settings: ServerSettings, options: EngineOptions, report: Callable[[int, int, str], None]
-) -> None:
+def build_missing(settings: ServerSettings, options: EngineOptions, report: Callable[[int, int, str], None]) -> None:
     """Build the engines that the store lacks, reporting (done, total, what).
 
     Raises:

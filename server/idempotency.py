@@ -33,9 +33,7 @@ class IdempotencyStore:
         life_seconds: how long a reply is kept.
     """
 
-    def __init__(
-        self, max_replies: int, life_seconds: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, max_replies: int, life_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max = max_replies
         self._life = life_seconds
         self._clock = clock

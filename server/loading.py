@@ -224,9 +224,7 @@ def _eager_baseline(backbone: Backbone, checkpoint: CheckpointFolder, steps: int
     """Time the eager teacher at batch 1: one prompt, one guided step (two rows), one decoding at full size."""
     size = checkpoint.default_cascade.full_size
     latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
-    guided = _timings(
-        _denoiser_work(backbone, size, 2), backbone.device, _BASELINE_REPEATS, _BASELINE_PATIENCE_SECONDS
-    )
+    guided = _timings(_denoiser_work(backbone, size, 2), backbone.device, _BASELINE_REPEATS, _BASELINE_PATIENCE_SECONDS)
     if median(guided) > _STEADY * min(guided):
         log.warning("the machine is busy: the teacher's timings spread, so the speed-ups reported are rough")
     return TeacherBaseline(

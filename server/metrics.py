@@ -108,9 +108,7 @@ class Metrics:
             buckets=_REQUEST_BUCKETS,
             registry=self.registry,
         )
-        self.pictures = Counter(
-            "rmd_pictures", "Pictures finished, by schedule.", ["schedule"], registry=self.registry
-        )
+        self.pictures = Counter("rmd_pictures", "Pictures finished, by schedule.", ["schedule"], registry=self.registry)
         self.dropped = Counter(
             "rmd_dropped_items", "Pictures given up before they were finished.", ["outcome"], registry=self.registry
         )
@@ -145,11 +143,15 @@ class Metrics:
             "rmd_steps", "Denoising steps done, counted a picture.", ["station"], registry=self.registry
         )
         self.tokens = Counter(
-            "rmd_tokens", "Picture tokens through the denoiser, rows of guidance included.", ["station"],
+            "rmd_tokens",
+            "Picture tokens through the denoiser, rows of guidance included.",
+            ["station"],
             registry=self.registry,
         )
         self.retried_batches = Counter(
-            "rmd_retried_batches", "Batches that raised and were retried entry by entry.", ["station"],
+            "rmd_retried_batches",
+            "Batches that raised and were retried entry by entry.",
+            ["station"],
             registry=self.registry,
         )
         self.device_busy_seconds = Counter(

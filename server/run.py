@@ -68,5 +68,3 @@ def make_server(service: Service) -> DrainingServer:
     )
     logging.getLogger("uvicorn.access").addFilter(_QuietProbes())
     return DrainingServer(config, service)
-
-

@@ -136,9 +136,7 @@ class Service:
     def check_accepting(self) -> None:
         """Raise 503 where the server is not taking requests."""
         if self.state is State.DRAINING:
-            raise ApiError(
-                Fault.DRAINING, "The server is finishing its last requests before it stops.", retry_after=5
-            )
+            raise ApiError(Fault.DRAINING, "The server is finishing its last requests before it stops.", retry_after=5)
         if self.state is not State.READY:
             _ = self.model
             raise ApiError(Fault.NOT_READY, "The server's device thread has ended; see /health/ready.", retry_after=5)

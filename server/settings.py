@@ -30,7 +30,7 @@ class ServerSettings(BaseSettings):
 
     checkpoint: Path = Field(Path("models/embedded"), description="the student's checkpoint folder")
     model_name: str | None = Field(None, description="the model's id on the wire; default: the folder's name")
-    engines: Path = Field(Path("engine-store"), description="the folder of built engines")
+    engines: Path = Field(Path("engines-cache"), description="the folder of built engines")
     backend: str = Field("auto", description="engine backend, or 'eager' for none")
     device: str = Field("cpu", description="torch device the executor thread owns")
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"

@@ -8,6 +8,7 @@ answered here, for an A100, and nothing else is replaced. The product itself nev
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,11 @@ CAPABILITY = (8, 0)
 
 
 def answer_cuda_queries() -> None:
-    """Give torch's CUDA queries the answers of one A100; work on the device still fails, as it should."""
+    """Give torch's CUDA queries the answers of one A100; `is_available` stays false, and work on a device fails."""
     properties = SimpleNamespace(
         name="NVIDIA A100", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=40 << 30, multi_processor_count=108
     )
     answers: dict[str, Any] = {
-        "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
@@ -34,6 +34,7 @@ def answer_cuda_queries() -> None:
         "mem_get_info": lambda device=None: (38 << 30, 40 << 30),
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
+        "ipc_collect": lambda: None,
         "init": lambda: None,
         "_lazy_init": lambda: None,
     }
@@ -43,7 +44,37 @@ def answer_cuda_queries() -> None:
     sys.modules.setdefault("tensorrt_rtx", importlib.import_module("tensorrt_rtx_bindings"))
 
 
+def import_without_cuda_libraries() -> None:
+    """Import torch-tensorrt as if it had been installed without its C++ runtime, which links against CUDA's torch."""
+    is_file = os.path.isfile
+    os.path.isfile = lambda path: "torchtrt" not in str(path) and is_file(path)
+    torch.version.cuda = "13.0"
+    for name in ("_CudaDeviceProperties",):  # named in annotations only
+        if not hasattr(torch._C, name):
+            setattr(torch._C, name, type(name, (), {}))
+    try:
+        importlib.import_module("torch_tensorrt")
+    finally:
+        os.path.isfile = is_file
+
+
+class BuiltPlan:
+    """A plan that was built. Only a machine with a GPU can load it; torch-tensorrt asks for its bytes and no more."""
+
+    def __init__(self, logger: Any) -> None:
+        self.plan: Any = None
+
+    def deserialize_cuda_engine(self, plan: Any) -> BuiltPlan:
+        self.plan = plan
+        return self
+
+    def serialize(self) -> Any:
+        return self.plan
+
+
 answer_cuda_queries()
+import_without_cuda_libraries()
+importlib.import_module("tensorrt").Runtime = BuiltPlan
 
 
 @pytest.fixture(autouse=True)

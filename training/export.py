@@ -17,7 +17,7 @@ from rmd.backbones.registry import load_checkpoint
 from rmd.cascade import Cascade
 from rmd.checkpoint import TeacherSpec, write_cascade_json
 from rmd.sampler import sample
-from training.files import load_tensors
+from training.files import load_tensors, save_model
 
 SHARED = (
     "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler",
@@ -109,7 +109,7 @@ def _write_network(network: Any, folder: Path, dtype: torch.dtype) -> dict[str, 
         name: (value.to(dtype) if value.is_floating_point() else value).detach().contiguous().cpu()
         for name, value in network.state_dict().items()
     }
-    network.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    save_model(network, folder, dtype)
     return state
 
 

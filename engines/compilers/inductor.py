@@ -94,7 +94,8 @@ class InductorCompiler(Compiler):
         note = ""
         if spec.weights_mode == "packed":
             try:
-                names, output, recipes = compile_packed(module, inputs, folder / PACKAGE)
+                names, output, recipes, fixed = compile_packed(module, inputs, folder / PACKAGE)
+                _save(fixed, folder)
                 return self._manifest(spec, names, output, "packed", recipes, watch)
             except UnexplainedConstantError as error:
                 note = f"weights are not packed: {error}"
@@ -106,8 +107,6 @@ class InductorCompiler(Compiler):
     def _compile_shared(
         self, module: nn.Module, inputs: Mapping[str, Tensor], folder: Path
     ) -> tuple[list[str], Tensor, dict[str, Recipe]]:
-        from safetensors.torch import save_file
-
         with torch.no_grad():
             program = torch.export.export(module, (), kwargs=dict(inputs), strict=False)
             output = module(**inputs)
@@ -120,8 +119,7 @@ class InductorCompiler(Compiler):
             raise EngineError(
                 f"the compiled graph reads {lacking[0]!r}, which is no parameter, buffer or constant of it"
             )
-        if inside:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in inside.items()}, folder / CONSTANTS)
+        _save(inside, folder)
         return user_inputs(program, inputs), output, {name: Recipe((name,)) for name in wanted if name in held}
 
     def _manifest(
@@ -225,6 +223,15 @@ def user_inputs(program: Any, inputs: Mapping[str, Tensor]) -> list[str]:
     if sorted(names) != sorted(inputs):
         raise EngineError(f"the exported graph takes {', '.join(names)}, the component {', '.join(inputs)}")
     return names
+
+
+def _save(constants: Mapping[str, Tensor], folder: Path) -> None:
+    """Keep constants that are no weights beside the package."""
+    from safetensors.torch import save_file
+
+    if constants:
+        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
+        save_file(held, folder / CONSTANTS)
 
 
 def _loader(path: Path) -> Any:

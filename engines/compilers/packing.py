@@ -41,11 +41,12 @@ def packed_settings() -> dict[str, str | int | float | bool]:
 
 def compile_packed(
     module: nn.Module, inputs: Mapping[str, Tensor], path: Path
-) -> tuple[list[str], Tensor, dict[str, Recipe]]:
+) -> tuple[list[str], Tensor, dict[str, Recipe], dict[str, Tensor]]:
     """Compile ``module`` into the package ``path``.
 
     Returns:
-        The inputs' names in the graph's order, an example output, and the recipe of every constant by name.
+        The inputs' names in the graph's order, an example output, the recipe of every constant by name, and the
+        constants that no weights can change.
 
     Raises:
         UnexplainedConstantError: a constant's origin is unclear; the package must not be used.
@@ -53,19 +54,20 @@ def compile_packed(
     from engines.compilers.inductor import package, user_inputs
 
     stand_in = _with_random_weights(module)
-    rewritten = rewrite(stand_in)
+    rewritten = rewrite(stand_in, inputs)
     with torch.no_grad():
         output = module(**inputs)
         program = torch.export.export(rewritten.module, (), kwargs=dict(inputs), strict=False)
         names = user_inputs(program, inputs)
         with _own_matrix_kernels(), _captured_constants() as captured:
             package(program, path, _CONFIGURATION)
-    target = rewritten.module
-    candidates = dict([*target.named_parameters(remove_duplicate=False), *target.named_buffers(remove_duplicate=False)])
+    candidates = _tensors(rewritten.module)
+    own = _tensors(stand_in)
     wanted = torch._inductor.aoti_load_package(str(path)).get_constant_fqns()
     if len(set(wanted)) != len(wanted):
         raise UnexplainedConstantError("the compiled graph names two constants alike")
-    recipes = {}
+    recipes: dict[str, Recipe] = {}
+    fixed: dict[str, Tensor] = {}
     for name in wanted:
         constant = captured.get(name)
         if constant is None or constant.is_mkldnn:
@@ -73,8 +75,17 @@ def compile_packed(
         recipe = find_recipe(constant, candidates, rewritten.sources)
         if recipe is None:
             raise UnexplainedConstantError(f"constant {name} {tuple(constant.shape)} comes from no single parameter")
-        recipes[name] = recipe
-    return names, output, recipes
+        if not recipe.sources:
+            fixed[name] = constant
+        elif torch.equal(recipe.make(own), constant):
+            recipes[name] = recipe
+        else:
+            raise UnexplainedConstantError(f"constant {name} {tuple(constant.shape)} is not what its recipe makes")
+    return names, output, recipes, fixed
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:

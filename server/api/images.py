@@ -37,7 +37,8 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
     if body.stream:
         if key is not None:
             raise ApiError(
-                Fault.BAD_FIELD, "Idempotency-Key is not kept for streams; leave out one of the two.",
+                Fault.BAD_FIELD,
+                "Idempotency-Key is not kept for streams; leave out one of the two.",
                 param="Idempotency-Key",
             )
         channel = EventChannel()

@@ -220,9 +220,7 @@ class DeviceExecutor:
             for entry, pixels in zip(entries, done.pictures, strict=True):
                 self._pool.submit(self._package, entry, pixels, key)
 
-    def _account(
-        self, model: ServedModel, key: StationKey, entries: Sequence[Entry], seconds: float
-    ) -> None:
+    def _account(self, model: ServedModel, key: StationKey, entries: Sequence[Entry], seconds: float) -> None:
         """Write one batch into the metrics, the latency table and its items' own records."""
         label = key.label
         items = [entry for entry in entries if isinstance(entry, Item)]
@@ -289,8 +287,12 @@ class DeviceExecutor:
     def _drop_late(self) -> None:
         """Fail every generation whose deadline has passed (504), wherever it waits. Called with the lock held."""
         now = time.monotonic()
-        late = {id(entry.generation): entry.generation for s in self._stations for entry in s.entries
-                if entry.generation.deadline <= now}
+        late = {
+            id(entry.generation): entry.generation
+            for s in self._stations
+            for entry in s.entries
+            if entry.generation.deadline <= now
+        }
         for generation in late.values():
             self._settle(generation, deadline_error())
 

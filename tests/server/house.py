@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -64,6 +67,15 @@ class House:
     def draw(self, prompt: str = "a red rocket", **fields: Any) -> httpx.Response:
         return self.client.post(URL, json={"prompt": prompt, **fields})
 
+    def send(self, **body: Any) -> socket.socket:
+        """Send a request by hand and return its connection, to be closed before the reply."""
+        content = json.dumps(body).encode()
+        address = urlsplit(self.url)
+        connection = socket.create_connection((address.hostname, address.port), timeout=30)
+        head = f"POST {URL} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        return connection
+
     def in_background(self, work: Callable[[], Any]) -> Background:
         return Background(work)
 
@@ -77,7 +89,7 @@ class House:
         return total
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end, f"never came: {what}"
             time.sleep(0.005)
@@ -135,7 +147,7 @@ def serving(model: ServedModel, settings: ServerSettings) -> Iterator[House]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while not (server.started and service.state is State.READY):
             assert time.monotonic() < end and thread.is_alive(), service.failure
             time.sleep(0.005)
@@ -146,6 +158,6 @@ def serving(model: ServedModel, settings: ServerSettings) -> Iterator[House]:
     finally:
         gate.open()
         server.should_exit = True
-        thread.join(15)
+        thread.join(60)
         model.backbone.executor = inner
         assert not thread.is_alive(), "the server did not stop"

@@ -1,4 +1,4 @@
-"""From a folder to a served model: engines built at the first start, found at the second, and the teacher's baseline."""
+"""Engines built at the first start and found at the second, and the baseline of the teacher."""
 
 from __future__ import annotations
 

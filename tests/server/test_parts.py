@@ -148,9 +148,7 @@ def test_retry_after_follows_the_drain_rate() -> None:
     assert retry_after(1) == 7 and retry_after(10) == 70
 
 
-def test_settings_come_from_flags_over_environment_over_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_come_from_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("port: 1\nhost: 0.0.0.0\nqueue_items: 30\napi_keys: [from-file]\n")
     monkeypatch.setenv("RMD_CONFIG", str(file))

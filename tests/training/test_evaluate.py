@@ -16,7 +16,7 @@ from PIL import Image
 from rmd.backbones.tiny import write_tiny_folder
 from training.data.dataset import PictureSet, Record
 from training.data.split import unit_hash
-from training.evaluate.alignment import fit_projection
+from training.evaluate.alignment import _fit, fit_projection
 from training.evaluate.features import (
     FEATURE_WIDTH,
     SameConv2d,
@@ -177,6 +177,15 @@ def test_alignment_generalises_to_concepts_it_was_not_fitted_on() -> None:
     assert recall_at(1, ranks) > 0.9
     with pytest.raises(ValueError, match="do not match"):
         fit_projection(pictures, texts, concepts)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(30, 12), (12, 30)])
+def test_the_regression_is_ridge_regression(rows: int, columns: int) -> None:
+    pictures, texts = torch.randn(rows, columns, dtype=torch.float64), torch.randn(rows, 3, dtype=torch.float64)
+    (fitted,) = _fit(pictures, texts, [2.0])
+    x = (pictures - pictures.mean(0)) / pictures.std(0)
+    expected = torch.linalg.solve(x.T @ x + 2 * torch.eye(columns, dtype=torch.float64), x.T @ (texts - texts.mean(0)))
+    torch.testing.assert_close(fitted.weight, expected)
 
 
 Evaluated = tuple[Path, dict[str, Any]]

@@ -53,12 +53,15 @@ def _fit(pictures: Tensor, texts: Tensor, penalties: Sequence[float]) -> list[Pr
     pictures, texts = pictures.double(), texts.double()
     mean, scale, text_mean = pictures.mean(0), pictures.std(0).clamp(min=1e-3), texts.mean(0)
     x, y = (pictures - mean) / scale, texts - text_mean
-    values, vectors = torch.linalg.eigh(x.T @ x)
-    projected = vectors.T @ (x.T @ y)
-    return [
-        Projection(mean, scale, text_mean, vectors @ (projected / (values + penalty).clamp(min=1e-9)[:, None]), penalty)
-        for penalty in penalties
-    ]
+    # X^T (X X^T + p)^-1 Y = (X^T X + p)^-1 X^T Y: the smaller of the two matrices is decomposed, once for all.
+    by_rows = x.shape[0] < x.shape[1]
+    values, vectors = torch.linalg.eigh(x @ x.T if by_rows else x.T @ x)
+    projected = vectors.T @ (y if by_rows else x.T @ y)
+    found: list[Projection] = []
+    for penalty in penalties:
+        solved = vectors @ (projected / (values + penalty).clamp(min=1e-9)[:, None])
+        found.append(Projection(mean, scale, text_mean, x.T @ solved if by_rows else solved, penalty))
+    return found
 
 
 def fit_projection(
@@ -71,7 +74,7 @@ def fit_projection(
 
     Args:
         pictures: (N, P) features of training pictures.
-        texts: (N, T) text features of the same rows' labels.
+        texts: (N, T) text features of the same rows' concepts.
         concepts: N concept codes; rows of one concept are held out together.
 
     Raises:
@@ -97,16 +100,16 @@ def fit_projection(
 
 
 def text_features(
-    labels: Sequence[str], encode: Callable[[Sequence[str]], Tensor], batch: int = 256
+    texts: Sequence[str], encode: Callable[[Sequence[str]], Tensor], batch: int = 256
 ) -> tuple[Tensor, dict[str, int]]:
-    """Pooled text features of the distinct labels.
+    """Pooled text features of the distinct texts.
 
     Args:
         encode: texts -> (n, T), such as a backbone's pooled condition.
 
     Returns:
-        (D, T) float32, and each label's row.
+        (D, T) float32, and each text's row.
     """
-    distinct = sorted(set(labels))
+    distinct = sorted(set(texts))
     parts = [encode(distinct[start : start + batch]).float() for start in range(0, len(distinct), batch)]
-    return torch.cat(parts), {label: row for row, label in enumerate(distinct)}
+    return torch.cat(parts), {text: row for row, text in enumerate(distinct)}

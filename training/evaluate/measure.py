@@ -66,7 +66,7 @@ class SetMeasurer:
         test: the set.
         real: (N, 1280) features of its real pictures.
         train: (M, 1280) features of the training pictures.
-        concept_texts: (G, T) text features of the gallery's labels.
+        concept_texts: (G, T) text features of the gallery's concepts.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from training.evaluate.features import WEIGHTS_SHA256, extract_features, load_ef
 from training.evaluate.measure import RowResult, SetMeasurer, reference_rows, style_counts
 from training.evaluate.report import command_line, environment, set_report, write_report
 from training.evaluate.rows import DEFAULT_ROWS, PictureCache, Pictures, Row, build_rows, generate, psnr, reconstruct
-from training.evaluate.sets import LARGEST_SET, TEST_SETS, HeldOutSet, composites, held_out_set
+from training.evaluate.sets import LARGEST_SET, TEST_SETS, HeldOutSet, composites, concept_text, held_out_set
 
 Report = Callable[[str, float], None]
 
@@ -199,7 +199,7 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
     entries: list[dict[str, Any]] = []
     for test in tests:
         real = store.of_set(pictures, test.indices)
-        gallery = texts[torch.tensor([row_of[label] for label in test.labels])]
+        gallery = texts[torch.tensor([row_of[text] for text in test.texts])]
         measurer = SetMeasurer(test, real, train_features, projection, gallery)
         held = {index: row for row, index in enumerate(test.indices)}
 
@@ -244,10 +244,10 @@ def _text_alignment(
 ) -> tuple[Projection, Tensor, dict[str, int]]:
     backbone = models.load("teacher")
     records = [pictures.records[i] for i in train]
-    labels = [record.label for record in records]
-    everything = [*labels, *(label for test in tests for label in test.labels)]
+    described = [concept_text(record) for record in records]
+    everything = [*described, *(text for test in tests for text in test.texts)]
     texts, row_of = text_features(everything, lambda batch: backbone.encode_prompts(batch)["pooled_projections"])
-    rows = torch.tensor([row_of[label] for label in labels])
+    rows = torch.tensor([row_of[label] for label in described])
     return fit_projection(features, texts[rows], [record.base_hexcode for record in records]), texts, row_of
 
 

@@ -29,7 +29,7 @@ class HeldOutSet:
         indices: positions in the picture set, in hash order: a smaller set is a prefix of a larger one.
         records: of those pictures.
         concepts: distinct base hexcodes, sorted: the gallery.
-        labels: of each concept.
+        texts: of each concept: its label and tags.
         targets: each picture's place in ``concepts``.
     """
 
@@ -37,7 +37,7 @@ class HeldOutSet:
     indices: tuple[int, ...]
     records: tuple[Record, ...]
     concepts: tuple[str, ...]
-    labels: tuple[str, ...]
+    texts: tuple[str, ...]
     targets: tuple[int, ...]
 
     @property
@@ -48,6 +48,11 @@ class HeldOutSet:
     def seeds(self, seed: int) -> list[int]:
         """One noise seed a picture, by its code and style: the same whatever the size of the set."""
         return [int(unit_hash(f"{seed}:{record.hexcode}:{record.style}") * 2**31) for record in self.records]
+
+
+def concept_text(record: Record) -> str:
+    """What stands for a concept in the gallery of texts: ``"<label>, <tag>, ..."``, without a style."""
+    return ", ".join([record.label, *(tag for tag in record.tags if tag != record.label)])
 
 
 def hash_order(pictures: PictureSet, indices: Sequence[int], salt: str) -> list[int]:
@@ -64,8 +69,8 @@ def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) ->
     """
     indices = hash_order(pictures, pictures.indices(name), "test")[:limit]
     records = tuple(pictures.records[i] for i in indices)
-    label_of = {record.base_hexcode: record.label for record in records}
-    concepts = tuple(sorted(label_of))
+    text_of = {record.base_hexcode: concept_text(record) for record in records}
+    concepts = tuple(sorted(text_of))
     if len(concepts) < 2:
         raise ValueError(f"the set {name!r} has {len(concepts)} concept(s) within --limit {limit}: raise the limit")
     column = {concept: index for index, concept in enumerate(concepts)}
@@ -74,7 +79,7 @@ def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) ->
         indices=tuple(indices),
         records=records,
         concepts=concepts,
-        labels=tuple(label_of[concept] for concept in concepts),
+        texts=tuple(text_of[concept] for concept in concepts),
         targets=tuple(column[record.base_hexcode] for record in records),
     )
 
