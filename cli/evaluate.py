@@ -32,6 +32,10 @@ def command(
     ] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Run the denoiser through torch.compile.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    hero_split: Annotated[
+        str,
+        typer.Option(help="With --sheets: whose prompts README's grid shows: unseen_pair, unseen_concept or train."),
+    ] = "unseen_pair",
     sheets: Annotated[bool, typer.Option("--sheets", help="Draw contact sheets instead.")] = False,
 ) -> None:
     """Measure a checkpoint on the held-out sets, or draw its contact sheets (--sheets)."""
@@ -73,7 +77,9 @@ def command(
             from training.evaluate.sheets import draw_sheets
 
             folder = Path("docs") if out == Path("benchmarks/quality") else out
-            written = draw_sheets(settings, folder, show)
+            if hero_split not in ("unseen_pair", "unseen_concept", "train"):
+                raise ValueError(f"--hero-split {hero_split!r} is not unseen_pair, unseen_concept or train")
+            written = draw_sheets(settings, folder, show, hero_split)  # type: ignore[arg-type]
         else:
             evaluate(settings, show)
             written = [out / "quality.json", out / "quality.md"]

@@ -58,6 +58,21 @@ def import_without_cuda_libraries() -> None:
         os.path.isfile = is_file
 
 
+def build_for(capability: tuple[int, int]) -> None:
+    """Name the GPU to build for; by default the builder takes the one that is installed."""
+    tensorrt = importlib.import_module("tensorrt")
+    interpreter = importlib.import_module("torch_tensorrt.dynamo.conversion._TRTInterpreter").TRTInterpreter
+    original = interpreter._populate_trt_builder_config
+
+    def populate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(tensorrt.ComputeCapability, "SM{}{}".format(*capability)), 0)
+        return config
+
+    interpreter._populate_trt_builder_config = populate
+
+
 class BuiltPlan:
     """A plan that was built. Only a machine with a GPU can load it; torch-tensorrt asks for its bytes and no more."""
 
@@ -72,9 +87,11 @@ class BuiltPlan:
         return self.plan
 
 
+# In this order: the library asks while it is imported.
 answer_cuda_queries()
 import_without_cuda_libraries()
 importlib.import_module("tensorrt").Runtime = BuiltPlan
+build_for(CAPABILITY)
 
 
 @pytest.fixture(autouse=True)

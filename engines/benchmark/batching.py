@@ -24,6 +24,7 @@ from rmd.backbones.base import EagerExecutor
 from rmd.size import Size
 
 DIFFUSERS = "diffusers"
+STORED_EAGER = "eager engines"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class EngineBenchSettings:
         engines: folder of its built engines.
         backends: those to open, side by side; eager and the diffusers loop are always there.
         device, dtype: as the engines were built.
+        buckets: as they were built; None for the default ones.
         repeats: rounds at most.
         loop_batches: batches of the whole schedules.
         out: folder of the report.
@@ -45,6 +47,7 @@ class EngineBenchSettings:
     backends: tuple[str, ...] = ("auto",)
     device: str = "cpu"
     dtype: str = "bfloat16"
+    buckets: tuple[int, ...] | None = None
     repeats: int = 15
     loop_batches: tuple[int, ...] = (1, 8)
     out: Path = Path("benchmarks/engines")
@@ -67,9 +70,10 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     opened: dict[str, EngineExecutor] = {}
     for name in settings.backends:
         compiled = EngineExecutor.open(
-            settings.checkpoint, settings.engines, name, settings.device, dtype=settings.dtype
+            settings.checkpoint, settings.engines, name, settings.device, dtype=settings.dtype, buckets=settings.buckets
         )
-        opened[compiled.kind] = compiled
+        # The eager backend's own engines stand beside plain eager: they show what the executor itself costs.
+        opened[STORED_EAGER if compiled.kind == "eager" else compiled.kind] = compiled
     places = _places(EngineStore(settings.engines), opened)
     cases: dict[tuple[str, str, str | None, int], Callable[[], Any]] = {}
     for component, size, batch in places:
@@ -115,7 +119,7 @@ def _places(store: EngineStore, opened: Mapping[str, EngineExecutor]) -> list[tu
     found: dict[tuple[str, str | None, int], None] = {}
     for manifest in store.list():
         spec = manifest.spec
-        executor = opened.get(spec.backend)
+        executor = opened.get(STORED_EAGER if spec.backend == "eager" else spec.backend)
         if executor is None:
             continue
         try:
@@ -156,7 +160,9 @@ def engine_rows(found: Interleaved, store: EngineStore) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for case, timing in sorted(found.timings.items(), key=lambda item: (item[0][1], item[0][2] or "", item[0][3])):
         kind, component, size, batch = case
-        manifest = manifests.get(case)
+        manifest = manifests.get(("eager" if kind == STORED_EAGER else kind, component, size, batch))
+        if kind == "eager":
+            manifest = None
         eager: Timing | None = found.timings.get(("eager", component, size, batch))
         rows.append(
             {

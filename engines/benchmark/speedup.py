@@ -40,6 +40,7 @@ class SpeedupSettings:
         checkpoint: folder, None for random weights.
         engines: folder of built engines (adds the variant "engines"; needs a checkpoint).
         backend: of those engines.
+        buckets: of those engines; None for the default ones.
         device, dtype: such as "cuda" and "bfloat16".
         scale: "full" or "tiny" (see :func:`random_subject`).
         batches: pictures at a time.
@@ -56,6 +57,7 @@ class SpeedupSettings:
     checkpoint: Path | None = None
     engines: Path | None = None
     backend: str = "auto"
+    buckets: tuple[int, ...] | None = None
     device: str = "cpu"
     dtype: str = "bfloat16"
     scale: str = "full"
@@ -124,7 +126,12 @@ def _runners(
         from engines.runner import EngineExecutor
 
         executor = EngineExecutor.open(
-            settings.checkpoint, settings.engines, settings.backend, settings.device, dtype=settings.dtype
+            settings.checkpoint,
+            settings.engines,
+            settings.backend,
+            settings.device,
+            dtype=settings.dtype,
+            buckets=settings.buckets,
         )
         # The teacher has the same architecture: its time through the same engines does not depend on whose weights
         # they hold.
@@ -252,6 +259,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--checkpoint", type=Path, help="measure this folder instead of random weights")
     options.add_argument("--engines", type=Path, help="also through the engines in this folder")
     options.add_argument("--backend", default="auto", help="of those engines")
+    options.add_argument("--buckets", help="of those engines, as they were built")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--scale", default="full", choices=("full", "tiny"), help="tiny rehearses the same path")
@@ -274,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint=chosen.checkpoint,
         engines=chosen.engines,
         backend=chosen.backend,
+        buckets=tuple(int(part) for part in chosen.buckets.split(",")) if chosen.buckets else None,
         device=chosen.device,
         dtype=chosen.dtype,
         scale=chosen.scale,

@@ -13,13 +13,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from engines.benchmark.batching import buckets_summary, engine_rows, loop_rows
+from engines.benchmark.batching import EngineBenchSettings, buckets_summary, engine_rows, loop_rows, run_engines
 from engines.benchmark.executors import make_executor
 from engines.benchmark.ratios import MEASURED, SUMMED, Measured, rows_of, schedule_seconds, speedups, step_key
 from engines.benchmark.report import speedup_markdown
 from engines.benchmark.speedup import SpeedupSettings, main, run_speedup
 from engines.benchmark.subjects import Runner, Subject, parameter_bytes, random_subject
 from engines.benchmark.timing import Interleaved, Timing, repeats_for, time_interleaved
+from engines.build import build_checkpoint
 from engines.store import EngineStore
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.cascade import Cascade
@@ -262,3 +263,32 @@ def test_engine_rows_stand_beside_eager_and_loops_beside_diffusers(tmp_path: Pat
     assert buckets_summary(rows)["inductor denoiser 64x64"] == pytest.approx(2.0)
     loops = loop_rows(Interleaved({("diffusers", "teacher", 1): _timing(3.0), ("inductor", "2+2", 1): _timing(0.1)}))
     assert next(row for row in loops if row["schedule"] == "2+2")["over_diffusers"] == pytest.approx(30.0)
+
+
+def test_built_engines_are_measured_beside_eager_and_the_diffusers_loop(tmp_path: Path) -> None:
+    folder = write_tiny_folder("embedded", tmp_path / "checkpoint")
+    store = tmp_path / "engines"
+    build_checkpoint(folder, store, "eager", dtype="float32", buckets=(1, 2))
+    content = run_engines(
+        EngineBenchSettings(
+            folder, store, ("eager",), dtype="float32", buckets=(1, 2), repeats=1, loop_batches=(1,), out=tmp_path
+        )
+    )
+    assert not content["failures"]
+    assert {row["backend"] for row in content["engines"]} == {"eager", "eager engines"}
+    assert {row["component"] for row in content["engines"]} == {"text_encoder", "denoiser", "decoder"}
+    assert {(row["backend"], row["schedule"]) for row in content["loops"]} == {
+        ("eager", "teacher"), ("eager", "2+2"), ("eager engines", "teacher"), ("eager engines", "2+2"),
+        ("diffusers", "teacher"),
+    }  # fmt: skip
+    assert set(content["memory"]) == {"eager", "eager engines"}
+    text = (tmp_path / "engines-cpu.md").read_text()
+    assert "weights counted once" in text and "| denoiser | 64x64 | 2 |" in text
+
+    settings = SpeedupSettings(
+        checkpoint=folder, engines=store, backend="eager", buckets=(1, 2), dtype="float32", batches=(1,), repeats=1,
+        whole_limit=0.1, out=tmp_path,
+    )  # fmt: skip
+    speedup = run_speedup(settings)
+    assert {"eager", "engines"} <= {row["variant"] for row in speedup["schedules"]}
+    assert speedup["over_eager"]["1"]["engines"]["2+2"] > 0

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rmd.cascade import Cascade
 from training.data.captions import GROUNDS
 from training.data.dataset import PictureSet
-from training.data.split import unit_hash
+from training.data.split import Split, unit_hash
 from training.evaluate.metrics import unit_rows
 from training.evaluate.rows import PictureCache, Pictures, build_rows, generate, generate_with_first_stage
 from training.evaluate.run import EvaluationSettings, FeatureStore, Models
@@ -114,9 +114,9 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically, with a palette where 256 colours do not show: sheets live in git."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
-    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(
-        scratch, format="PNG", optimize=True
-    )
+    # Dithering, which hides the palette in soft gradients, happens only against a palette that is given.
+    palette = image.quantize(256, method=Image.Quantize.MEDIANCUT)
+    image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(scratch, format="PNG", optimize=True)
     os.replace(scratch, path)
 
 
@@ -124,6 +124,7 @@ def draw_sheets(
     settings: EvaluationSettings,
     folder: Path = Path("docs"),
     report: Report = lambda _what, _share: None,
+    hero_split: Split = "unseen_pair",
     hero_rows: int = 3,
 ) -> list[Path]:
     """Draw both contact sheets and the picture grid of README.
@@ -134,6 +135,8 @@ def draw_sheets(
     Args:
         settings: checkpoint, teacher, data, cache, seeds (the first is used), overrides, teacher steps.
         folder: of the PNG files.
+        hero_split: whose prompts the grid shows.
+        hero_rows: of eight pictures.
 
     Returns:
         the written files.
@@ -176,7 +179,7 @@ def draw_sheets(
         save_png(contact_sheet(lines, prompts, title), folder / file)
         written.append(folder / file)
     report(f"{HERO_FILE}", 0.0)
-    save_png(_hero(models, pictures, student.cascade, settings.seeds[0], hero_rows), folder / HERO_FILE)
+    save_png(_hero(models, pictures, student.cascade, settings.seeds[0], hero_split, hero_rows), folder / HERO_FILE)
     return [*written, folder / HERO_FILE]
 
 
@@ -184,9 +187,9 @@ def _composites(pictures: PictureSet, indices: Sequence[int]) -> Pictures:
     return np.concatenate(list(composites(pictures, indices)))
 
 
-def _hero(models: Models, pictures: PictureSet, cascade: Cascade, seed: int, rows: int) -> Image.Image:
-    """Students' pictures of unseen pairs, every third on a coloured ground that the prompt names."""
-    test = held_out_set(pictures, "unseen_pair")
+def _hero(models: Models, pictures: PictureSet, cascade: Cascade, seed: int, split: Split, rows: int) -> Image.Image:
+    """The student's pictures of hash-chosen prompts, every third on a coloured ground that the prompt names."""
+    test = held_out_set(pictures, split)
     places = chosen(test, COLUMNS * rows, "hero")
     grounds = [name for name in GROUNDS if name != "white"]
     prompts = []
