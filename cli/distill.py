@@ -175,7 +175,8 @@ def _train(distillation: Distillation) -> bool:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, disable=not trainer.accelerator.is_main_process) as bar:
-        task = bar.add_task(settings.method, total=1.0, completed=trainer.share_done())
+        task = bar.add_task(settings.method, total=1.0)
+        bar.update(task, completed=trainer.share_done())
 
         def on_update(share: float, figures: dict[str, float]) -> None:
             iteration = trainer.progress.iteration

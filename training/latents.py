@@ -126,14 +126,15 @@ def encode_training_set(
     tokens, pooled = encode_text(unique, tokenizer, text_encoder)
     progress("text", 1.0)
 
-    high, low = [], []
+    high: list[Tensor] = []
+    low: list[Tensor] = []
     colours = torch.tensor([[GROUNDS[name] for name in names] for names in grounds], dtype=torch.float32) / 255
     with torch.inference_mode():
         for start in range(0, len(records), 64):
             part = rgba[start : start + 64].float() / 255
             alpha = part[:, None, ..., 3:]
-            ground = colours[start : start + 64, :, None, None, :]
-            pixels = (part[:, None, ..., :3] * alpha + ground * (1 - alpha)).flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1
+            backdrop = colours[start : start + 64, :, None, None, :]
+            pixels = (part[:, None, ..., :3] * alpha + backdrop * (1 - alpha)).flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1
             pixels = pixels.to(memory_format=torch.channels_last)
             for store, picture in ((high, pixels), (low, F.avg_pool2d(pixels, 2))):
                 with torch.autocast(pixels.device.type, torch.bfloat16):

@@ -7,6 +7,7 @@ teacher and fake score on the noised `y`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,7 @@ def pseudo_huber(d: Tensor, scale: float = PSEUDO_HUBER_SCALE) -> Tensor:
         (B,).
     """
     flat = d.flatten(1)
-    root = flat.shape[1] ** 0.5
+    root = math.sqrt(flat.shape[1])
     c = scale * root
     return ((flat.square().sum(1) + c * c).sqrt() - c) / root
 

@@ -168,7 +168,7 @@ class Rollout:
             x0 = self.backbone.predict_x0(x_t, t, self.prompts.conditioning(rows), size, denoiser=student)
             predictions.append(Prediction(size, x_t, x0, t, indices, rows))
             if self.pipelined:
-                for state, part in zip(group, x0.detach().split([len(s.rows) for s in group]), strict=True):
+                for state, part in zip(group, torch.split(x0.detach(), [len(s.rows) for s in group]), strict=True):
                     if state.step + 1 < self.cascade.num_steps:
                         following = self._next(state, part)
                         self.carried[following.step] = following

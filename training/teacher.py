@@ -145,7 +145,7 @@ class TeacherTrainer:
                 return_dict=False,
             )[0]
         loss = (velocity.float() - (eps - x0)).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for name, p in self.working.items():
             self.master[name].grad = None if p.grad is None else p.grad.float()
             p.grad = None

@@ -185,7 +185,7 @@ class DistillationMethod:
             losses = losses / normaliser(matched.y, real)
         weighted = losses * self._sample_weights(matched).to(losses)
         figures = {"direction": float(d.detach().abs().mean())}
-        for step in matched.steps.unique().tolist():
+        for step in torch.unique(matched.steps).tolist():
             figures[f"generator_loss_step_{step}"] = float(losses.detach()[matched.steps == step].mean())
         return weighted.mean(), figures
 
