@@ -38,7 +38,7 @@ def speedup(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 7,
     whole_limit: Annotated[float, typer.Option(help="Schedules of fewer seconds are run whole.")] = 20.0,
-    minutes: Annotated[float, typer.Option(help="Begin no new batch after this long.")] = 30.0,
+    minutes: Annotated[float, typer.Option(help="Begin nothing new after this long.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     stock: Annotated[bool, typer.Option(help="Also the teacher in a plain diffusers loop.")] = True,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/speedup"),

@@ -253,7 +253,7 @@ class EngineExecutor:
                 raise EngineError(f"unknown component {component!r}; this model has {', '.join(self._banks)}")
         for component, state in states.items():
             own = [engine for place, by in self._engines.items() if place[0] == component for engine in by.values()]
-            if any(engine.manifest.weights_mode == "refittable" for engine in own):
+            if any(engine.manifest.weights_mode in ("refittable", "embedded") for engine in own):
                 for engine in own:
                     engine.refit(state)
             else:

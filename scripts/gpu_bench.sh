@@ -4,7 +4,8 @@
 #
 #   scripts/gpu_bench.sh list                 the steps
 #   scripts/gpu_bench.sh check                versions, the tiny rehearsal of every family on this GPU
-#   scripts/gpu_bench.sh sdxl|pixart|sd3      one full-size backbone with random weights
+#   scripts/gpu_bench.sh sdxl|pixart|sd3      one full-size backbone with random weights, eager, batches 1 to 16
+#   scripts/gpu_bench.sh compiled-sdxl        (or -pixart, -sd3) through torch.compile, batches 1 and 4
 #   scripts/gpu_bench.sh wan-14b|wan-1.3b    the film models (720p takes minutes a schedule: steps are measured)
 #   scripts/gpu_bench.sh tensorrt-sdxl        the same through TensorRT engines, where torch-tensorrt is installed
 #   scripts/gpu_bench.sh engines              build and check every engine of the embedded checkpoint on this GPU
@@ -27,7 +28,7 @@ bench() { # a report of one backbone; further arguments go to the bench
 
 step() {
   case $1 in
-    list) sed -n '2,14s/^# \{0,1\}//p' "$0" ;;
+    list) sed -n '2,15s/^# \{0,1\}//p' "$0" ;;
     check)
       nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || true
       "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)'
@@ -37,10 +38,17 @@ step() {
           || echo "rehearsal of $backbone failed"
       done
       ;;
-    sdxl | pixart | sd3) bench "$1" --batches 1,2,4,8,16 --repeats 5 --whole-limit 6 ;;
+    sdxl | pixart | sd3) bench "$1" --batches 1,2,4,8,16 --repeats 5 --whole-limit 6 --variants eager,eager+graphs ;;
+    compiled-*)
+      bench "${1#compiled-}" --batches 1,4 --repeats 5 --whole-limit 6 --no-stock \
+        --variants eager,compiled,compiled+graphs --out "$OUT/compiled"
+      ;;
     wan-14b) bench wan-14b --batches 1 --repeats 3 --whole-limit 1 --variants eager,compiled --no-stock ;;
     wan-1.3b) bench wan-1.3b --batches 1,2 --repeats 3 --whole-limit 10 --no-stock ;;
-    tensorrt-*) bench "${1#tensorrt-}" --batches 1,4 --repeats 5 --whole-limit 6 --variants eager,tensorrt+graphs --out "$OUT/tensorrt" ;;
+    tensorrt-*)
+      bench "${1#tensorrt-}" --batches 1,4 --repeats 5 --whole-limit 6 \
+        --variants eager,tensorrt+graphs --no-stock --out "$OUT/tensorrt"
+      ;;
     engines)
       timeout 580 "$PYTHON" -m cli.main build --checkpoint models/embedded --device cuda --engines engines-cache-gpu \
         && timeout 300 "$PYTHON" -m cli.main bench engines --checkpoint models/embedded --device cuda \

@@ -1,6 +1,6 @@
 """Real TensorRT-RTX plans on a machine without a GPU.
 
-TensorRT-RTX finishes a plan just in time on the host that loads it, so its builder needs no GPU; torch-tensorrt's Python
+TensorRT-RTX finishes a plan just in time on the host that loads it: its builder needs no GPU. torch-tensorrt's Python
 code, however, asks `torch.cuda` about the device when it is imported and when it sets up a build. Those questions are
 answered here, for an A100, and nothing else is replaced. The product itself never does this.
 """

@@ -43,8 +43,8 @@ def check(manifest: Manifest, module: nn.Module, store: EngineStore) -> None:
     assert manifest.blocks == 1 and manifest.fallback_operators == ()
     assert manifest.spec.settings["attn_bias_is_causal"] is False
     assert dict(manifest.spec.versions)["tensorrt-rtx-cu13-libs"] == package_version("tensorrt-rtx-cu13-libs") != ""
-    assert json.loads(manifest.to_json())["weights_mode"] == "refittable"
-    # New weights find their way into the plan by these names.
+    assert json.loads(manifest.to_json())["weights_mode"] == "embedded"
+    # The plan's weights by the names under which a refittable plan would take new ones.
     assert manifest.constants
     known = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     assert {source for recipe in manifest.constants.values() for source in recipe["sources"]} <= known
@@ -87,7 +87,9 @@ def test_an_operator_without_a_converter_is_an_error_and_no_fallback(tmp_path: P
 
     compiler = get_compiler("tensorrt_rtx")
     module = Sorts().eval().requires_grad_(False)
-    spec = compiler.plan(EngineRequest("denoiser", None, module, {"latents": torch.randn(2, 8, 8)}, A100, "float32", ""))
+    spec = compiler.plan(
+        EngineRequest("denoiser", None, module, {"latents": torch.randn(2, 8, 8)}, A100, "float32", "")
+    )
     store = EngineStore(tmp_path)
     with pytest.raises(EngineError, match="as one block"):
         store.build(spec.key, lambda folder: compiler.build(module, spec, folder))

@@ -62,8 +62,10 @@ class GraphReplay:
         return graph, static, output
 
     def release(self) -> None:
-        """Free the recorded graphs and their memory."""
+        """Free the recorded graphs and their memory, and the engines that they replay."""
         self._recorded.clear()
+        if hasattr(self.inner, "release"):
+            self.inner.release()
 
 
 class EnginesOnDemand:
@@ -100,27 +102,34 @@ class EnginesOnDemand:
         return self.compiler.load(manifest, folder, WeightBank(module))
 
     def release(self) -> None:
-        """Unload the engines and remove their files."""
+        """Unload the engines; their files go with this object."""
         for engine in self._engines.values():
             engine.unload()
         self._engines.clear()
-        self._folder.cleanup()
 
 
-def make_executor(variant: str, backbone: Backbone, device: torch.device, dtype: str) -> Any:
+def make_executor(
+    variant: str, backbone: Backbone, device: torch.device, dtype: str, shared: dict[str, Any] | None = None
+) -> Any:
     """The executor of a variant: "eager", "compiled", "tensorrt", "tensorrt_rtx", each also with "+graphs".
+
+    Args:
+        shared: executors by base name, reused: what was compiled once is also what the graphs record.
 
     Raises:
         ValueError: unknown variant, or one that this machine cannot run; the message says why.
     """
+    shared = {} if shared is None else shared
     base, _, extra = variant.partition("+")
     modules = backbone.component_modules()
     if extra not in ("", "graphs"):
         raise ValueError(f"unknown variant {variant!r}")
     if extra and device.type != "cuda":
         raise ValueError("CUDA graphs need a CUDA device")
-    if base == "eager":
-        inner: Any = EagerExecutor(modules)
+    if base in shared:
+        inner: Any = shared[base]
+    elif base == "eager":
+        inner = EagerExecutor(modules)
     elif base == "compiled":
         inner = TorchCompiled(modules)
     elif base in ("tensorrt", "tensorrt_rtx", "inductor"):
@@ -130,6 +139,7 @@ def make_executor(variant: str, backbone: Backbone, device: torch.device, dtype:
             raise ValueError(capabilities.reason)
     else:
         raise ValueError(f"unknown variant {variant!r}; there are eager, compiled, inductor, tensorrt, tensorrt_rtx")
+    shared[base] = inner
     return GraphReplay(inner) if extra else inner
 
 

@@ -47,7 +47,7 @@ class SpeedupSettings:
         variants: None for the device's own list.
         repeats: rounds at most.
         whole_limit: a schedule is run whole when its steps add up to fewer seconds than this.
-        minutes: no new batch is begun after this long.
+        minutes: nothing new is begun after this long; what is missing then is listed in the report.
         threads: of the CPU; None leaves torch's choice.
         stock: also run the teacher as a diffusers pipeline would.
         out: folder of the report.
@@ -101,7 +101,7 @@ def run_speedup(settings: SpeedupSettings, progress: Callable[[str], None] = lam
         if time.monotonic() - began > 60 * settings.minutes:
             notes.append(f"batch {batch} was not begun: the {settings.minutes:g} minutes of --minutes were over")
             continue
-        _measure_batch(settings, subject, runners, batch, device, measured, progress)
+        _measure_batch(settings, subject, runners, batch, began + 60 * settings.minutes, measured, progress)
     content = _content(settings, subject, measured, unavailable, notes, device)
     write_speedup(settings.out, content)
     return content
@@ -113,9 +113,10 @@ def _runners(
     """By variant, the runner of students and the one of the teacher; and why other variants are not there."""
     runners: dict[str, tuple[Runner, Runner]] = {}
     unavailable: dict[str, str] = {}
+    shared: dict[str, Any] = {}
     for variant in variants_for(device, settings.variants):
         try:
-            runner = Runner(subject, make_executor(variant, subject.backbone, device, settings.dtype))
+            runner = Runner(subject, make_executor(variant, subject.backbone, device, settings.dtype, shared))
         except (ValueError, ImportError) as error:
             unavailable[variant] = str(error)
             continue
@@ -147,10 +148,11 @@ def _measure_batch(
     subject: Subject,
     runners: Mapping[str, tuple[Runner, Runner]],
     batch: int,
-    device: torch.device,
+    deadline: float,
     measured: Measured,
     progress: Callable[[str], None],
 ) -> None:
+    device = subject.backbone.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     guidance = subject.teacher.guidance_scale
@@ -165,7 +167,7 @@ def _measure_batch(
         text = student.text(batch)
         if text is not None:
             cases[variant, batch, "text"] = text
-    _time(cases, settings, device, measured, progress, f"batch {batch}, steps")
+    _time(cases, settings, deadline, measured, progress, f"batch {batch}, steps")
     whole: dict[tuple[str, int, Any], Callable[[], Any]] = {}
     for variant, (student, teacher) in runners.items():
         for name, cascade in (("teacher", subject.teacher), *subject.students.items()):
@@ -176,7 +178,7 @@ def _measure_batch(
     stock = measured.seconds("eager", batch, step_key(subject.teacher.full_size, True))
     if settings.stock and stock is not None and stock * subject.teacher.num_steps < settings.whole_limit:
         whole[STOCK, batch, "teacher"] = runners["eager"][1].diffusers_loop(subject.teacher, batch)
-    _time(whole, settings, device, measured, progress, f"batch {batch}, schedules")
+    _time(whole, settings, deadline, measured, progress, f"batch {batch}, schedules")
     if device.type == "cuda":
         measured.timings[STOCK, batch, "peak_bytes"] = Timing.of([float(torch.cuda.max_memory_allocated(device))])
     for student, _ in runners.values():
@@ -187,14 +189,15 @@ def _measure_batch(
 def _time(
     cases: Mapping[tuple[str, int, Any], Callable[[], Any]],
     settings: SpeedupSettings,
-    device: torch.device,
+    deadline: float,
     measured: Measured,
     progress: Callable[[str], None],
     what: str,
 ) -> None:
     found = time_interleaved(
         cases,
-        device,
+        torch.device(settings.device),
+        deadline=deadline,
         repeats=settings.repeats,
         case_budget=settings.whole_limit,
         progress=lambda case: progress(f"{what}: {case}"),
@@ -267,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--variants", help="eager, compiled, tensorrt, inductor, each also +graphs; comma-separated")
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--whole-limit", type=float, default=20.0, help="run schedules whole below so many seconds")
-    options.add_argument("--minutes", type=float, default=30.0, help="begin no new batch after this long")
+    options.add_argument("--minutes", type=float, default=30.0, help="begin nothing new after this long")
     options.add_argument("--threads", type=int)
     options.add_argument("--no-stock", action="store_true", help="leave the diffusers loop out")
     options.add_argument("--out", type=Path, default=Path("benchmarks/speedup"))

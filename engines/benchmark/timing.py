@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -90,6 +91,7 @@ def time_interleaved(
     *,
     repeats: int = 7,
     case_budget: float = 10.0,
+    deadline: float = math.inf,
     progress: Callable[[str], None] = lambda _case: None,
 ) -> Interleaved:
     """Time all cases round by round, each warmed up first.
@@ -98,6 +100,7 @@ def time_interleaved(
         cases: name -> call; the order is kept inside a round.
         repeats: rounds at most.
         case_budget: seconds for the repeats of one case: slow cases are repeated less often.
+        deadline: in `time.monotonic` seconds; cases that come later are failures, and repeats end.
         progress: called with the name of each case before it is warmed up.
 
     Returns:
@@ -109,6 +112,9 @@ def time_interleaved(
     rounds: dict[Any, int] = {}
     for name, call in cases.items():
         progress(str(name))
+        if time.monotonic() > deadline:
+            found.failures[name] = "not begun: out of time"
+            continue
         try:
             first[name] = warm = stopwatch(call, device)
             if warm < case_budget:
@@ -121,7 +127,8 @@ def time_interleaved(
             found.failures[name] = failure(error, device)
     for turn in range(max(rounds.values(), default=0)):
         for name, call in cases.items():
-            if turn < rounds.get(name, 0):
+            late = turn > 0 and time.monotonic() > deadline  # every case that was warmed up gets one repeat
+            if turn < rounds.get(name, 0) and not late:
                 seconds[name].append(stopwatch(call, device))
     found.timings = {name: Timing.of(values, first[name]) for name, values in seconds.items()}
     return found

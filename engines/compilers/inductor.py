@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # Read by the compiled code at its first run: without it wrong shapes are read as if they were right.
 os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
 
+_UNTRACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 PACKAGE = "engine.pt2"
 CONSTANTS = "constants.safetensors"
 # As AOTInductor's metadata names CPU extensions, against the names of /proc/cpuinfo.
@@ -75,17 +76,16 @@ class InductorCompiler(Compiler):
         return settings
 
     def weights_mode(self, request: EngineRequest) -> str:
-        """Packed on the CPU where matrix products carry the work, shared elsewhere.
+        """Packed on the CPU where every constant can be traced to its parameter, shared elsewhere.
 
-        Convolutions pack into opaque tensors that cannot be shared, so networks of convolutions stay with "shared".
+        That holds for networks that have a rewriting, and for those of plain matrix products. Convolutions pack into
+        opaque tensors, and lookups at constant positions are folded with what is added to them.
         """
         if request.target.device != "cpu" or request.dtype not in ("bfloat16", "float32"):
             return "shared"
-        linear = sum(child.weight.numel() for child in request.module.modules() if isinstance(child, nn.Linear))
-        convolved = sum(
-            child.weight.numel() for child in request.module.modules() if isinstance(child, nn.Conv2d | nn.Conv3d)
-        )
-        return "packed" if linear > 4 * convolved else "shared"
+        kinds = {type(child) for child in request.module.modules()}
+        plain = nn.Linear in kinds and not any(issubclass(kind, _UNTRACEABLE) for kind in kinds)
+        return "packed" if plain or rewriting(request.module) else "shared"
 
     def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
         """See :meth:`Compiler.build`."""

@@ -40,9 +40,13 @@ class TensorRTCompiler(Compiler):
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`. The library is imported only when all else is in place."""
-        modes = ("refittable", "embedded")
         reason = self._obstacle(device)
-        return Capabilities(not reason, reason, modes, parallel=False)
+        return Capabilities(not reason, reason, (self._mode,), parallel=False)
+
+    @property
+    def _mode(self) -> str:
+        # A refittable plan can only be built where there is a GPU, and building without one is what RTX plans are for.
+        return "embedded" if self.rtx else "refittable"
 
     def _obstacle(self, device: str) -> str:
         if device != "cuda":
@@ -61,7 +65,7 @@ class TensorRTCompiler(Compiler):
             "truncate_double": True,
             # True would turn a padding mask into a causal one without a word.
             "attn_bias_is_causal": False,
-            "immutable_weights": False,
+            "immutable_weights": self.rtx,
             "offload_module_to_cpu": True,
             # float16 products accumulate in float16 otherwise.
             "use_fp32_acc": request.dtype == "float16",
@@ -70,8 +74,8 @@ class TensorRTCompiler(Compiler):
         }
 
     def weights_mode(self, request: EngineRequest) -> str:
-        """Inside the plan, replaceable."""
-        return "refittable"
+        """Inside the plan."""
+        return self._mode
 
     def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
         """See :meth:`Compiler.build`.
@@ -103,7 +107,7 @@ class TensorRTCompiler(Compiler):
             {},
             tuple(by_name[name] for name in names),
             TensorSpec.of("output", output),
-            "refittable",
+            spec.weights_mode,
             constants={name: recipe.to_dict() for name, recipe in recipes.items() if recipe is not None},
             embedded_bytes=sum(tensor.nbytes for tensor in held.values()),
             build_seconds=watch.seconds,
@@ -185,6 +189,10 @@ class TensorRTEngine(Engine):
         Raises:
             EngineError: the plan does not take the weights; the old ones stay in use.
         """
+        if self.manifest.weights_mode != "refittable":
+            raise EngineError(
+                f"engine {self.manifest.spec.title} holds its weights for good; build it for the new ones (rmd build)"
+            )
         recipes = {name: Recipe.from_dict(recipe) for name, recipe in self.manifest.constants.items()}
         refitter = self._tensorrt.Refitter(self._engine, self._logger)
         made = {name: recipe.make(state).detach().to(self.device).contiguous() for name, recipe in recipes.items()}

@@ -14,7 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from engines.benchmark.batching import EngineBenchSettings, buckets_summary, engine_rows, loop_rows, run_engines
-from engines.benchmark.executors import make_executor
+from engines.benchmark.executors import EnginesOnDemand, make_executor
 from engines.benchmark.ratios import MEASURED, SUMMED, Measured, rows_of, schedule_seconds, speedups, step_key
 from engines.benchmark.report import speedup_markdown
 from engines.benchmark.speedup import SpeedupSettings, main, run_speedup
@@ -60,6 +60,12 @@ def test_cases_take_turns_and_a_failing_one_does_not_stop_the_rest() -> None:
     assert order[-6:] == ["a", "b", "a", "b", "a", "b"]
     assert set(found.timings) == {"a", "b"} and found.failures == {"broken": "out of memory"}
     assert found.timings["a"].repeats == 3
+
+
+def test_nothing_is_begun_after_the_deadline() -> None:
+    calls: list[str] = []
+    found = time_interleaved({"late": lambda: calls.append("late")}, CPU, deadline=0.0)
+    assert not calls and found.failures == {"late": "not begun: out of time"}
 
 
 def _cascades() -> tuple[Cascade, Cascade]:
@@ -134,6 +140,19 @@ def test_the_diffusers_loop_computes_what_the_sampler_does() -> None:
     stock = runner.diffusers_loop(teacher, 2, noise)()
     ours = runner.schedule(teacher, 2)()
     assert float((stock - ours).norm() / ours.norm()) < 0.02, "only the timesteps are rounded"
+
+
+def test_engines_on_demand_compute_what_eager_does() -> None:
+    subject = random_subject("embedded", "tiny", torch.float32, CPU)
+    inputs = subject.backbone.example_inputs("decoder", LOW, 2)
+    # The eager backend goes the same way as the compilers, without their minutes.
+    executor = EnginesOnDemand(subject.backbone.component_modules(), "eager", CPU, "float32")
+    compiled = executor.run("decoder", LOW, inputs)
+    eager = make_executor("eager", subject.backbone, CPU, "float32").run("decoder", LOW, inputs)
+    assert float((compiled - eager).norm() / eager.norm()) < 1e-4
+    executor.release()
+    assert executor.run("decoder", LOW, inputs).shape == eager.shape, "and again after their release"
+    executor.release()
 
 
 @pytest.mark.parametrize("variant", ["eager+graphs", "tensorrt", "tensorrt_rtx", "nonsense"])
