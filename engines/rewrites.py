@@ -1,8 +1,8 @@
 """Networks rewritten into fewer, larger matrix products, computing the same.
 
 At batch 1 and 16 tokens a step costs what its calls cost, not what its arithmetic does. The SD3 transformer asks for
-q, k and v apart, and for each block's modulation apart although all of them read the same vector; here each is one
-product. Parameters are joined, never changed, and :class:`Rewritten` tells from which the joined ones come.
+q, k and v apart, and for the modulation of picture and text apart although both read the same vector; here each is
+one product. Parameters are joined, never changed, and :class:`Rewritten` tells from which the joined ones come.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rewriting(module: nn.Module) -> str:
     """The name that :func:`rewrite` would give, without doing it (works on the meta device)."""
     transformer = getattr(module, "transformer", None)
     known = type(transformer).__name__ == "SD3Transformer2DModel" and _is_plain_sd3(transformer)
-    return "joined-sd3-1" if known else ""
+    return "joined-sd3-2" if known else ""
 
 
 def _is_plain_sd3(transformer: Any) -> bool:
@@ -99,12 +99,8 @@ class JoinedSD3(nn.Module):
         self.pooled_down = self._join("pooled_down", [embed.text_embedder.linear_2])
         self.text = self._join("text", [transformer.context_embedder])
         self.out = self._join("out", [transformer.proj_out])
-        modulations: list[Any] = []
-        for block in transformer.transformer_blocks:
-            modulations += [block.norm1.linear, block.norm1_context.linear]
-        modulations.append(transformer.norm_out.linear)
-        self.widths = [linear.out_features for linear in modulations]
-        self.modulation = self._join("modulation", modulations)
+        # One product a block, not one for all: then the blocks' kernels read alike, and each is compiled once.
+        self.last_modulation = self._join("last_modulation", [transformer.norm_out.linear])
         self.blocks = nn.ModuleList(
             self._join_block(f"blocks.{index}.", block) for index, block in enumerate(transformer.transformer_blocks)
         )
@@ -112,6 +108,7 @@ class JoinedSD3(nn.Module):
     def _join_block(self, path: str, block: Any) -> nn.ModuleDict:
         attention = block.attn
         parts = {
+            "modulation": [block.norm1.linear, block.norm1_context.linear],
             "qkv": [attention.to_q, attention.to_k, attention.to_v],
             "out": [attention.to_out[0]],
             "up": [block.ff.net[0].proj],
@@ -149,18 +146,19 @@ class JoinedSD3(nn.Module):
         condition = self.time_down(F.silu(self.time_up(waves))) + self.pooled_down(
             F.silu(self.pooled_up(pooled_projections))
         )
-        rows = self.modulation(F.silu(condition)).unsqueeze(1).split(self.widths, dim=-1)
-        for index, block in enumerate(self.blocks):
-            image, text = self._block(block, image, text, rows[2 * index], rows[2 * index + 1])  # type: ignore[arg-type]
-        scale, shift = rows[-1].chunk(2, dim=-1)
+        condition = F.silu(condition)
+        for block in self.blocks:
+            image, text = self._block(block, image, text, condition)  # type: ignore[arg-type]
+        scale, shift = self.last_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
         cut = self.out(self._modulate(image, scale, shift)).reshape(batch, height, width, size, size, -1)
-        return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height * size, width * size)
+        velocity: Tensor = cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height * size, width * size)
+        return velocity
 
-    def _block(
-        self, block: nn.ModuleDict, image: Tensor, text: Tensor, image_row: Tensor, text_row: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _block(self, block: nn.ModuleDict, image: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         batch, tokens = image.shape[:2]
         last = "text_out" not in block
+        row = block["modulation"](condition).unsqueeze(1)
+        image_row, text_row = row.split([6 * self.width, row.shape[-1] - 6 * self.width], dim=-1)
         shift, scale, gate, shift_up, scale_up, gate_up = image_row.chunk(6, dim=-1)
         if last:
             text_scale, text_shift = text_row.chunk(2, dim=-1)

@@ -132,6 +132,7 @@ def teacher_card(record: Mapping[str, Any]) -> str:
         ),
     }
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    minutes = record.get("settings", {}).get("minutes", 60)
     return f"""# {TEACHER_FOLDER}
 
 The teacher of the embedded model: a small text-to-image model trained from scratch on captioned pictograms at 64 and
@@ -152,7 +153,7 @@ Autoencoder, text encoder, tokenizer and scheduler are links into `../{SHARED_FO
 
 ```
 rmd data
-rmd train-teacher
+rmd train-teacher --minutes {minutes:g}
 ```
 
 Credits and licences: see NOTICE.
