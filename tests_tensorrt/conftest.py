@@ -58,6 +58,13 @@ def import_without_cuda_libraries() -> None:
         os.path.isfile = is_file
 
 
+def keep_tracing_on_the_cpu() -> None:
+    """One decomposition makes its tensor on "the GPU" while it traces; here the network and its inputs are on the CPU."""
+    device = importlib.import_module("torch_tensorrt._Device").Device
+    original = device.to
+    device.to = lambda self, kind: torch.device("cpu") if kind is torch.device else original(self, kind)
+
+
 def build_for(capability: tuple[int, int]) -> None:
     """Name the GPU to build for; by default the builder takes the one that is installed."""
     tensorrt = importlib.import_module("tensorrt")
@@ -91,6 +98,7 @@ class BuiltPlan:
 answer_cuda_queries()
 import_without_cuda_libraries()
 importlib.import_module("tensorrt").Runtime = BuiltPlan
+keep_tracing_on_the_cpu()
 build_for(CAPABILITY)
 
 
