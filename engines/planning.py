@@ -22,7 +22,7 @@ from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
 
-DEFAULT_BUCKETS = (1, 2, 4, 8, 16)
+DEFAULT_BUCKETS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)

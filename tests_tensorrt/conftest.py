@@ -59,7 +59,7 @@ def import_without_cuda_libraries() -> None:
 
 
 def keep_tracing_on_the_cpu() -> None:
-    """One decomposition makes its tensor on "the GPU" while it traces; here the network and its inputs are on the CPU."""
+    """One decomposition makes its tensor on "the GPU" while tracing; network and inputs are on the CPU here."""
     device = importlib.import_module("torch_tensorrt._Device").Device
     original = device.to
     device.to = lambda self, kind: torch.device("cpu") if kind is torch.device else original(self, kind)
