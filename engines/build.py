@@ -6,7 +6,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,14 +179,20 @@ def _build_all(
         for done, title in enumerate(build_in_processes(plan, store, missing, workers), 1):
             finished(done, title)
         return
-    backbone = load_backbone(plan.checkpoint, plan.options)
-    modules = backbone.component_modules()
+    loaded = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))
     for done, engine in enumerate(missing, 1):
-        build_engine(plan.compiler, store, modules[engine.component], engine.spec)
+        inputs = loaded.typical_inputs(engine.component, engine.size, engine.batch)
+        build_engine(plan.compiler, store, loaded.modules[engine.component], engine.spec, inputs)
         finished(done, engine.spec.title)
 
 
-def build_engine(compiler: Compiler, store: EngineStore, module: nn.Module, spec: EngineSpec) -> Manifest:
+def build_engine(
+    compiler: Compiler,
+    store: EngineStore,
+    module: nn.Module,
+    spec: EngineSpec,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Manifest:
     """Build one engine into the store, unless it is there, and check it against eager before it is published.
 
     Args:
@@ -194,6 +200,7 @@ def build_engine(compiler: Compiler, store: EngineStore, module: nn.Module, spec
         store: where it goes.
         module: the component with its weights, on the target's device.
         spec: from the compiler's plan.
+        inputs: to compare on; None takes numbers of the right shapes.
 
     Raises:
         EngineAccuracyError: too far from eager.
@@ -206,7 +213,7 @@ def build_engine(compiler: Compiler, store: EngineStore, module: nn.Module, spec
         engine = compiler.load(manifest, folder, WeightBank(module))
         seconds = watch.seconds
         try:
-            error = relative_l2(engine, module)
+            error = relative_l2(engine, module, inputs)
         finally:
             engine.unload()
         tolerance = TOLERANCE[spec.dtype]
@@ -220,9 +227,9 @@ def build_engine(compiler: Compiler, store: EngineStore, module: nn.Module, spec
     return store.build(spec.key, builder)
 
 
-def relative_l2(engine: Engine, module: nn.Module) -> float:
-    """|engine - eager| / |eager| on example inputs."""
-    inputs = example_tensors(engine.manifest.spec, engine.device)
+def relative_l2(engine: Engine, module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> float:
+    """|engine - eager| / |eager|."""
+    inputs = inputs or example_tensors(engine.manifest.spec, engine.device)
     with torch.inference_mode():
         eager: Tensor = module(**inputs).double()
     difference = (engine.run(inputs).double() - eager).norm().item()

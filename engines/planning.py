@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engines.compilers import choose_backend, get_compiler
-from engines.compilers.base import Compiler, EngineRequest
+from engines.compilers.base import Compiler, EngineRequest, example_tensors
 from engines.errors import EngineError
 from engines.memory import MemoryPlan, available_bytes, weight_bytes, workspace_bytes
 from engines.spec import EngineSpec
@@ -23,6 +23,7 @@ from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
 
 DEFAULT_BUCKETS = (1, 2, 4, 8)
+_PROMPTS = ("a red rocket", "a blue fish under water", "two green trees", "a smiling face", "a yellow star")
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,23 @@ class CheckpointPlan:
                 weights=self._weights(component),
             )
         )
+
+    def typical_inputs(self, component: str, size: Size | None, batch: int) -> dict[str, Tensor]:
+        """What the component meets in service, for comparing an engine with eager: real prompts, noise at t = 0.5.
+
+        On random numbers as text, a bf16 network is further from itself in float32 than engines are from it on prompts.
+        Needs a backbone with weights.
+        """
+        if component not in ("denoiser", "decoder"):
+            return example_tensors(self.spec(component, size, batch), self.options.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inputs = self.backbone.example_inputs(component, size, batch)
+        if component == "denoiser":
+            prompts = [_PROMPTS[index % len(_PROMPTS)] for index in range(batch)]
+            for name, value in self.backbone.encode_prompts(prompts).items():
+                inputs[name] = value.to(inputs[name])
+        return inputs
 
     def _weights(self, component: str) -> str:
         try:

@@ -146,10 +146,11 @@ def main() -> None:
         component, size, batch, key = json.loads(line)
         failure: dict[str, str] | None = None
         try:
-            spec = plan.spec(component, None if size is None else Size.parse(size), batch)
+            place = (component, None if size is None else Size.parse(size), batch)
+            spec = plan.spec(*place)
             if spec.key != key:
                 raise EngineError(f"the worker plans {spec.title} as {spec.key}, its parent as {key}")
-            build_engine(plan.compiler, store, plan.modules[component], spec)
+            build_engine(plan.compiler, store, plan.modules[component], spec, plan.typical_inputs(*place))
         except Exception as error:
             failure = {"kind": type(error).__name__, "message": str(error) or type(error).__name__}
         print(f"{_MARK}{json.dumps(failure)}", file=answers, flush=True)
