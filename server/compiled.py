@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from engines.build import BuildProgress, build_checkpoint, missing_engines
-from engines.errors import BackendUnavailable
+from engines.errors import BackendUnavailable, EngineAccuracyError
 from engines.planning import CheckpointPlan, EngineOptions
 from engines.runner import EngineExecutor
 from engines.store import EngineStore
@@ -49,8 +49,14 @@ def choose_engines(settings: ServerSettings, checkpoint: CheckpointFolder) -> En
     return None
 
 
-def build_missing(settings: ServerSettings, options: EngineOptions, report: Callable[[int, int, str], None]) -> None:
+def build_missing(
+    settings: ServerSettings, options: EngineOptions, report: Callable[[int, int, str], None]
+) -> EngineOptions | None:
     """Build the engines that the store lacks, reporting (done, total, what).
+
+    Returns:
+        The options, or None where the backend was ours to choose and its engines are too far from eager: then the
+        networks run eager.
 
     Raises:
         EngineError: they cannot be built; the message says why and what to do.
@@ -60,16 +66,23 @@ def build_missing(settings: ServerSettings, options: EngineOptions, report: Call
         left = "" if now.remaining is None else f", about {now.remaining:.0f} s left"
         report(now.done, now.total, f"building engines ({now.current}{left})")
 
-    build_checkpoint(
-        checkpoint=settings.checkpoint,
-        store=settings.engines,
-        backend=options.backend,
-        progress=progress,
-        device=options.device,
-        dtype=options.dtype,
-        buckets=options.buckets,
-        announce=lambda text: log.info("%s", text),
-    )
+    try:
+        build_checkpoint(
+            checkpoint=settings.checkpoint,
+            store=settings.engines,
+            backend=options.backend,
+            progress=progress,
+            device=options.device,
+            dtype=options.dtype,
+            buckets=options.buckets,
+            announce=lambda text: log.info("%s", text),
+        )
+    except EngineAccuracyError as error:
+        if settings.backend != "auto":
+            raise
+        log.warning("running eager: %s", error)
+        return None
+    return options
 
 
 def attach_engines(

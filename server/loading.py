@@ -54,7 +54,7 @@ def load_model(settings: ServerSettings, report: Report) -> ServedModel:
     checkpoint = CheckpointFolder.read(settings.checkpoint)
     options = choose_engines(settings, checkpoint)
     if options is not None and settings.build_missing:
-        build_missing(settings, options, lambda done, total, text: report(Progress(done, total, text)))
+        options = build_missing(settings, options, lambda done, total, text: report(Progress(done, total, text)))
 
     report(Progress(1, 4, "loading the weights"))
     dtype = getattr(torch, settings.dtype)
