@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from rmd.noise_schedule import NoiseSchedule
+from rmd.noise_schedule import NoiseSchedule, VariancePreserving
 from rmd.size import Size
 
 if TYPE_CHECKING:
@@ -209,8 +209,12 @@ class Backbone(ABC):
     # ---- denoising ----------------------------------------------------------------------------------------------
 
     def network_timestep(self, t: Tensor) -> Tensor:
-        """What the network sees for times ``t`` in [0, 1]: ``1000 t`` as float32, shape (B,)."""
-        return (t.double() * 1000.0).float()
+        """What the network sees for times ``t`` in [0, 1]: ``1000 t`` as float32, shape (B,).
+
+        A variance preserving network was trained on the entries 0..999 of its table, so t = 1 is its entry 999.
+        """
+        timestep = (t.double() * 1000.0).float()
+        return timestep.clamp(max=999.0) if isinstance(self.schedule, VariancePreserving) else timestep
 
     def denoiser_inputs(
         self,

@@ -270,3 +270,9 @@ def test_listing_names_imports_no_network() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert len(BACKBONES) == 6
+
+
+@pytest.mark.parametrize(("name", "last"), [("sdxl", 999.0), ("sd3", 1000.0)])
+def test_a_table_network_never_sees_a_time_beyond_its_table(tiny_backbone, name: str, last: float) -> None:
+    seen = tiny_backbone(name).network_timestep(torch.tensor([0.5, 1.0]))
+    assert seen.tolist() == [500.0, last]
