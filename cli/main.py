@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-from collections.abc import Sequence
 
 import typer
 from typer.core import TyperGroup
@@ -36,29 +34,29 @@ class LazyCommands(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: object, cmd_name: str):  # type: ignore[no-untyped-def]
+        """A stand-in with name and summary, which is all that the overview needs."""
         if cmd_name not in COMMANDS:
             return None
-        module_name, summary = COMMANDS[cmd_name]
-        if not _help_of_all(sys.argv):
-            module = importlib.import_module(module_name)
-            app = getattr(module, "app", None)
-            if app is None:
-                app = typer.Typer(add_completion=False, rich_markup_mode=None)
-                app.command()(module.command)
-            command = get_command(app)
-            command.name = cmd_name
-            command.short_help = summary
-            return command
-        # The overview needs only names and summaries.
         stub = typer.Typer(add_completion=False)
-        stub.command(help=summary)(lambda: None)
+        stub.command(help=COMMANDS[cmd_name][1])(lambda: None)
         command = get_command(stub)
         command.name = cmd_name
         return command
 
-
-def _help_of_all(argv: Sequence[str]) -> bool:
-    return len(argv) <= 1 or argv[1] in ("--help", "-h")
+    def resolve_command(self, ctx, args):  # type: ignore[no-untyped-def]
+        """The command that is to run, imported."""
+        name = args[0]
+        if name not in COMMANDS:
+            return super().resolve_command(ctx, args)
+        module_name, summary = COMMANDS[name]
+        module = importlib.import_module(module_name)
+        app = getattr(module, "app", None)
+        if app is None:
+            app = typer.Typer(add_completion=False, rich_markup_mode=None)
+            app.command()(module.command)
+        command = get_command(app)
+        command.name, command.short_help = name, summary
+        return name, command, args[1:]
 
 
 app = typer.Typer(cls=LazyCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
