@@ -61,7 +61,12 @@ def command(
     }
     try:
         settings = ServerSettings(**{name: value for name, value in flags.items() if value is not None})
-    except (ValidationError, FileNotFoundError) as error:
+    except ValidationError as error:
+        for wrong in error.errors(include_url=False, include_input=False):
+            field = ".".join(map(str, wrong["loc"])) or "settings"
+            typer.secho(f"rmd serve: {field}: {wrong['msg']}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except (ValueError, FileNotFoundError) as error:
         typer.secho(f"rmd serve: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -23,18 +23,23 @@ class _Kept:
     body_digest: bytes
     task: asyncio.Task[Reply]
     since: float
+    size: int = 0  # bytes of the reply's pictures; 0 while they are being made
 
 
 class IdempotencyStore:
-    """Replies by key, bounded in number and time. Lives on one event loop.
+    """Replies by key, bounded in number, bytes and time. Lives on one event loop.
 
     Args:
         max_replies: the oldest finished reply is forgotten beyond this.
+        max_bytes: likewise, for the base64 of their pictures; a reply larger than this is not kept at all.
         life_seconds: how long a reply is kept.
     """
 
-    def __init__(self, max_replies: int, life_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, max_replies: int, max_bytes: int, life_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._max = max_replies
+        self._max_bytes = max_bytes
         self._life = life_seconds
         self._clock = clock
         self._kept: OrderedDict[tuple[bytes, str], _Kept] = OrderedDict()
@@ -67,23 +72,31 @@ class IdempotencyStore:
         if kept is None:
             kept = _Kept(body_digest, asyncio.ensure_future(_as_coroutine(make)), self._clock())
             self._kept[slot] = kept
-            kept.task.add_done_callback(lambda task: self._forget_failure(slot, task))
+            kept.task.add_done_callback(lambda task: self._finished(slot, task))
         # shield: a client that leaves must not cancel the work that its retry will ask for
         return await asyncio.shield(kept.task), replayed
 
-    def _forget_failure(self, slot: tuple[bytes, str], task: asyncio.Task[Reply]) -> None:
+    def _finished(self, slot: tuple[bytes, str], task: asyncio.Task[Reply]) -> None:
         failed = task.cancelled() or task.exception() is not None
-        if failed and (kept := self._kept.get(slot)) is not None and kept.task is task:
+        kept = self._kept.get(slot)
+        if kept is None or kept.task is not task:
+            return
+        if failed:
             del self._kept[slot]
+            return
+        kept.size = sum(len(picture.get("b64_json") or "") for picture in task.result().get("data", ()))
+        self._prune()
 
     def _prune(self) -> None:
         now = self._clock()
-        done = [slot for slot, kept in self._kept.items() if kept.task.done()]
+        done = [(slot, kept) for slot, kept in self._kept.items() if kept.task.done()]
         surplus = len(self._kept) - self._max
-        for slot in done:
-            if now - self._kept[slot].since > self._life or surplus > 0:
+        surplus_bytes = sum(kept.size for _, kept in done) - self._max_bytes
+        for slot, kept in done:
+            if now - kept.since > self._life or surplus > 0 or surplus_bytes > 0:
                 del self._kept[slot]
                 surplus -= 1
+                surplus_bytes -= kept.size
 
 
 async def _as_coroutine(make: Callable[[], Awaitable[Reply]]) -> Reply:

@@ -52,6 +52,10 @@ def load_model(settings: ServerSettings, report: Report) -> ServedModel:
         torch.set_num_threads(settings.threads)
     report(Progress(0, 4, "reading the checkpoint"))
     checkpoint = CheckpointFolder.read(settings.checkpoint)
+    if get_backbone(checkpoint.backbone_name).media != "image":
+        raise ValueError(
+            f"checkpoint {checkpoint.path} makes films and the server serves pictures only; use `rmd generate`"
+        )
     options = choose_engines(settings, checkpoint)
     if options is not None and settings.build_missing:
         options = build_missing(settings, options, lambda done, total, text: report(Progress(done, total, text)))
@@ -158,7 +162,11 @@ def _preview_stations(model: ServedModel) -> tuple[StationKey, ...]:
 def _measure_station(model: ServedModel, key: StationKey, max_batch: int) -> dict[int, float]:
     """Time a station's batches; the first run of each is warm-up.
 
-    With engines: every bucket, all of which have to be warm. Eager: doubling while that pays.
+    With engines: every bucket, all of which have to be warm. Eager: doubling while that pays. Either way no wider
+    than memory allows.
+
+    Raises:
+        torch.OutOfMemoryError: not even the narrowest batch fits.
     """
     backbone = model.lanes[key.lane]
     buckets = _engine_buckets(backbone, key)
@@ -166,7 +174,15 @@ def _measure_station(model: ServedModel, key: StationKey, max_batch: int) -> dic
     measured: dict[int, float] = {}
     best_rate = 0.0
     for batch in batches:
-        measured[batch] = _fastest(_station_work(model, key, batch), backbone.device)
+        try:
+            measured[batch] = _fastest(_station_work(model, key, batch), backbone.device)
+        except torch.OutOfMemoryError:
+            if not measured:
+                raise
+        if batch not in measured:
+            torch.cuda.empty_cache()  # out here, where no traceback keeps the failed batch's tensors
+            log.warning("%s: no memory for a batch of %d; at most %d share one", key.label, batch, max(measured))
+            break
         rate = batch / measured[batch]
         if not buckets and rate < best_rate * MIN_GAIN:
             break

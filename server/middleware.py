@@ -56,6 +56,8 @@ class Accounting:
             await error.response()(scope, receive, watched_send)
         finally:
             outcome = state.get(OUTCOME) or outcome_of_status(status or 499)
+            if outcome == Fault.CLIENT_GONE.value.outcome:
+                log.info("request %s: its client left", request_id)
             self.metrics.requests.labels(_route(scope["path"]), outcome).inc()
 
 

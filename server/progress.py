@@ -8,11 +8,12 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from server.service import READY_TEXT
 from server.service import Progress as StartUp
 
 
 class ProgressLine:
-    """A progress bar on a terminal, one line a part elsewhere; it ends when everything is done."""
+    """A progress bar on a terminal, one line a part elsewhere; it ends when the server is ready."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -42,5 +43,5 @@ class ProgressLine:
             self._console.print(f"[{progress.done}/{progress.total}] {progress.text}", markup=False, highlight=False)
             return
         self._bar.update(self._task, completed=progress.done, total=progress.total, description=progress.text)
-        if progress.done >= progress.total:
+        if progress.text == READY_TEXT:  # not at done == total: each part of the start-up counts its own
             self._bar.stop()

@@ -23,6 +23,7 @@ from server.settings import ServerSettings
 
 log = logging.getLogger("rmd.server")
 
+READY_TEXT = "ready"
 _SPEEDUP_WINDOW = 100
 
 
@@ -66,7 +67,9 @@ class Service:
         self.settings = settings
         self.keys = KeyRing(settings.api_keys)
         self.files = FileStore(int(settings.files_megabytes * 1e6), settings.files_seconds)
-        self.replies = IdempotencyStore(settings.idempotency_replies, settings.idempotency_seconds)
+        self.replies = IdempotencyStore(
+            settings.idempotency_replies, int(settings.idempotency_megabytes * 1e6), settings.idempotency_seconds
+        )
         self.metrics = Metrics(self.snapshot)
         self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6))
         self.progress = Progress()
@@ -202,7 +205,7 @@ class Service:
     def _ready(self, model: ServedModel) -> None:
         default = model.schedules[model.default]
         self.admission.expect(model.costs(default.cascade, default.lane)[0])
-        self.progress = Progress(self.progress.total, self.progress.total, "ready")
+        self.progress = Progress(self.progress.total, self.progress.total, READY_TEXT)
         self._model = model
         self._notify_progress(self.progress)
         log.info("ready: %s on %s", model.model_id, model.executor_kind)

@@ -10,10 +10,10 @@ import yaml
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 CONFIG_VARIABLE = "RMD_CONFIG"
@@ -26,7 +26,8 @@ class ServerSettings(BaseSettings):
     YAML file named by ``RMD_CONFIG`` (or ``--config``), then the defaults below.
     """
 
-    model_config = SettingsConfigDict(env_prefix="RMD_", extra="forbid", frozen=True)
+    # A wrong input may be an API key, or sit in a file beside one.
+    model_config = SettingsConfigDict(env_prefix="RMD_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     checkpoint: Path = Field(Path("models/embedded"), description="the student's checkpoint folder")
     model_name: str | None = Field(None, description="the model's id on the wire; default: the folder's name")
@@ -52,27 +53,36 @@ class ServerSettings(BaseSettings):
     queue_megapixels: float = Field(256.0, gt=0, description="their pixels at full size, in millions")
     deadline_seconds: float = Field(120.0, gt=0, description="from admission to reply, checked at every step")
     drain_seconds: float = Field(60.0, ge=0, description="longest wait for accepted requests at SIGTERM")
-    buckets: Annotated[tuple[int, ...] | None, NoDecode] = Field(None, description="batch sizes of the engines")
+    buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, NoDecode] = Field(
+        None, description="batch sizes of the engines"
+    )
     max_batch: int = Field(8, ge=1, description="widest batch tried at warm-up where no engine fixes it")
     package_threads: int = Field(2, ge=1, description="threads that compress pictures")
     idempotency_seconds: float = Field(600.0, gt=0)
     idempotency_replies: int = Field(128, ge=1)
+    idempotency_megabytes: float = Field(64.0, gt=0, description="memory kept for those replies' pictures")
     files_seconds: float = Field(3600.0, gt=0, description="life of a response_format=url picture")
     files_megabytes: float = Field(64.0, gt=0, description="memory kept for those pictures")
 
-    @field_validator("api_keys", "buckets", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        """Accept a comma-separated string, which is how an environment variable says a list."""
-        if isinstance(value, str):
-            return tuple(entry for entry in (part.strip() for part in value.split(",")) if entry) or None
-        return value
-
     @field_validator("api_keys", mode="before")
     @classmethod
-    def _no_keys(cls, value: Any) -> Any:
+    def _split_keys(cls, value: Any) -> Any:
         """An empty variable means none."""
-        return () if value is None else value
+        return () if value is None else _split_commas(value)
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_empty_key(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        """An empty key would let in every caller who sends 'Bearer ' and nothing after it."""
+        if not all(key.get_secret_value().strip() for key in value):
+            raise ValueError("an API key is empty; leave it out")
+        return value
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _split_buckets(cls, value: Any) -> Any:
+        """An empty variable means the backend's own."""
+        return _split_commas(value) or None if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _queue_holds_one_request(self) -> ServerSettings:
@@ -102,7 +112,7 @@ class ServerSettings(BaseSettings):
         if named:
             if not Path(named).is_file():
                 raise FileNotFoundError(f"settings file {named} (from {CONFIG_VARIABLE} or --config) does not exist")
-            sources += (YamlConfigSettingsSource(settings_cls, yaml_file=named),)
+            sources += (InitSettingsSource(settings_cls, _read_yaml(Path(named))),)
         return sources
 
     def describe(self) -> str:
@@ -110,3 +120,32 @@ class ServerSettings(BaseSettings):
         plain = self.model_dump(mode="json")
         plain["api_keys"] = f"{len(self.api_keys)} key(s), hidden" if self.api_keys else "none: the API is open"
         return yaml.safe_dump(plain, sort_keys=False).rstrip()
+
+
+def _split_commas(value: Any) -> Any:
+    """Accept a comma-separated string, which is how an environment variable says a list."""
+    if isinstance(value, str):
+        return tuple(entry for entry in (part.strip() for part in value.split(",")) if entry)
+    return value
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Return a settings file's values; an empty file has none.
+
+    Raises:
+        ValueError: it is not YAML, or not a mapping; the message names the file.
+    """
+    try:
+        values = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        # Only the place: the parser's own message quotes the file, and the file may hold API keys.
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"settings file {file} is not valid YAML{place}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"settings file {file} must hold a mapping such as 'port: 8000', not a {type(values).__name__}"
+        )
+    return values

@@ -12,9 +12,6 @@ LARGEST_SEED = 2**63 - 1
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
-# Sent by OpenAI's own clients for models that are not ours; accepted and ignored.
-IGNORED_FIELDS = ("complexity", "frame_count", "frame_duration_ms", "svg", "prompt_rewriter")
-
 
 class ImageRequest(BaseModel):
     """Body of ``POST /v1/images/generations``: OpenAI's fields, then ours."""
@@ -40,6 +37,7 @@ class ImageRequest(BaseModel):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
         None, description="Low-resolution results to show on the way; only with stream."
     )
+    # Sent by OpenAI's own clients for models that are not ours.
     complexity: Any = Field(None, description="Accepted and ignored.")
     frame_count: Any = Field(None, description="Accepted and ignored.")
     frame_duration_ms: Any = Field(None, description="Accepted and ignored.")

@@ -77,6 +77,7 @@ class DeviceExecutor:
         self._stations = Stations()
         self._changed = threading.Condition()
         self._stopping = False
+        self._running: list[Entry] = []  # taken from a station, not yet handed on; the device thread's own
         self._packaging = 0
         self._model: ServedModel | None = None
         self._pool = ThreadPoolExecutor(package_threads, thread_name_prefix="rmd-package")
@@ -100,13 +101,14 @@ class DeviceExecutor:
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(timeout)
-        self._pool.shutdown(wait=True, cancel_futures=False)
+        if not self.alive:  # a batch that outlasts the timeout still hands its pictures to the pool
+            self._pool.shutdown(wait=True, cancel_futures=False)
 
     def submit(self, generation: Generation) -> None:
         """Put an admitted generation's items before the encode station."""
         with self._changed:
             if self._stopping:
-                self._settle(generation, ApiError(Fault.DRAINING, "The server is stopping.", retry_after=1))
+                self._give_up(generation.items)
                 return
             for item in generation.items:
                 self._stations.join(item.station(), item)
@@ -136,14 +138,14 @@ class DeviceExecutor:
             self._on_ready(model)
             while (batch := self._next_batch(policy)) is not None:
                 self._run(runner, model, *batch)
+                self._running = []
         except BaseException as error:  # the thread must never die silently: readiness has to say so
             log.error("the device thread ended: %s", error, exc_info=self._model is not None)
             self._on_failed(error)
         finally:
             with self._changed:
                 self._stopping = True
-                for entry in self._stations.remove(lambda entry: True):
-                    self._settle(entry.generation, ApiError(Fault.DRAINING, "The server is stopping.", retry_after=1))
+                self._give_up([*self._stations.remove(lambda entry: True), *self._running])
 
     def _next_batch(self, policy: StagePolicy) -> tuple[Station, list[Entry]] | None:
         """Wait for work and take the next batch; None when stopping."""
@@ -154,6 +156,7 @@ class DeviceExecutor:
                 if chosen is not None:
                     station, entries = chosen
                     self._stations.take(station, entries)
+                    self._running = list(entries)
                     now = time.monotonic()
                     for entry in entries:
                         if isinstance(entry, Item):
@@ -215,10 +218,12 @@ class DeviceExecutor:
                     self._leave(entry)
                 elif isinstance(entry, Item):
                     self._stations.join(entry.station(), entry)
+                self._running.remove(entry)
             self._packaging += len(done.pictures)
         if key.kind == "decode":
             for entry, pixels in zip(entries, done.pictures, strict=True):
                 self._pool.submit(self._package, entry, pixels, key)
+                self._running.remove(entry)
 
     def _account(self, model: ServedModel, key: StationKey, entries: Sequence[Entry], seconds: float) -> None:
         """Write one batch into the metrics, the latency table and its items' own records."""
@@ -306,6 +311,12 @@ class DeviceExecutor:
                 entry.generation,
                 ApiError(Fault.ENGINE_FAILED, "The model failed on this request; others are not affected."),
             )
+            self._leave(entry)
+
+    def _give_up(self, entries: Sequence[Entry]) -> None:
+        """Fail entries that stand at no station with 503. Called with the lock held."""
+        for entry in entries:
+            self._settle(entry.generation, ApiError(Fault.DRAINING, "The server is stopping.", retry_after=1))
             self._leave(entry)
 
     def _settle(self, generation: Generation, error: ApiError) -> None:

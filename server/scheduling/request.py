@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ class Generation:
         return self.deadline - time.monotonic()
 
 
-class Entry:
+class Entry(abc.ABC):
     """Something that stands in a station's queue."""
 
     rows: int = 1
@@ -132,9 +133,9 @@ class Entry:
         self.joined = generation.arrived
 
     @property
+    @abc.abstractmethod
     def remaining_seconds(self) -> float:
         """Expected work until this entry leaves the house, queues left out."""
-        raise NotImplementedError
 
 
 class Item(Entry):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from engines.errors import BackendUnavailable, EngineMissing
 from engines.planning import EngineOptions
 from engines.runner import EngineExecutor
-from rmd.backbones.tiny import write_tiny_folder
+from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
+from rmd.checkpoint import write_cascade_json
+from rmd.size import Size
 from server import loading
 from server.compiled import choose_engines
 from server.loading import load_model
@@ -19,7 +24,7 @@ from server.model import ServedModel
 from server.scheduling.latency import StationKey
 from server.service import Progress
 from tests.server.conftest import TEACHER_STEPS, make_settings
-from tests.server.house import pixels, serving
+from tests.server.house import Gate, pixels, serving
 
 
 def test_engines_are_built_at_the_first_start_and_found_at_the_second(
@@ -74,6 +79,36 @@ def test_without_its_folder_the_teacher_is_not_offered(tmp_path: Path) -> None:
         assert house.draw(seed=1).status_code == 200
 
 
+def test_a_film_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    cascades = tiny_cascades("wan-1.3b")
+    write_cascade_json(tmp_path, backbone="wan-1.3b", cascades=cascades, default=next(iter(cascades)))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    seen: list[Progress] = []
+    with pytest.raises(ValueError, match=rf"{tmp_path.name} makes films .*rmd generate"):
+        load_model(make_settings(tmp_path), seen.append)
+    assert len(seen) == 1
+
+
+def test_batches_that_do_not_fit_in_memory_are_not_used(
+    loaded: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = 1
+
+    def full(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+        if next(iter(inputs.values())).shape[0] > room:
+            raise torch.OutOfMemoryError("no room")
+
+    gate = Gate(loaded.backbone.executor)
+    gate.before = full
+    monkeypatch.setattr(loaded.backbone, "executor", gate)
+    key = StationKey("decode", size=max(loaded.sizes))
+    assert set(loading._measure_station(loaded, key, max_batch=8)) == {1}
+    assert f"{key.label}: no memory for a batch of 2; at most 1" in caplog.text
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        loading._measure_station(loaded, key, max_batch=8)
+
+
 def test_a_backend_that_is_not_here_is_named(checkpoint: Path) -> None:
     from rmd.checkpoint import CheckpointFolder
 
@@ -95,3 +130,14 @@ def test_rmd_serve_says_what_is_wrong_and_stops(tmp_path: Path, monkeypatch: pyt
     assert "1 key(s), hidden" in stopped.output and "very-secret" not in stopped.output
     wrong = runner.invoke(app, ["serve", "--queue-items", "3"])
     assert wrong.exit_code == 2 and "queue_items" in wrong.output
+    assert "very-secret" not in wrong.output and "pydantic" not in wrong.output
+    monkeypatch.delenv("RMD_API_KEYS")
+    file = tmp_path / "serve.yaml"
+    monkeypatch.setenv("RMD_CONFIG", str(file))
+    file.write_text("api_keys: [8675309]\nprot: 1\n")
+    wrong = runner.invoke(app, ["serve"])
+    assert wrong.exit_code == 2 and "8675309" not in wrong.output
+    assert "api_keys.0: Input should be a valid string" in wrong.output and "prot: Extra" in wrong.output
+    file.write_text("port: [\n")
+    wrong = runner.invoke(app, ["serve"])
+    assert wrong.exit_code == 2 and "not valid YAML" in wrong.output

@@ -14,11 +14,13 @@ from rmd.size import Size
 from server.errors import ApiError, Fault
 from server.files import FileStore
 from server.idempotency import IdempotencyStore
+from server.progress import ProgressLine
 from server.scheduling.admission import Admission
 from server.scheduling.latency import LatencyTable, StationKey
 from server.scheduling.policy import StagePolicy
 from server.scheduling.request import Generation, GenerationSpec, partial_steps
 from server.scheduling.stations import Stations
+from server.service import Progress
 from server.settings import ServerSettings
 
 LOW, HIGH = StationKey("denoise", size=Size(64, 64)), StationKey("denoise", size=Size(128, 128))
@@ -174,6 +176,47 @@ def test_wrong_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ServerSettings()
 
 
+def test_keys_and_buckets_are_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for empty in ("", " , "):
+        monkeypatch.setenv("RMD_API_KEYS", empty)
+        monkeypatch.setenv("RMD_BUCKETS", empty)
+        assert ServerSettings().api_keys == () and ServerSettings().buckets is None
+    monkeypatch.setenv("RMD_BUCKETS", "1, 4")
+    assert ServerSettings().buckets == (1, 4)
+    monkeypatch.setenv("RMD_BUCKETS", "0")
+    with pytest.raises(ValidationError, match="buckets"):
+        ServerSettings()
+    monkeypatch.delenv("RMD_BUCKETS")
+    monkeypatch.delenv("RMD_API_KEYS")
+    file = tmp_path / "serve.yaml"
+    monkeypatch.setenv("RMD_CONFIG", str(file))
+    for keys in ('[""]', '[good, " "]'):
+        file.write_text(f"api_keys: {keys}\n")
+        with pytest.raises(ValidationError, match="an API key is empty"):
+            ServerSettings()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("port: 1\napi_keys: [very-secret\nhost: x\n", "not valid YAML at line 3"),
+        ("- port\n- very-secret\n", "must hold a mapping .* not a list"),
+        ("very-secret", "must hold a mapping .* not a str"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, problem: str
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    monkeypatch.setenv("RMD_CONFIG", str(file))
+    with pytest.raises(ValueError, match=rf"serve\.yaml.*{problem}") as error:
+        ServerSettings()
+    assert "very-secret" not in str(error.value)
+    file.write_text("# nothing set\n")
+    assert ServerSettings().port == 8000
+
+
 def test_stored_files_expire_and_stay_within_their_memory() -> None:
     clock = Clock()
     store = FileStore(max_bytes=100, life_seconds=10, clock=clock)
@@ -186,7 +229,7 @@ def test_stored_files_expire_and_stay_within_their_memory() -> None:
 def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None:
     async def scenario() -> None:
         clock = Clock()
-        store = IdempotencyStore(max_replies=10, life_seconds=5, clock=clock)
+        store = IdempotencyStore(max_replies=10, max_bytes=1000, life_seconds=5, clock=clock)
         made = 0
 
         async def make(fail: bool = False) -> dict[str, Any]:
@@ -210,3 +253,36 @@ def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None
         assert await store.run(b"me", "k", b"other", make) == ({"made": 4}, False)
 
     asyncio.run(scenario())
+
+
+def test_idempotent_replies_stay_within_their_memory() -> None:
+    async def scenario() -> None:
+        store = IdempotencyStore(max_replies=10, max_bytes=100, life_seconds=5, clock=Clock())
+
+        async def replayed(key: str, size: int) -> bool:
+            async def make() -> dict[str, Any]:
+                return {"data": [{"b64_json": "x" * (size // 2), "url": None}, {"b64_json": "x" * (size // 2)}]}
+
+            return (await store.run(b"me", key, b"body", make))[1]
+
+        assert not await replayed("first", 40) and not await replayed("second", 60)
+        assert await replayed("first", 40) and await replayed("second", 60), "just within"
+        assert not await replayed("third", 40)
+        assert await replayed("second", 60) and await replayed("third", 40)
+        assert not await replayed("first", 40), "the oldest left first"
+
+    asyncio.run(scenario())
+
+
+def test_the_progress_bar_goes_on_after_the_engines_and_ends_when_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    with ProgressLine() as line:
+        line.update(Progress(3, 3, "building engines"))
+        line.update(Progress(1, 4, "loading the weights"))
+        line.update(Progress(4, 4, "ready"))
+        shown = capsys.readouterr().err
+        line.update(Progress(4, 4, "after the end"))
+    assert "ready" in shown and "after the end" not in shown + capsys.readouterr().err
