@@ -117,7 +117,7 @@ def _run(
     distillation = Distillation.build(teacher, prompt_set, settings, run, say=_say)
     trainer = distillation.trainer
     if resume:
-        found = trainer.resume(change_settings)
+        found = trainer.resume(change_settings, to_export=export_only)
         where = f"going on at update {trainer.progress.iteration}" if found else "no checkpoint yet: starting anew"
         _say(where)
     finished = True if export_only else _train(distillation)

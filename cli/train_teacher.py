@@ -41,7 +41,7 @@ def command(
 
     job = TeacherRun(data, run, models, text_encoder=text_encoder, threads=threads, sheets=sheets, log=typer.echo)
     job.prepare(autoencoder_minutes=autoencoder_minutes, seed=seed)
-    job.train(
+    trainer = job.train(
         minutes=minutes,
         batch=batch,
         low_batch=low_batch,
@@ -52,4 +52,7 @@ def command(
         compile=compile_,
         seed=seed,
     )
+    if not trainer.finished:
+        typer.echo(f"stopped and saved in {run} at step {trainer.step}; the same command goes on")
+        return
     typer.echo(f"teacher in {job.export()}")

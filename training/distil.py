@@ -211,11 +211,11 @@ class Distillation:
         cascade = training_cascade(teacher, settings)
         scale = settings.guidance_scale if settings.guidance_scale is not None else teacher.guidance_scale
         method = METHODS[settings.method](teacher.backbone, cascade, settings, prompts, scale)
-        networks = Networks.build(teacher.backbone, settings)
+        networks = Networks.build(teacher.backbone, settings, initial_denoiser(teacher, settings))
         attach = getattr(method, "attach_adversary", None)
         if attach is not None and (settings.gan_weight or settings.method == "swd"):
             say(f"drawing {settings.real_samples} samples of the teacher")
-            real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run / "real.safetensors")
+            real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
             attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
         trainer = Trainer(method, networks, settings, run)
         return cls(teacher, method, networks, trainer, settings, run)
@@ -283,11 +283,39 @@ class Distillation:
         )
 
 
+def initial_denoiser(teacher: Teacher, settings: DistillSettings) -> torch.nn.Module | None:
+    """The denoiser that the settings let the student start from, None for the teacher's.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is none, or not of the teacher's kind.
+    """
+    if settings.initial_student is None:
+        return None
+    backbone = get_backbone(teacher.backbone.name).load(
+        Path(settings.initial_student), dtype=teacher.backbone.dtype, device=teacher.backbone.device
+    )
+    denoiser = backbone.component_modules()["denoiser"]
+    shapes, own = (
+        {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        for module in (denoiser, teacher.backbone.component_modules()["denoiser"])
+    )
+    odd = [name for name in sorted(set(shapes) | set(own)) if shapes.get(name) != own.get(name)]
+    if odd:
+        raise ValueError(
+            f"initial_student {settings.initial_student}: its denoiser is not of the teacher's shape, "
+            f"{odd[0]!r} is {shapes.get(odd[0])} there and {own.get(odd[0])} in the teacher"
+        )
+    return denoiser
+
+
 @torch.no_grad()
 def teacher_samples(
-    teacher: Teacher, prompts: PromptSet, size: Size, settings: DistillSettings, path: Path, batch: int = 32
+    teacher: Teacher, prompts: PromptSet, size: Size, settings: DistillSettings, run: Path, batch: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """Clean latents (N, C, [T], H, W) drawn by the teacher, and their prompts' rows; kept in `path`."""
+    """Clean latents (N, C, [T], H, W) drawn by the teacher, and their prompts' rows; kept in the run's folder."""
+    made_of = [prompts.digest, str(teacher.folder), teacher.steps, teacher.guidance_scale, str(size)]
+    made_of += [settings.seed, settings.real_samples]
+    path = run / f"real-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         stored = load_tensors(path)
         return stored["latents"], stored["rows"]

@@ -24,7 +24,7 @@ SHARED = (
 )  # fmt: skip
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """The written folder does not give back what was trained."""
 
 

@@ -26,7 +26,8 @@ def write_json(path: Path, value: Any) -> None:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a safetensors file atomically, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
+    # Several processes of one run may write the same file.
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
     os.replace(scratch, path)
 

@@ -1,11 +1,11 @@
-"""The three roles: a frozen teacher, and a student and a fake score that both start from it."""
+"""The three roles: a frozen teacher, and a student and a fake score that start as copies of it or of a student."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +20,45 @@ class Networks:
 
     Attributes:
         teacher, student, fake: the modules that hold the weights.
-        call: the same by role name, compiled where asked for.
     """
 
     teacher: nn.Module
     student: nn.Module
     fake: nn.Module
-    call: dict[str, nn.Module]
 
     @classmethod
-    def build(cls, backbone: Backbone, settings: DistillSettings) -> Networks:
-        """Copy the backbone's denoiser for student and fake score; the backbone's own is the teacher."""
+    def build(cls, backbone: Backbone, settings: DistillSettings, initial: nn.Module | None = None) -> Networks:
+        """Copy the backbone's denoiser for student and fake score; the backbone's own is the teacher.
+
+        Args:
+            initial: a denoiser of the same class whose weights the student starts from instead.
+        """
         teacher = backbone.component_modules()["denoiser"].eval().requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # a LoRA's first weights are random
             torch.manual_seed(settings.seed)
-            student, fake = (trainable_copy(teacher, settings) for _ in range(2))
-        roles = {"teacher": teacher, "student": student, "fake": fake}
-        call = {
-            # One call each way and size: shapes are few, so static graphs are worth their compile time.
-            role: cast(nn.Module, torch.compile(module, dynamic=False)) if settings.compile else module
-            for role, module in roles.items()
-        }
-        return cls(teacher, student, fake, call)
+            student = trainable_copy(initial if initial is not None else teacher, settings)
+            fake = trainable_copy(teacher, settings)
+        if settings.compile:
+            for module in (teacher, student, fake):
+                compile_blocks(module)
+        return cls(teacher, student, fake)
+
+
+def compile_blocks(denoiser: nn.Module) -> None:
+    """Compile the blocks of a denoiser in place, each kind once for every shape it meets.
+
+    Blocks rather than the network as one graph: the network's backward does not compile on the CPU with torch 2.13, and
+    equal blocks share their code.
+    """
+    # Three roles, sides and batches: more shapes of one block than dynamo keeps by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    _, network = network_of(denoiser)
+    if hasattr(network, "get_base_model"):  # a LoRA's wrapper
+        network = network.get_base_model()
+    for child in network.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                block.compile(dynamic=False)
 
 
 def trainable_copy(teacher: nn.Module, settings: DistillSettings) -> nn.Module:

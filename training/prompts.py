@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random as python_random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,12 @@ class PromptSet:
         self.order = torch.arange(len(self.texts)) if order is None else order
         self._tensors, self._uncond = tensors, uncond
         self._device = torch.device(device)
+
+    @property
+    def digest(self) -> str:
+        """Of the texts and of how often each is drawn: rows of equal sets mean the same."""
+        text = json.dumps([self.texts, self.order.tolist()])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def draw(self, random: Randomness, count: int) -> Tensor:
         """`count` rows, int64."""

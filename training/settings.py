@@ -15,7 +15,7 @@ Method = Literal["rmd", "tdm", "dmd2", "swd"]
 CHANGEABLE = frozenset(
     {
         "guidance_scale", "generator_rate", "fake_rate", "fake_steps", "final_rate", "decay_share", "ema_decay",
-        "clip_norm",
+        "clip_norm", "stage_weights", "resolution_map",
     }
 )  # fmt: skip
 """Settings that `--change-settings` may change when a run is resumed."""
@@ -54,6 +54,9 @@ class DistillSettings(BaseSettings):
     preset: str | None = Field(None, description="name of a cascade preset; the backbone's own by default")
     resolution_map: Literal["shift", "logsnr", "none", "inverse"] | None = Field(None, description="Eq. 2 or another")
     seed: int = 0
+    initial_student: str | None = Field(
+        None, description="checkpoint folder whose denoiser the student starts from; the teacher's by default"
+    )
 
     # Length of the run.
     iterations: int | None = Field(None, ge=0, description="stop after this many generator updates")
@@ -88,6 +91,7 @@ class DistillSettings(BaseSettings):
     decay_share: float = Field(0.0, ge=0, le=1, description="last share of the run over which the rates fall")
     final_rate: float = Field(0.1, ge=0, le=1, description="the rates' factor at the end of the run")
     low_stage_iterations: int = Field(50, ge=0, description="the paper's warm-up: the low stage alone")
+    fake_warmup_iterations: int = Field(0, ge=0, description="first train the fake score alone, on a student at rest")
     ema_decay: float = Field(0.995, ge=0, lt=1)
 
     # Ours, not the paper's (see docs/training.md).
@@ -131,6 +135,8 @@ class DistillSettings(BaseSettings):
                 f"warm_start_fake_iterations ({self.warm_start_fake_iterations}) are part of warm_start_iterations "
                 f"({self.warm_start_iterations}) and cannot be more"
             )
+        if self.fake_warmup_iterations and self.warm_start_iterations:
+            raise ValueError("fake_warmup_iterations and warm_start_iterations exclude each other: set one to 0")
         return self
 
     @classmethod
@@ -154,7 +160,10 @@ class DistillSettings(BaseSettings):
         """
         values: dict[str, Any] = {}
         if file is not None:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            try:
+                loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            except yaml.YAMLError as error:
+                raise ValueError(f"{file} is not valid YAML: {error}") from None
             if not isinstance(loaded, dict):
                 raise ValueError(f"{file} must hold a mapping of settings")
             values.update(loaded)
@@ -180,12 +189,19 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         name, sign, text = entry.partition("=")
         if not sign or not name:
             raise ValueError(f"--set {entry!r} is not name=value")
-        # YAML reads 1e-4 as text; numbers win.
         try:
-            values[name] = float(text) if "e" in text.lower() and "," not in text else yaml.safe_load(text)
-        except ValueError:
-            values[name] = yaml.safe_load(text)
+            values[name] = _value(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {entry!r}: {text!r} is not a YAML value") from None
     return values
+
+
+def _value(text: str) -> Any:
+    """A YAML value, or a number that YAML reads as text, such as 1e-4."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

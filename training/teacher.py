@@ -176,6 +176,11 @@ class TeacherTrainer:
         return min(1.0, (self.step + 1) / s.warmup_steps, max(left, 0.0) / s.cooldown_share)
 
     @property
+    def finished(self) -> bool:
+        """Whether the time budget is spent."""
+        return self.seconds >= 60 * self.settings.minutes
+
+    @property
     def in_low_phase(self) -> bool:
         """Whether only the low resolution is trained as yet."""
         return self.seconds < 60 * self.settings.minutes * self.settings.low_share
@@ -188,15 +193,13 @@ class TeacherTrainer:
         last_save = time.monotonic()
         window: list[float] = []
         try:
-            while not self._stop and self.seconds < 60 * self.settings.minutes:
+            while not self._stop and not self.finished:
                 started = time.monotonic()
                 low = self.in_low_phase or self.step % self.settings.low_every == 0
                 loss, norm = self.train_step(low)
                 self.seconds += time.monotonic() - started
                 if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {loss} at step {self.step}: lower --muon-rate or --adam-rate"
-                    )
+                    raise ValueError(f"the loss is {loss} at step {self.step}: lower --muon-rate or --adam-rate")
                 window.append(loss)
                 if self.step % 25 == 0:
                     log(

@@ -32,7 +32,7 @@ from training.settings import DistillSettings, changed_settings
 MAX_BAD_UPDATES = 20
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """The run cannot go on; the message says why and what to do."""
 
 
@@ -100,18 +100,20 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """One generator update and its fake-score updates; returns figures to log."""
-        settings, method, call = self.settings, self.method, self.networks.call
+        settings, method, networks = self.settings, self.method, self.networks
         iteration = self.progress.iteration
+        if iteration < settings.fake_warmup_iterations:
+            return self._fake_warmup()
         warm = iteration < settings.warm_start_iterations
         factor = self.rate_factor()
         self.student_optimizer.zero_grad()
-        states = method.states(self.rollout, call["student"], method.active_steps(iteration))
-        predictions = self.rollout.predict(call["student"], states)
+        states = method.states(self.rollout, networks.student, method.active_steps(iteration))
+        predictions = self.rollout.predict(networks.student, states)
         matched = method.match(predictions)
         samples: list[ScoreSample | None] = [None] * len(matched)
         figures: dict[str, float] = {}
         if warm:
-            loss = method.warm_start_loss(predictions, matched, call["teacher"], self.random)
+            loss = method.warm_start_loss(predictions, matched, networks.teacher, self.random)
             figures["warm_start_loss"] = float(loss.detach())
             rate = settings.warm_start_rate or settings.generator_rate
         else:
@@ -121,7 +123,8 @@ class Trainer:
             figures["generator_loss"] = float(loss.detach())
             rate = settings.generator_rate
         loss.backward()  # type: ignore[no-untyped-call]
-        figures["generator_grad_norm"] = self.student_optimizer.step(rate * factor, self._reduce)
+        rate *= self.rate_factor(settings.fake_warmup_iterations)
+        figures["generator_grad_norm"] = self.student_optimizer.step(rate, self._reduce)
         self.ema.update(self.student_optimizer.master_state())
         if not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations:
             self._update_fake(matched, samples, factor, figures)
@@ -129,15 +132,23 @@ class Trainer:
         self._watch(figures)
         return figures
 
+    def _fake_warmup(self) -> dict[str, float]:
+        """One update of the fake score alone: it learns a student that is at rest."""
+        figures: dict[str, float] = {}
+        self._update_fake(self._fresh_matched(), (), self.rate_factor(), figures)
+        self.progress.iteration += 1
+        self._watch(figures)
+        return figures
+
     def _generator_loss(
         self, matched: Sequence[Matched], figures: dict[str, float]
     ) -> tuple[Tensor, list[ScoreSample]]:
-        call = self.networks.call
+        networks = self.networks
         total = sum(len(m.steps) for m in matched)
         samples = [self.method.score_sample(m, self.random) for m in matched]
         loss: Tensor | None = None
         for m, sample in zip(matched, samples, strict=True):
-            part, part_figures = self.method.generator_loss(m, call["teacher"], call["fake"], sample)
+            part, part_figures = self.method.generator_loss(m, networks.teacher, networks.fake, sample)
             figures.update(part_figures)
             part = part * (len(m.steps) / total)
             loss = part if loss is None else loss + part
@@ -152,7 +163,7 @@ class Trainer:
         factor: float,
         figures: dict[str, float],
     ) -> None:
-        settings, fake = self.settings, self.networks.call["fake"]
+        settings, fake = self.settings, self.networks.fake
         early = self.progress.iteration < settings.early_iterations
         for number in range(settings.early_fake_steps if early else settings.fake_steps):
             if number and not self.rollout.pipelined:
@@ -172,7 +183,7 @@ class Trainer:
     @torch.no_grad()
     def _fresh_matched(self) -> list[Matched]:
         """New samples of the student for a further fake-score update."""
-        student = self.networks.call["student"]
+        student = self.networks.student
         active = self.method.active_steps(self.progress.iteration)
         return self.method.match(self.rollout.predict(student, self.method.states(self.rollout, student, active)))
 
@@ -208,10 +219,11 @@ class Trainer:
             shares.append(self.progress.seconds / (60 * self.settings.minutes))
         return min(1.0, max(shares))
 
-    def rate_factor(self) -> float:
-        """Linear rise over `rate_warmup` updates, linear fall to `final_rate` over the last `decay_share`."""
+    def rate_factor(self, start: int = 0) -> float:
+        """Linear rise over `rate_warmup` updates from `start`, linear fall to `final_rate` over `decay_share`."""
         settings = self.settings
-        rise = min(1.0, (self.progress.iteration + 1) / settings.rate_warmup) if settings.rate_warmup else 1.0
+        done = self.progress.iteration + 1 - start
+        rise = min(1.0, done / settings.rate_warmup) if settings.rate_warmup else 1.0
         fall = 1.0
         if settings.decay_share:
             into = max(0.0, (self.share_done() - (1 - settings.decay_share)) / settings.decay_share)
@@ -233,12 +245,14 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
             self._write_settings()
+            self._cut_metrics()
         with self._signals(), training_attention(self.method.backbone.device.type):
             mark = time.monotonic()
             while self.share_done() < 1.0 and not self._stop:
                 figures = self.update()
                 now = time.monotonic()
                 self.progress.seconds, mark = self.progress.seconds + now - mark, now
+                self._agree()
                 self._record(figures)
                 self.hooks.on_update(self.share_done(), figures)
                 iteration = self.progress.iteration
@@ -248,6 +262,14 @@ class Trainer:
                     self.save()
         self.save()
         return not self._stop
+
+    def _agree(self) -> None:
+        """Processes take the mean time and any wish to stop, so that they cool down and leave together."""
+        if self.accelerator.num_processes == 1:
+            return
+        state = torch.tensor([self.progress.seconds, float(self._stop)], device=self.accelerator.device)
+        seconds, stop = self.accelerator.reduce(state, reduction="mean").tolist()
+        self.progress.seconds, self._stop = seconds, stop > 0
 
     def stop(self) -> None:
         """Ask the loop to save and return after the update it is in."""
@@ -328,22 +350,27 @@ class Trainer:
             "sums": self.progress.sums,
             "ema_updates": self.ema.updates,
             "settings": self.settings.to_record(),
+            "prompts": self._prompts_digest(),
         }
         save_checkpoint(self.run / "checkpoints", self.progress.iteration, roles, state, self.settings.keep_checkpoints)
 
-    def resume(self, change_settings: bool = False) -> bool:
+    def _prompts_digest(self) -> str:
+        return str(getattr(self.method.prompts, "digest", ""))
+
+    def resume(self, change_settings: bool = False, *, to_export: bool = False) -> bool:
         """Continue from the run's newest checkpoint.
 
         With several processes, all but the first draw other noise than an uninterrupted run would have.
 
         Args:
             change_settings: allow the settings in `CHANGEABLE` to differ from the stored ones.
+            to_export: the run is not trained on, so its prompts may be absent.
 
         Returns:
             whether there was a checkpoint.
 
         Raises:
-            TrainingError: other settings than the run was started with.
+            TrainingError: other settings or prompts than the run was started with.
         """
         found = checkpoints(self.run / "checkpoints")
         if not found:
@@ -355,6 +382,10 @@ class Trainer:
             raise TrainingError(f"this run was started with other settings: {', '.join(fixed)}; they cannot change")
         if changed and not change_settings:
             raise TrainingError(f"this run has other values of {', '.join(changed)}; to change them, --change-settings")
+        if not to_export and state.get("prompts", self._prompts_digest()) != self._prompts_digest():
+            raise TrainingError(
+                "this run was started with other prompts; give the same --prompts, --data and --max-prompts"
+            )
         self.student_optimizer.load_master_state(roles["student"])
         self.student_optimizer.load_optimizer_state(roles["student_optimizer"])
         self.fake_optimizer.load_master_state(roles["fake"])
@@ -378,8 +409,6 @@ class Trainer:
             skipped=int(state["skipped"]),
             sums={name: list(pair) for name, pair in state["sums"].items()},
         )
-        if self.accelerator.is_main_process:
-            self._cut_metrics()
         return True
 
     def _cut_metrics(self) -> None:

@@ -124,6 +124,27 @@ def test_the_sheet_has_a_row_for_teacher_and_student(distillation: Distillation)
     assert path.parent.name == "sheets"
 
 
+def test_a_student_may_start_from_another_checkpoint_while_the_fake_score_starts_from_the_teacher(
+    distillation: Distillation, teacher_folder: Path, tmp_path: Path
+) -> None:
+    trained = distillation.export(tmp_path / "student")
+    settings = DistillSettings(precision="fp32", initial_student=str(trained), fake_warmup_iterations=1)
+    teacher = Teacher.open(teacher_folder, None, torch.float32)
+    prompts = encode_prompts(teacher.backbone, ["a dog"], tmp_path / "prompts")
+    networks = Distillation.build(teacher, prompts, settings, tmp_path / "run").networks
+    expected = dict(load_checkpoint(trained)[0].component_modules()["denoiser"].named_parameters())
+    own = dict(networks.teacher.named_parameters())
+    assert any(not torch.equal(expected[name].float(), value) for name, value in own.items())
+    for name, value in networks.student.named_parameters():
+        assert torch.equal(value, expected[name].float()), name
+    for name, value in networks.fake.named_parameters():
+        assert torch.equal(value, own[name]), name
+    other = write_tiny_folder("pixart", tmp_path / "other")
+    wrong = settings.model_copy(update={"initial_student": str(other)})
+    with pytest.raises((ValueError, FileNotFoundError), match="other"):
+        Distillation.build(teacher, prompts, wrong, tmp_path / "wrong")
+
+
 def test_each_method_gets_a_cascade_that_fits_it(distillation: Distillation) -> None:
     teacher = distillation.teacher
     sizes = {}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.distil_setup import make_trainer
+from tests.training.distil_setup import make_trainer, prompt_set
 from training import checkpointing
 from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from training.networks import merged_network, network_of, with_weights
@@ -23,6 +23,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"low_stage_iterations": 1},
     {"rollout": "pipelined", "shared_score_sample": True, "fake_steps": 2, "rate_warmup": 3, "decay_share": 0.5,
      "warm_start_iterations": 2, "warm_start_fake_iterations": 1, "interval": "step"},
+    {"rollout": "pipelined", "fake_warmup_iterations": 1, "rate_warmup": 2},
     {"method": "swd"},
     {"method": "dmd2", "gan_weight": 0.1, "fake_steps": 2},
 ]  # fmt: skip
@@ -36,7 +37,7 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["fresh", "pipelined", "swd", "dmd2-gan"])
+@pytest.mark.parametrize("options", VARIANTS, ids=["fresh", "pipelined", "fake-warmup", "swd", "dmd2-gan"])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = make_trainer(tmp_path / "whole", **options)
     initial = {name: value.clone() for name, value in weights_of(whole).items()}
@@ -54,7 +55,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path: Path, op
     assert any(not torch.equal(initial[name], expected[name]) for name in expected if name.startswith("student."))
     lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
-    assert all(line["generator_grad_norm"] > 0 for line in lines)
+    assert all(line["generator_grad_norm"] > 0 for line in lines[options.get("fake_warmup_iterations", 0) :])
+
+
+def test_the_fake_score_warms_up_while_the_student_rests(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", fake_warmup_iterations=2, rate_warmup=4)
+    before = {name: value.clone() for name, value in weights_of(trainer).items()}
+    for _ in range(2):
+        assert "generator_loss" not in trainer.update()
+    after = weights_of(trainer)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("fake."))
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("fake."))
+    # The student's own rise begins with its first update.
+    assert trainer.rate_factor(trainer.settings.fake_warmup_iterations) == 0.25
+    assert trainer.rate_factor() == 0.75
+    assert trainer.update()["generator_grad_norm"] > 0
+    assert any(not torch.equal(before[name], value) for name, value in weights_of(trainer).items() if "student" in name)
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +127,19 @@ def test_resuming_refuses_other_settings_unless_they_may_change(tmp_path: Path) 
         changed.resume()
     assert changed.resume(change_settings=True)
     assert make_trainer(tmp_path / "run", iterations=9).resume(), "a longer run needs no leave"
+
+
+def test_resuming_refuses_other_prompts_but_an_export_needs_none(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", iterations=2).train()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    later = json.dumps({"iteration": 3}) + "\n"
+    metrics.write_text(metrics.read_text() + later)
+    other = make_trainer(tmp_path / "run", iterations=2)
+    other.method.prompts = prompt_set(4)
+    with pytest.raises(TrainingError, match="other prompts"):
+        other.resume()
+    assert other.resume(to_export=True)
+    assert metrics.read_text().endswith(later), "the run may be going on: its records are not the export's"
 
 
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
@@ -217,9 +246,19 @@ def test_settings_come_from_file_flags_and_method(tmp_path: Path, monkeypatch: p
         DistillSettings.read(None, {"learning_rate": 1})
     with pytest.raises(ValueError, match="warm_start_fake_iterations"):
         DistillSettings.read(None, {"warm_start_iterations": 10})
+    with pytest.raises(ValueError, match="exclude each other"):
+        DistillSettings.read(None, {"warm_start_iterations": 60, "fake_warmup_iterations": 10})
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("betas: [0, 0.95")
+    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
+        DistillSettings.read(broken)
 
 
 def test_assignments_are_read_as_values() -> None:
+    with pytest.raises(ValueError, match="not a YAML value"):
+        parse_assignments(["betas=[0, 0.95"])
+    with pytest.raises(ValueError, match="not a YAML value"):
+        parse_assignments(["betas=[1e-3"])
     assert parse_assignments(["generator_rate=1e-4", "betas=[0, 0.95]", "normalise=true", "loss=squared"]) == {
         "generator_rate": 1e-4,
         "betas": [0, 0.95],

@@ -7,6 +7,7 @@ fake score's own denoising loss on the same predictions.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -67,7 +68,7 @@ class ScoreSample:
     fake: Tensor | None = None
 
 
-class DistillationMethod:
+class DistillationMethod(abc.ABC):
     """One objective over student, teacher and fake score.
 
     Subclasses say where predictions are matched and may add losses. `generator_loss` never gives gradients to teacher
@@ -89,9 +90,9 @@ class DistillationMethod:
 
     # ---- where predictions are matched ------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def matched_size(self, size: Size) -> Size:
         """The side at which a prediction made at `size` is compared with the teacher."""
-        raise NotImplementedError
 
     def rollout(self, random: Randomness) -> Rollout:
         """The source of this method's states."""
@@ -111,7 +112,8 @@ class DistillationMethod:
 
     def active_steps(self, iteration: int) -> list[int]:
         """Steps that are trained in this update: the low stage alone during the warm-up, then all."""
-        start = self.settings.warm_start_iterations
+        # The one or the other comes first, never both.
+        start = self.settings.warm_start_iterations + self.settings.fake_warmup_iterations
         if start <= iteration < start + self.settings.low_stage_iterations:
             return [index for index, step in enumerate(self.cascade.steps) if step.stage == 0]
         return list(range(self.cascade.num_steps))
