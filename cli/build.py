@@ -30,7 +30,7 @@ def command(
     engines: Annotated[Path, typer.Option(help="The folder of built engines.")] = Path("engines-cache"),
     backend: Annotated[str, typer.Option(help="auto, inductor, eager, tensorrt or tensorrt_rtx.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,2,4,8 (default 1,2,4,8).")] = None,
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Torch device, cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     workers: Annotated[int | None, typer.Option(help="Compilers at once (default: as many as fit).")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that the CPU engines will run on.")] = None,

@@ -10,7 +10,7 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 Engines = Annotated[Path, typer.Option(help="The folder of built engines.")]
-Device = Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:0.")]
+Device = Annotated[str, typer.Option(help="Torch device, cpu or cuda.")]
 
 
 @app.command("list")
@@ -71,14 +71,20 @@ def prune(
         raise ValueError("nothing to prune: give --broken, --foreign, --key KEY or --all")
     known = store.keys()
     chosen = set(known) if everything else set()
-    if broken or foreign:
-        chosen |= {p.key for p in store.verify(this_machine(device)) if (broken if p.broken else foreign)}
     for prefix in keys or []:
         matching = [manifest_key for manifest_key in known if manifest_key.startswith(prefix)]
         if len(matching) != 1:
             raise ValueError(f"--key {prefix!r} names {len(matching)} engines; see `rmd engines list`")
         chosen |= set(matching)
     removed = store.prune(sorted(chosen))
+    if broken or foreign:
+        here = this_machine(device)
+
+        def unwanted(key: str) -> bool:
+            problem = store.problem(key, here)
+            return problem is not None and (broken if problem.broken else foreign)
+
+        removed += store.prune(store.keys(), unwanted)
     typer.echo(f"{len(removed)} engines removed from {engines}")
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from engines.compilers.base import Engine, EngineMemory
-from engines.errors import EngineError
 
 
 class GraphedEngine(Engine):
@@ -65,7 +64,5 @@ class GraphedEngine(Engine):
 
     def unload(self) -> None:
         """See :meth:`Engine.unload`."""
-        if self._engine is None:
-            raise EngineError("this engine was unloaded before")
         self._graph, self._output, self._inputs = None, None, []
         self._engine.unload()

@@ -16,7 +16,7 @@ from engines.compilers.base import Compiler, EngineRequest, example_tensors
 from engines.errors import EngineError
 from engines.memory import MemoryPlan, available_bytes, weight_bytes, workspace_bytes
 from engines.spec import EngineSpec
-from engines.target import this_machine
+from engines.target import parse_device, this_machine
 from rmd.backbones.base import Backbone
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
@@ -42,7 +42,7 @@ class EngineOptions:
 
     Attributes:
         backend: a resolved backend name.
-        device: torch device.
+        device: "cpu" or "cuda", the first GPU.
         dtype: such as "bfloat16".
         buckets: batch sizes of the denoiser; text encoder and decoder take every other one.
     """
@@ -53,6 +53,7 @@ class EngineOptions:
     buckets: tuple[int, ...] = DEFAULT_BUCKETS
 
     def __post_init__(self) -> None:
+        parse_device(self.device)
         if not self.buckets or any(bucket < 1 for bucket in self.buckets):
             raise EngineError(f"buckets {list(self.buckets)}: give batch sizes of at least 1, such as 1,2,4,8")
         if list(self.buckets) != sorted(set(self.buckets)):
@@ -214,9 +215,11 @@ class CheckpointPlan:
     def command(self, store: Path) -> str:
         """The command that builds this plan."""
         buckets = ",".join(str(bucket) for bucket in self.options.buckets)
+        # The key of a CPU engine holds the number of threads; another shell may have another default.
+        threads = f" --threads {torch.get_num_threads()}" if self.target.device == "cpu" else ""
         return (
             f"rmd build --checkpoint {self.checkpoint.path} --engines {store} --backend {self.options.backend} "
-            f"--device {self.options.device} --dtype {self.options.dtype} --buckets {buckets}"
+            f"--device {self.options.device} --dtype {self.options.dtype} --buckets {buckets}{threads}"
         )
 
 

@@ -51,7 +51,7 @@ def rewriting(module: nn.Module) -> str:
     """The name that :func:`rewrite` would give, without doing it (works on the meta device)."""
     transformer = getattr(module, "transformer", None)
     known = type(transformer).__name__ == "SD3Transformer2DModel" and _is_plain_sd3(transformer)
-    return "joined-sd3-2" if known else ""
+    return "joined-sd3-3" if known else ""
 
 
 def _is_plain_sd3(transformer: Any) -> bool:
@@ -173,16 +173,23 @@ class JoinedSD3(nn.Module):
         )
         query, key, value = joint.view(batch, joint.shape[1], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, -1, self.width)
-        image = image + gate * block["out"](mixed[:, :tokens])
+        image = image + gate * _by_row(block["out"], mixed[:, :tokens])
         image = image + gate_up * block["down"](gelu_tanh(block["up"](self._modulate(image, scale_up, shift_up))))
         if not last:
-            text = text + text_gate * block["text_out"](mixed[:, tokens:])
+            text = text + text_gate * _by_row(block["text_out"], mixed[:, tokens:])
             hidden = gelu_tanh(block["text_up"](self._modulate(text, text_scale_up, text_shift_up)))
             text = text + text_gate_up * block["text_down"](hidden)
         return image, text
 
     def _modulate(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return F.layer_norm(x, (self.width,), eps=_EPSILON) * (1 + scale) + shift
+
+
+def _by_row(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear`` of a slice (B, N, D). As it lies, the slice of a batch would become B products with B copies of the
+    weight, which cannot be packed once."""
+    rows: Tensor = linear(x.reshape(-1, x.shape[-1]))
+    return rows.reshape(*x.shape[:2], -1)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.build import median_latency
+from engines.build import loadable_options
 from engines.compilers.base import Engine
-from engines.errors import BackendUnavailable, EngineError, EngineInputError, EngineMissing
+from engines.errors import EngineError, EngineInputError, EngineMissing
 from engines.manifest import Manifest
 from engines.planning import CheckpointPlan, EngineOptions, load_backbone
+from engines.spec import EngineSpec
 from engines.store import EngineStore
 from engines.weights import Recipe, WeightBank
-from rmd.backbones.base import Backbone
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
@@ -71,12 +71,15 @@ class EngineExecutor:
             cuda_graphs: replay each engine as one CUDA graph (on CUDA).
 
         Raises:
+            BackendUnavailable: see :func:`~engines.build.loadable_options`.
             EngineMissing: engines are not built; the message holds the command that builds them.
             EngineMismatch, EngineCorrupt: an engine is not for this machine, or damaged.
         """
         store = store if isinstance(store, EngineStore) else EngineStore(store)
-        options = _loadable(backend, device, dtype, buckets)
         folder = CheckpointFolder.read(checkpoint)
+        options, note = loadable_options(folder, store, backend, device, dtype, buckets)
+        if note:
+            log.warning(note)
         if weights_from is None:
             backbone = load_backbone(folder, options)
         else:
@@ -90,11 +93,11 @@ class EngineExecutor:
         """As :meth:`open`, for a plan whose backbone has its weights; those weights may be taken apart here."""
         command = plan.command(store.root)
         manifests: list[Manifest] = []
-        missing = []
+        missing: list[EngineSpec] = []
         for planned in plan.engines:
             manifest = store.get(planned.spec.key)
             if manifest is None:
-                missing.append(planned.spec.title)
+                missing.append(planned.spec)
             else:
                 manifests.append(manifest)
         if missing:
@@ -166,7 +169,7 @@ class EngineExecutor:
         """The buckets that serve ``rows`` rows in the least time, by the recorded latencies; largest first."""
         known = self._splits.get((place, rows))
         if known is None:
-            cost = {bucket: self._cost(engine) for bucket, engine in self._engines[place].items()}
+            cost = self._costs(place)
             best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
             for count in range(1, rows + 1):
                 options = [
@@ -178,10 +181,11 @@ class EngineExecutor:
             self._splits[place, rows] = known
         return known
 
-    @staticmethod
-    def _cost(engine: Engine) -> float:
-        recorded = engine.manifest.latency_seconds
-        return float(engine.batch) if recorded is None else recorded
+    def _costs(self, place: Place) -> dict[int, float]:
+        """By bucket: recorded seconds, or rows for all where one was never timed, since the two do not compare."""
+        recorded = {bucket: engine.manifest.latency_seconds for bucket, engine in self._engines[place].items()}
+        timed = {bucket: seconds for bucket, seconds in recorded.items() if seconds is not None}
+        return timed if len(timed) == len(recorded) else {bucket: float(bucket) for bucket in recorded}
 
     def _drop_largest(self, place: Place, rows: int) -> bool:
         """Stop using the largest bucket that ``rows`` uses, and all above; False when only the smallest is left."""
@@ -201,7 +205,7 @@ class EngineExecutor:
         return tuple(self._engines[self._place(component, size)])
 
     def latency(self, component: str, size: Size | None, batch: int) -> float:
-        """Seconds that ``batch`` rows take, by the latencies recorded at build.
+        """Seconds that ``batch`` rows take, by the latencies recorded at build; rows where an engine has none.
 
         Raises:
             EngineError: no such component or size, or ``batch`` is below 1.
@@ -209,7 +213,8 @@ class EngineExecutor:
         if batch < 1:
             raise EngineError(f"a batch of {batch} rows has no latency")
         place = self._place(component, size)
-        return sum(self._cost(self._engines[place][bucket]) for bucket in self.split(place, batch))
+        costs = self._costs(place)
+        return sum(costs[bucket] for bucket in self.split(place, batch))
 
     def useful_buckets(self, component: str, size: Size | None, min_gain: float = MIN_GAIN) -> tuple[int, ...]:
         """The smallest bucket, and each with at least ``min_gain`` times the throughput of the useful ones below."""
@@ -221,13 +226,6 @@ class EngineExecutor:
                 useful.append(bucket)
                 best = rate
         return tuple(useful)
-
-    def measure(self) -> None:
-        """Replace the recorded latencies by this machine's, now (in memory; ``rmd engines measure`` keeps them)."""
-        for by_batch in self._engines.values():
-            for engine in by_batch.values():
-                engine.manifest = engine.manifest.updated(latency_seconds=median_latency(engine))
-        self._splits.clear()
 
     def memory(self) -> dict[str, int]:
         """Bytes by component: weights, each counted once, and what its engines hold of their own."""
@@ -293,34 +291,17 @@ class EngineExecutor:
         return place
 
 
-def attach(backbone: Backbone, executor: EngineExecutor) -> Backbone:
-    """Let ``backbone`` (which may have no weights of its own) run through ``executor``."""
-    backbone.executor = executor
-    return backbone
-
-
-def _loadable(backend: str, device: str, dtype: str, buckets: Sequence[int] | None) -> EngineOptions:
-    """Options for loading: built engines run where they could not be built (a machine without a C++ compiler)."""
-    try:
-        options, note = EngineOptions.resolve(backend, device, dtype, buckets)
-    except BackendUnavailable:
-        if backend != "inductor":
-            raise
-        options, note = EngineOptions(backend, device, dtype, *([] if buckets is None else [tuple(buckets)])), ""
-    if note:
-        log.warning(note)
-    return options
-
-
-def _missing_message(missing: list[str], store: EngineStore, plan: CheckpointPlan, command: str) -> str:
+def _missing_message(missing: list[EngineSpec], store: EngineStore, plan: CheckpointPlan, command: str) -> str:
     count = f"{len(missing)} of {len(plan.engines)}"
-    message = f"{count} engines are not in {store.root} ({missing[0]}, ...). Build them: {command}"
+    message = f"{count} engines are not in {store.root} ({missing[0].title}, ...). Build them: {command}"
+    wanted = {(spec.title, spec.backend): spec for spec in missing}
     others = [
-        manifest.spec.target.differences(plan.target)
+        manifest.spec.differences(wanted[manifest.spec.title, manifest.spec.backend])
         for manifest in store.list()
-        if manifest.spec.component in plan.modules and manifest.spec.target != plan.target
+        if (manifest.spec.title, manifest.spec.backend) in wanted
     ]
-    reasons = next((differences for differences in others if differences), None)
+    # The nearest one: the fewer differences, the likelier it is the engine that was meant.
+    reasons = min((differences for differences in others if differences), key=len, default=None)
     return f"{message}. Engines there were built for {'; '.join(reasons)}" if reasons else message
 
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -128,9 +128,20 @@ class EngineSpec:
         """For people: "denoiser 128x128 batch 4"."""
         return " ".join(part for part in (self.component, self.size, f"batch {self.batch}") if part)
 
-    def with_weights(self, digest: str) -> EngineSpec:
-        """The same engine with these weights inside."""
-        return replace(self, weights=digest)
+    def differences(self, wanted: EngineSpec) -> list[str]:
+        """What this engine was built for that ``wanted`` is not: one short phrase each, machine first."""
+        found = self.target.differences(wanted.target)
+        for theirs, ours in ((self.versions, wanted.versions), (self.settings, wanted.settings)):
+            found += [
+                f"{name} {theirs.get(name, 'absent')}, here {ours.get(name, 'absent')}"
+                for name in sorted({*theirs, *ours})
+                if theirs.get(name) != ours.get(name)
+            ]
+        if self.dtype != wanted.dtype:
+            found.append(f"dtype {self.dtype}, here {wanted.dtype}")
+        if self.graph != wanted.graph:
+            found.append("another network")
+        return found
 
 
 def graph_digest(module: nn.Module) -> str:
@@ -159,16 +170,6 @@ def graph_digest(module: nn.Module) -> str:
         digest.update(f"{name}{tuple(buffer.shape)}\n".encode())
     for kind in sorted(sources, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
         digest.update(_source(kind).encode())  # type: ignore[arg-type]
-    return digest.hexdigest()
-
-
-def weights_digest(module: nn.Module) -> str:
-    """sha256 over names and bytes of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

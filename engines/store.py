@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from filelock import FileLock
 
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
 from engines.manifest import MANIFEST, FileRecord, Manifest
+from engines.spec import KEY_LENGTH
 from engines.target import Target
 
 _BUILDING = ".building-"
+# Any other folder beside the engines is not ours to call broken or to remove.
+_KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -58,7 +62,7 @@ class EngineStore:
         """Keys of all engines, sound or not."""
         if not self.root.is_dir():
             return []
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path.name for path in self.root.iterdir() if _KEY.fullmatch(path.name) and path.is_dir())
 
     def list(self) -> builtins.list[Manifest]:
         """Manifests of all readable engines, by component, size and batch."""
@@ -122,9 +126,9 @@ class EngineStore:
             EngineError: the engine is not in the store.
         """
         folder = self.folder(manifest.key)
-        if not folder.is_dir():
-            raise EngineError(f"engine {manifest.key} is not in {self.root}")
         with self._lock(manifest.key):
+            if not folder.is_dir():
+                raise EngineError(f"engine {manifest.key} is not in {self.root}")
             temporary = folder / f".{MANIFEST}-{os.getpid()}"
             try:
                 _write(temporary, manifest.to_json())
@@ -163,33 +167,47 @@ class EngineStore:
 
     def verify(self, here: Target) -> builtins.list[Problem]:
         """Read every file of every engine and tell what is wrong."""
-        problems = []
-        for key in self.keys():
-            try:
-                manifest = Manifest.read(self.folder(key))
-                self.check(manifest, here, f"rmd build --engines {self.root} --checkpoint FOLDER")
-            except EngineMismatch as error:
-                problems.append(Problem(key, str(error), broken=False))
-            except EngineCorrupt as error:
-                problems.append(Problem(key, str(error), broken=True))
-        return problems
+        found = (self.problem(key, here) for key in self.keys())
+        return [problem for problem in found if problem is not None]
 
-    def prune(self, keys: Iterable[str]) -> builtins.list[str]:
-        """Remove engines and what dead builders left. Returns the keys that were there.
+    def problem(self, key: str, here: Target) -> Problem | None:
+        """What is wrong with the engine ``key``, None when it is sound. Reads every file of it."""
+        try:
+            manifest = Manifest.read(self.folder(key))
+            self.check(manifest, here, f"rmd build --engines {self.root} --checkpoint FOLDER")
+        except EngineMismatch as error:
+            return Problem(key, str(error), broken=False)
+        except EngineCorrupt as error:
+            return Problem(key, str(error), broken=True)
+        return None
 
-        An engine that another process is building is left alone.
+    def prune(self, keys: Iterable[str], unwanted: Callable[[str], bool] | None = None) -> builtins.list[str]:
+        """Remove engines and what dead builders left. An engine that another process is building is left alone.
+
+        Args:
+            keys: of the engines; other names are passed over.
+            unwanted: asked for each key while nobody can build it; None removes all.
+
+        Returns:
+            The keys that were removed.
         """
         removed = []
         for key in keys:
-            if not self.folder(key).is_dir():
+            if not _KEY.fullmatch(key) or not self.folder(key).is_dir():
                 continue
-            with self._lock(key):
-                # Renamed first: no reader ever sees a half-removed engine under its key.
-                doomed = self.root / f"{_BUILDING}{key}"
-                shutil.rmtree(doomed, ignore_errors=True)
-                self.folder(key).replace(doomed)
-                shutil.rmtree(doomed)
-            removed.append(key)
+            try:
+                with self._lock(key, timeout=0):
+                    # Another prune may have been here since, or a builder may have replaced what was broken.
+                    if not self.folder(key).is_dir() or not (unwanted is None or unwanted(key)):
+                        continue
+                    # Renamed first: no reader ever sees a half-removed engine under its key.
+                    doomed = self.root / f"{_BUILDING}{key}"
+                    shutil.rmtree(doomed, ignore_errors=True)
+                    self.folder(key).replace(doomed)
+                    shutil.rmtree(doomed)
+                    removed.append(key)
+            except TimeoutError:
+                continue  # someone builds it right now
         if self.root.is_dir():
             for left in self.root.glob(f"{_BUILDING}*"):
                 lock = self._lock(left.name.removeprefix(_BUILDING), timeout=0)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from engines.errors import BackendUnavailable
+
 # Compilers are told -march=native, so every extension that they may use is part of the target.
 _EXTENSIONS = re.compile(r"(avx|amx|fma|f16c|bmi|vnni|gfni|vaes|vpclmul|neon|asimd|sve|sme|bf16|i8mm|fp16).*")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -70,9 +72,37 @@ class Target:
         return found
 
 
+def parse_device(device: torch.device | str) -> torch.device:
+    """The device of engines: the CPU, or the GPU that CUDA counts first.
+
+    Raises:
+        BackendUnavailable: an unknown device, one without engines, no CUDA, or another GPU than the first.
+    """
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise BackendUnavailable(f"unknown device {str(device)!r}; use cpu or cuda") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise BackendUnavailable(f"no backend builds engines for device {str(device)!r}; use cpu or cuda")
+    if parsed.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendUnavailable(f"device {str(device)!r}: torch sees no CUDA device; use --device cpu")
+        if parsed.index:
+            raise BackendUnavailable(
+                f"device {str(device)!r}: engines use the first GPU; "
+                f"set CUDA_VISIBLE_DEVICES={parsed.index} and --device cuda"
+            )
+    return parsed
+
+
 def this_machine(device: torch.device | str) -> Target:
-    """The target of ``device`` on this machine."""
-    kind = torch.device(device).type
+    """The target of ``device`` on this machine.
+
+    Raises:
+        BackendUnavailable: see :func:`parse_device`.
+    """
+    device = parse_device(device)
+    kind = device.type
     name = f"{platform.system().lower()}-{platform.machine()}"
     if kind == "cpu":
         return Target("cpu", name, instruction_set=_instruction_set())

@@ -148,6 +148,11 @@ class WeightBank:
                 *module.named_buffers(remove_duplicate=False),
             ]
         }
+        names: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self.parameters: tuple[tuple[str, ...], ...] = tuple(tuple(tied) for tied in names.values())
+        """The names of every parameter, in the network's order; several where it is tied."""
         # Weak: a constant lives as long as an engine reads it.
         self._made: weakref.WeakValueDictionary[Recipe, Tensor] = weakref.WeakValueDictionary()
         self._shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
@@ -190,7 +195,8 @@ class WeightBank:
         """Replace weights in place: every engine that shares them sees the new ones at its next run.
 
         Args:
-            state: parameters by name; all of those the component has. Buffers may be left out.
+            state: parameters by name; all of those the component has (tied ones under any of their names). Buffers
+                may be left out.
 
         Raises:
             EngineError: a parameter is missing, or has another shape. Nothing was changed then.
@@ -205,6 +211,15 @@ class WeightBank:
             for name, tensor in state.items()
             if name in self._shapes
         }
+        lacking = []
+        for tied in self.parameters:
+            given = next((name for name in tied if name in cast), None)
+            if given is None:
+                lacking.append(tied[0])
+            else:
+                cast |= {name: cast[given] for name in tied if name not in cast}
+        if lacking:
+            raise EngineError(f"refit: the new weights lack {lacking[0]!r} ({len(lacking)} in all)")
         made = {}
         for recipe in list(self._made):
             absent = [name for name in recipe.sources if name not in cast and name not in self._tensors]

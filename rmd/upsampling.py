@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rmd.fields import NOISE_UPSAMPLINGS
 from rmd.noise_schedule import NoiseSchedule, broadcast_to_samples, to_compute_dtype
 
 
@@ -123,8 +124,8 @@ def upsample_noise(eps: Tensor, target_shape: Sequence[int], mode: str = "biline
     Raises:
         ValueError: an unknown mode, or a target that does not fit.
     """
-    if mode not in ("bilinear", "renormalised", "nearest_block"):
-        raise ValueError(f"noise_upsampling {mode!r} is not one of bilinear, renormalised, nearest_block")
+    if mode not in NOISE_UPSAMPLINGS:
+        raise ValueError(f"noise_upsampling {mode!r} is not one of {', '.join(NOISE_UPSAMPLINGS)}")
     (eps,) = to_compute_dtype(eps)
     grid = _target_grid(eps, target_shape)
     if grid == tuple(eps.shape[2:]):

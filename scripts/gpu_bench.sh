@@ -8,7 +8,9 @@
 #   scripts/gpu_bench.sh compiled-sdxl        (or -pixart, -sd3) through torch.compile, batches 1 and 4
 #   scripts/gpu_bench.sh wan-14b|wan-1.3b    the film models (720p takes minutes a schedule: steps are measured)
 #   scripts/gpu_bench.sh tensorrt-sdxl        the same through TensorRT engines, where torch-tensorrt is installed
-#   scripts/gpu_bench.sh engines              build and check every engine of the embedded checkpoint on this GPU
+#   scripts/gpu_bench.sh engines-build        build and check every engine of the embedded checkpoint on this GPU;
+#                                             ends at its time limit, and goes on where it stopped when run again
+#   scripts/gpu_bench.sh engines-bench        time those engines
 #
 # Reports go to $OUT (default benchmarks/gpu). A failed step does not stop the ones after it.
 set -uo pipefail
@@ -19,40 +21,45 @@ MINUTES=${MINUTES:-8}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 
-bench() { # a report of one backbone; further arguments go to the bench
-  local backbone=$1
-  shift
+bench() { # a report of one backbone; the log is named after the step, further arguments go to the bench
+  local log=$1 backbone=$2
+  shift 2
   timeout $((MINUTES * 60 + 90)) "$PYTHON" -m engines.benchmark.speedup \
-    --device cuda --backbone "$backbone" --minutes "$MINUTES" --out "$OUT" "$@" 2>&1 | tee "$OUT/$backbone.log"
+    --device cuda --backbone "$backbone" --minutes "$MINUTES" --out "$OUT" "$@" 2>&1 | tee "$OUT/$log.log"
 }
 
 step() {
+  local failed=0
   case $1 in
-    list) sed -n '2,15s/^# \{0,1\}//p' "$0" ;;
+    list) sed -n '2,17s/^# \{0,1\}//p' "$0" ;;
     check)
       nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || true
-      "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)'
+      "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)' \
+        || failed=$?
       for backbone in sdxl pixart sd3 wan-14b; do
         timeout 120 "$PYTHON" -m engines.benchmark.speedup --device cuda --backbone "$backbone" --scale tiny \
           --batches 1,2 --repeats 3 --variants eager,eager+graphs --out "$OUT/rehearsal" \
-          || echo "rehearsal of $backbone failed"
+          || { failed=$?; echo "rehearsal of $backbone failed"; }
       done
+      return $failed
       ;;
-    sdxl | pixart | sd3) bench "$1" --batches 1,2,4,8,16 --repeats 5 --whole-limit 6 --variants eager,eager+graphs ;;
+    sdxl | pixart | sd3) bench "$1" "$1" --batches 1,2,4,8,16 --repeats 5 --whole-limit 6 --variants eager,eager+graphs ;;
     compiled-*)
-      bench "${1#compiled-}" --batches 1,4 --repeats 5 --whole-limit 6 --no-stock \
+      bench "$1" "${1#compiled-}" --batches 1,4 --repeats 5 --whole-limit 6 --no-stock \
         --variants eager,compiled,compiled+graphs --out "$OUT/compiled"
       ;;
-    wan-14b) bench wan-14b --batches 1 --repeats 3 --whole-limit 1 --variants eager,compiled --no-stock ;;
-    wan-1.3b) bench wan-1.3b --batches 1,2 --repeats 3 --whole-limit 10 --no-stock ;;
+    wan-14b) bench "$1" wan-14b --batches 1 --repeats 3 --whole-limit 1 --variants eager,compiled --no-stock ;;
+    wan-1.3b) bench "$1" wan-1.3b --batches 1,2 --repeats 3 --whole-limit 10 --no-stock ;;
     tensorrt-*)
-      bench "${1#tensorrt-}" --batches 1,4 --repeats 5 --whole-limit 6 \
+      bench "$1" "${1#tensorrt-}" --batches 1,4 --repeats 5 --whole-limit 6 \
         --variants eager,tensorrt+graphs --no-stock --out "$OUT/tensorrt"
       ;;
-    engines)
-      timeout 580 "$PYTHON" -m cli.main build --checkpoint models/embedded --device cuda --engines engines-cache-gpu \
-        && timeout 300 "$PYTHON" -m cli.main bench engines --checkpoint models/embedded --device cuda \
-          --engines engines-cache-gpu --out "$OUT"
+    engines-build)
+      timeout 580 "$PYTHON" -m cli.main build --checkpoint models/embedded --device cuda --engines engines-cache-gpu
+      ;;
+    engines-bench)
+      timeout 580 "$PYTHON" -m cli.main bench engines --checkpoint models/embedded --device cuda \
+        --engines engines-cache-gpu --out "$OUT"
       ;;
     *)
       echo "unknown step '$1'; see: $0 list" >&2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from engines.build import BuildProgress, build_checkpoint, missing_engines
-from engines.errors import BackendUnavailable, EngineAccuracyError
+from engines.build import BuildProgress, build_checkpoint, loadable_options
+from engines.errors import EngineAccuracyError
 from engines.planning import CheckpointPlan, EngineOptions
 from engines.runner import EngineExecutor
 from engines.store import EngineStore
@@ -22,31 +22,16 @@ _EAGER = "eager"
 def choose_engines(settings: ServerSettings, checkpoint: CheckpointFolder) -> EngineOptions | None:
     """Return what to build and load engines with, or None where the networks run eager.
 
-    A machine that cannot build (no C++ compiler) still runs engines that are in its store already.
-
     Raises:
         BackendUnavailable: a backend was named that cannot be used here.
     """
     if settings.backend == _EAGER:
         return None
     common = (settings.device, settings.dtype, settings.buckets)
-    try:
-        options, note = EngineOptions.resolve(settings.backend, *common)
-        if options.backend != _EAGER:
-            if note:
-                log.warning("%s", note)
-            return options
-    except BackendUnavailable as error:
-        if settings.backend != "inductor":
-            raise
-        options, note = None, str(error)
-    built = EngineOptions("inductor", *common[:2], *([] if settings.buckets is None else [settings.buckets]))
-    if not missing_engines(CheckpointPlan(checkpoint, built), EngineStore(settings.engines)):
-        return built
-    if options is None:
-        raise BackendUnavailable(note)
-    log.warning("running eager: %s", note)
-    return None
+    options, note = loadable_options(checkpoint, EngineStore(settings.engines), settings.backend, *common)
+    if note:
+        log.warning("%s", note)
+    return None if options.backend == _EAGER else options
 
 
 def build_missing(

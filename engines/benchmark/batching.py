@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engines.benchmark.pictures import picture_rows
 from engines.benchmark.report import (
     command_line,
     engines_markdown,
@@ -16,11 +17,13 @@ from engines.benchmark.report import (
     resident_bytes,
     write_report,
 )
-from engines.benchmark.subjects import Runner, checkpoint_subject, parameter_bytes
+from engines.benchmark.subjects import Runner, Subject, checkpoint_subject, parameter_bytes
 from engines.benchmark.timing import Interleaved, Timing, time_interleaved
+from engines.planning import DEFAULT_BUCKETS
 from engines.runner import EngineExecutor
 from engines.store import EngineStore
 from rmd.backbones.base import EagerExecutor
+from rmd.cascade import Cascade
 from rmd.size import Size
 
 DIFFUSERS = "diffusers"
@@ -81,7 +84,11 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
         for kind, executor in (("eager", eager), *opened.items()):
             cases[kind, component, size, batch] = _call(executor, component, size, inputs)
     found = time_interleaved(cases, device, repeats=settings.repeats, progress=lambda case: progress(str(case)))
-    loops = _loops(settings, subject, {"eager": eager, **opened}, device, progress)
+    executors = {"eager": eager, **opened}
+    loops = _loops(settings, subject, executors, device, progress)
+    progress("pictures")
+    exact = checkpoint_subject(settings.checkpoint, torch.float32, device).backbone
+    pictures = picture_rows(subject, exact, executors, _default(subject), settings.buckets or DEFAULT_BUCKETS)
     rows = engine_rows(found, EngineStore(settings.engines))
     content = {
         "format": 1,
@@ -93,6 +100,7 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
         "engines": rows,
         "batching_gain": buckets_summary(rows),
         "loops": loop_rows(loops),
+        "pictures": pictures,
         "memory": {
             "eager": parameter_bytes(backbone.component_modules()),
             **{kind: executor.memory() for kind, executor in opened.items()},
@@ -139,16 +147,21 @@ def _loops(
     progress: Callable[[str], None],
 ) -> Interleaved:
     cases: dict[tuple[str, str, int], Callable[[], Any]] = {}
-    default = next((name for name in ("2+2", "3+3") if name in subject.students), next(iter(subject.students)))
+    student = _default(subject)
     for batch in settings.loop_batches:
         for kind, executor in executors.items():
             runner = Runner(subject, executor)
             cases[kind, "teacher", batch] = runner.schedule(subject.teacher, batch)
-            cases[kind, default, batch] = runner.schedule(subject.students[default], batch)
+            cases[kind, student.schedule_name, batch] = runner.schedule(student, batch)
         cases[DIFFUSERS, "teacher", batch] = Runner(subject, executors["eager"]).diffusers_loop(subject.teacher, batch)
     return time_interleaved(
         cases, device, repeats=min(5, settings.repeats), progress=lambda case: progress(f"schedule {case}")
     )
+
+
+def _default(subject: Subject) -> Cascade:
+    name = next((name for name in ("2+2", "3+3") if name in subject.students), next(iter(subject.students)))
+    return subject.students[name]
 
 
 def engine_rows(found: Interleaved, store: EngineStore) -> list[dict[str, Any]]:

@@ -221,6 +221,21 @@ def engines_markdown(content: Mapping[str, Any]) -> str:
             f"| {row['backend']} | {row['schedule']} | {row['batch']} | {1000 * row['median_s']:.1f} | "
             f"{_times(row['over_diffusers'])} |"
         )
+    lines += [
+        "",
+        "## Pictures",
+        "",
+        "Eight prompts through the student's schedule: differences in 8-bit levels from eager float32 at batch 1, and",
+        "from the same backend at batch 1, which is what travelling in company changes.",
+        "",
+        "| run by | batch | against | mean | largest | more than 8 levels apart |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for row in content["pictures"]:
+        lines.append(
+            f"| {row['backend']} | {row['batch']} | {row['against']} | {row['mean_levels']:.2f} | "
+            f"{row['max_levels']:.1f} | {100 * row['share_above_8']:.2f} % |"
+        )
     lines += ["", "## Memory", ""]
     for backend, held in content["memory"].items():
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in held.items())

@@ -10,6 +10,7 @@ from engines.compilers.inductor import InductorCompiler
 from engines.compilers.tensorrt import TensorRTCompiler
 from engines.compilers.tensorrt_rtx import TensorRTRTXCompiler
 from engines.errors import BackendUnavailable
+from engines.target import parse_device
 
 COMPILERS: dict[str, type[Compiler]] = {
     kind.name: kind for kind in (TensorRTCompiler, TensorRTRTXCompiler, InductorCompiler, EagerCompiler)
@@ -33,11 +34,10 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[str, str]:
     """The backend to build with on ``device``, and one sentence when it is not the first choice of "auto".
 
     Raises:
-        BackendUnavailable: a named backend cannot build here; the message says why and what can.
+        BackendUnavailable: there is no such device, or a named backend cannot build here; the message says why and
+            what can.
     """
-    kind = torch.device(device).type
-    if kind not in _ORDER:
-        raise BackendUnavailable(f"no backend builds engines for device {kind!r}; use cpu or cuda")
+    kind = parse_device(device).type
     if name != "auto":
         can = get_compiler(name).capabilities(kind)
         if not can.available:

@@ -87,7 +87,7 @@ class Engine(ABC):
 
         Args:
             inputs: by name; names, shapes and dtypes as in the manifest, contiguous or not.
-            out: where to put the output; else a new tensor (or, with CUDA graphs, one that the next run overwrites).
+            out: where to put the output; else a new tensor.
 
         Raises:
             EngineInputError: a name, shape or dtype is wrong; the message says which and what is expected.

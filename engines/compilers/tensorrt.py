@@ -97,10 +97,14 @@ class TensorRTCompiler(Compiler):
             )
         names = [str(name) for name in program.graph_signature.user_inputs]
         with _recorded_weights() as recorded:
-            plan = self._convert(program, inputs, spec)
+            try:
+                plan = self._convert(program, inputs, spec)
+            finally:
+                # offload_module_to_cpu moves the caller's own parameters, which the exported program shares.
+                module.to(device)
         (folder / PLAN).write_bytes(plan)
         held = dict([*module.named_parameters(), *module.named_buffers()])
-        recipes = {name: find_recipe(weight, held, {}) for name, weight in recorded.items()}
+        recipes = {name: _only_recipe(weight.to(device), held) for name, weight in recorded.items()}
         by_name = {item.name: item for item in spec.inputs}
         return Manifest(
             spec,
@@ -187,13 +191,22 @@ class TensorRTEngine(Engine):
         """See :meth:`Engine.refit`.
 
         Raises:
-            EngineError: the plan does not take the weights; the old ones stay in use.
+            EngineError: the plan does not take the weights, or a parameter was not told apart from an equal one when
+                it was built; the old ones stay in use.
         """
         if self.manifest.weights_mode != "refittable":
             raise EngineError(
                 f"engine {self.manifest.spec.title} holds its weights for good; build it for the new ones (rmd build)"
             )
         recipes = {name: Recipe.from_dict(recipe) for name, recipe in self.manifest.constants.items()}
+        # TensorRT itself would keep the old values of these without a word.
+        traced = {source for recipe in recipes.values() for source in recipe.sources}
+        untraced = [tied[0] for tied in self._weights.parameters if traced.isdisjoint(tied)]
+        if untraced:
+            raise EngineError(
+                f"refit of {self.manifest.spec.title} lacks {untraced[0]!r} ({len(untraced)} in all), whose place in "
+                f"the plan is not known; build the engine again"
+            )
         refitter = self._tensorrt.Refitter(self._engine, self._logger)
         made = {name: recipe.make(state).detach().to(self.device).contiguous() for name, recipe in recipes.items()}
         for name, tensor in made.items():
@@ -253,6 +266,13 @@ def _recorded_weights() -> Iterator[dict[str, Tensor]]:
         yield recorded
     finally:
         context.record_weight = original
+
+
+def _only_recipe(weight: Tensor, held: Mapping[str, Tensor]) -> Recipe | None:
+    """How ``weight`` comes from one of ``held``; None where several are equal (zero biases, norms of ones)."""
+    found = [find_recipe(weight, {name: tensor}, {}) for name, tensor in held.items()]
+    recipes = [recipe for recipe in found if recipe is not None]
+    return recipes[0] if len(recipes) == 1 else None
 
 
 def _version(name: str) -> tuple[int, ...]:

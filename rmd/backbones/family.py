@@ -82,7 +82,7 @@ class DiffusersBackbone(Backbone):
         weights: bool = True,
     ) -> Self:
         """See :meth:`Backbone.load`; ``hub:<owner>/<name>[@<revision>]`` is fetched first."""
-        source = DiffusersFolder.open(folder)
+        source = DiffusersFolder.open(folder, (*cls.components, *cls.tokenizers, "scheduler"))
         present = [name for name in cls.components if name not in cls.optional or source.has(name)]
         source.require(*present, "scheduler")
         place = torch.device(device)

@@ -6,8 +6,8 @@ A hub repository is fetched only where it is asked for in so many words, ``hub:<
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
+from rmd.checkpoint import PICKLE_SUFFIXES, read_json
 
 HUB_PREFIX = "hub:"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*/merges.txt", "*/*.model"]
+_HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
+_VARIANTS = "*.fp16.*"
 
 
 class DiffusersFolder:
@@ -30,25 +31,23 @@ class DiffusersFolder:
         self.index = index
 
     @classmethod
-    def open(cls, source: Path | str) -> DiffusersFolder:
+    def open(cls, source: Path | str, components: Sequence[str] = ()) -> DiffusersFolder:
         """Opens a folder, or fetches ``hub:<owner>/<name>[@<revision>]`` first.
+
+        Args:
+            source: the folder, or the hub's name for it.
+            components: the sub-folders to fetch from the hub.
 
         Raises:
             BackboneError: there is no such folder, it is not a diffusers folder, or the hub cannot be reached.
         """
-        path = _fetch(str(source)) if str(source).startswith(HUB_PREFIX) else Path(source)
+        path = _fetch(str(source), components) if str(source).startswith(HUB_PREFIX) else Path(source)
         index_file = path / "model_index.json"
         if not path.is_dir():
             raise BackboneError(f"{path} is not a folder; to fetch from the hub write {HUB_PREFIX}<owner>/<name>")
         if not index_file.is_file():
             raise BackboneError(f"{path} is not a diffusers folder: it has no model_index.json")
-        try:
-            index = json.loads(index_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BackboneError(f"{index_file} is not valid JSON: {error}") from error
-        if not isinstance(index, dict):
-            raise BackboneError(f"{index_file} must hold an object")
-        return cls(path, index)
+        return cls(path, _read_object(index_file))
 
     def has(self, component: str) -> bool:
         """Whether the index names the component (entries of ``[null, null]`` are absent ones)."""
@@ -68,11 +67,7 @@ class DiffusersFolder:
         folder = self.path / component
         for name in ("config.json", "scheduler_config.json"):
             if (folder / name).is_file():
-                try:
-                    config = json.loads((folder / name).read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise BackboneError(f"{folder / name} is not valid JSON: {error}") from error
-                return dict(config)
+                return _read_object(folder / name)
         raise BackboneError(f"{folder} has no config.json")
 
     def load(self, component: str, target: str, dtype: torch.dtype, device: torch.device, weights: bool) -> Any:
@@ -102,10 +97,18 @@ class DiffusersFolder:
         return model.to(device)
 
     def tokenizer(self, component: str) -> Any:
-        """The tokenizer in a sub-folder; code from the folder is never run."""
-        settings = self.path / component / "tokenizer_config.json"
-        if settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8")):
-            raise BackboneError(f"{settings} asks for code of its own (auto_map), and code from a folder is never run")
+        """The tokenizer in a sub-folder; code from the folder is never run.
+
+        Raises:
+            BackboneError: its settings are no JSON or ask for code, or the tokenizer cannot be read.
+        """
+        # The library takes the name of a tokenizer's class from either file.
+        for name in ("tokenizer_config.json", "config.json"):
+            settings = self.path / component / name
+            if settings.is_file() and "auto_map" in _read_object(settings):
+                raise BackboneError(
+                    f"{settings} asks for code of its own (auto_map), and code from a folder is never run"
+                )
         transformers = import_module("transformers")
         try:
             return transformers.AutoTokenizer.from_pretrained(str(self.path / component), local_files_only=True)
@@ -116,7 +119,7 @@ class DiffusersFolder:
         """None for plain weight files, or the one variant (such as fp16) that is there; refuses pickled weights."""
         files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".safetensors"))
         if not files:
-            pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES)
+            pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICKLE_SUFFIXES)
             if pickles:
                 raise BackboneError(
                     f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
@@ -130,19 +133,42 @@ class DiffusersFolder:
         return stems.pop()
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = read_json(path)
+    except ValueError as error:
+        raise BackboneError(str(error)) from None
+    if not isinstance(data, dict):
+        raise BackboneError(f"{path} must hold an object")
+    return data
+
+
 def _variant_of(file_name: str) -> str:
     """``model.fp16-00001-of-00002.safetensors`` -> ``fp16``; the empty string for plain names."""
     stem = re.sub(r"-\d+-of-\d+$", "", file_name.removesuffix(".safetensors"))
     return stem.partition(".")[2]
 
 
-def _fetch(source: str) -> Path:
+def _fetch(source: str, components: Sequence[str]) -> Path:
     repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     if repository.count("/") != 1:
         raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
     hub = import_module("huggingface_hub")
+
+    def fetch(names: Sequence[str], ignored: str | None) -> Path:
+        patterns = ["model_index.json", *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
+        return Path(
+            hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
+
     try:
-        return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_PATTERNS))
+        path = fetch(components, _VARIANTS)
+        # Some repositories hold the smaller variant of a network's weights alone.
+        folders = [path / name for name in components]
+        bare = [f.name for f in folders if (f / "config.json").is_file() and not any(f.glob("*.safetensors"))]
+        return fetch(bare, None) if bare else path
     except Exception as error:  # the client's many errors all mean the same to the caller
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackboneError(

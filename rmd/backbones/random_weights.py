@@ -46,7 +46,7 @@ def build_random(
                 path = f"{prefix}.{name}".split(".")
                 wide = any(part in keep for part in path)
                 value = torch.empty(parameter.shape, dtype=torch.float32 if wide else dtype, device=device)
-                _fill(value, name, module, generator)
+                _fill(value, name, generator)
                 made[id(parameter)] = parameter, nn.Parameter(value, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)][1]
         for name, buffer in list(module._buffers.items()):
@@ -61,7 +61,7 @@ def _construct(cls: Any, config: Mapping[str, Any]) -> Any:
     return cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
 
-def _fill(value: torch.Tensor, name: str, module: nn.Module, generator: torch.Generator | None) -> None:
+def _fill(value: torch.Tensor, name: str, generator: torch.Generator | None) -> None:
     if value.device.type == "meta":
         return
     with torch.no_grad():

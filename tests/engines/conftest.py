@@ -35,7 +35,7 @@ class Net(nn.Module):
         self.register_buffer("shift", torch.linspace(-1, 1, 16))
 
     def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        hidden = torch.nn.functional.silu(self.up(latents + self.shift) + timestep[:, None, None] / 1000)
+        hidden = torch.nn.functional.silu(self.up(latents + self.shift) + timestep[:, None, None].to(latents) / 1000)
         return self.down(hidden) * self.scale
 
 

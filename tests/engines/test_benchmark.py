@@ -301,6 +301,12 @@ def test_built_engines_are_measured_beside_eager_and_the_diffusers_loop(tmp_path
         ("diffusers", "teacher"),
     }  # fmt: skip
     assert set(content["memory"]) == {"eager", "eager engines"}
+    drawn = {(row["backend"], row["batch"], row["against"]): row["max_levels"] for row in content["pictures"]}
+    assert set(drawn) == {
+        (kind, batch, against)
+        for kind in ("eager", "eager engines") for batch in (1, 2) for against in ("float32", "alone")
+    }  # fmt: skip
+    assert max(drawn.values()) < 0.1
     text = (tmp_path / "engines-cpu.md").read_text()
     assert "weights counted once" in text and "| denoiser | 64x64 | 2 |" in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def engine(request: pytest.FixtureRequest, compiled: tuple[Path, Manifest], net:
 
 def test_an_engine_computes_what_its_network_does(engine: Engine, net: nn.Module) -> None:
     engine.warmup()
-    assert relative_l2(engine, net) <= 1e-5
+    assert relative_l2(engine, net)[0] <= 1e-5
     inputs = net_inputs(2)
     out = torch.empty(2, 8, 16)
     assert engine.run(inputs, out=out) is out
@@ -146,9 +147,21 @@ class Drifting(Net):
 def test_an_engine_that_differs_from_eager_is_not_published(tmp_path: Path) -> None:
     module = Drifting().eval().requires_grad_(False)
     store = EngineStore(tmp_path)
-    with pytest.raises(EngineAccuracyError, match=r"differs from eager by .* not published"):
+    with pytest.raises(EngineAccuracyError, match=r"differs from eager in float32 by .* not published"):
         build_engine(get_compiler("eager"), store, module, net_spec(module, "eager"))
     assert store.keys() == []
+
+
+def test_the_reference_is_eager_in_float32(tmp_path: Path) -> None:
+    module = Net().eval().requires_grad_(False)
+    inputs = net_inputs(2, torch.bfloat16)
+    module.bfloat16()
+    exact = copy.deepcopy(module).float()(**{name: value.float() for name, value in inputs.items()})
+    spec = get_compiler("eager").plan(net_request(module, 2, torch.bfloat16))
+    manifest = build_engine(get_compiler("eager"), EngineStore(tmp_path), module, spec, inputs)
+    expected = (module(**inputs) - exact).double().norm() / exact.double().norm()
+    assert expected > 1e-4
+    assert manifest.relative_l2 == pytest.approx(float(expected)) and manifest.tolerance == 2e-2
 
 
 def test_without_a_compiler_auto_means_eager_and_says_so() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build import build_checkpoint, measure, missing_engines, plan_checkpoint
+from engines.build import build_checkpoint, loadable_options, measure, missing_engines, plan_checkpoint
 from engines.compilers import get_compiler
 from engines.errors import (
     BackendUnavailable,
@@ -20,15 +20,18 @@ from engines.errors import (
     EngineMissing,
     NotEnoughMemory,
 )
-from engines.manifest import MANIFEST
+from engines.manifest import MANIFEST, Manifest
 from engines.memory import MemoryPlan, workspace_bytes
 from engines.planning import CheckpointPlan, EngineOptions
 from engines.runner import EngineExecutor
+from engines.spec import EngineSpec
 from engines.store import EngineStore
+from engines.target import package_version
 from engines.weights import WeightBank
 from engines.worker import build_in_processes
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
+from rmd.checkpoint import CheckpointFolder
 from rmd.sampler import sample
 from rmd.size import Size
 from tests.engines.conftest import Net, net_inputs, net_spec
@@ -56,6 +59,9 @@ def test_rows_are_served_by_the_cheapest_buckets(net: nn.Module) -> None:
     assert costly.split(("denoiser", "64x64"), 4) == (1, 1, 1, 1)
     assert costly.latency("denoiser", SIZE, 3) == 3.0
     assert executor_of(net, {1: None, 4: None}).split(("denoiser", "64x64"), 6) == (4, 1, 1)
+    # Seconds beside rows would make the one timed engine look as if it cost nothing.
+    partly = executor_of(net, {1: 0.01, 2: None, 4: None})
+    assert partly.split(("denoiser", "64x64"), 4) == (4,) and partly.latency("denoiser", SIZE, 5) == 5.0
 
 
 @pytest.mark.parametrize(
@@ -162,6 +168,8 @@ def test_a_plan_without_weights_has_the_keys_of_the_loaded_model(tiny_checkpoint
         ({"backend": "tensorrt"}, BackendUnavailable, "'tensorrt' is not available"),
         ({"backend": "onnx"}, BackendUnavailable, "unknown backend 'onnx'"),
         ({"dtype": "int8"}, EngineError, "use bfloat16, float16 or float32"),
+        ({"device": "gpu"}, BackendUnavailable, "unknown device 'gpu'; use cpu or cuda"),
+        ({"device": "cuda"}, BackendUnavailable, "torch sees no CUDA device; use --device cpu"),
     ],
 )
 def test_bad_options_give_one_clear_error(
@@ -212,7 +220,10 @@ def test_the_teachers_weights_run_through_the_same_engines(
 
 
 def test_missing_and_damaged_engines_name_the_command(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
-    command = rf"rmd build --checkpoint {tiny_checkpoint} --engines .* --backend eager .*--buckets 1,2"
+    command = (
+        rf"rmd build --checkpoint {tiny_checkpoint} --engines .* --backend eager .*--buckets 1,2 "
+        rf"--threads {torch.get_num_threads()}"
+    )
     with pytest.raises(EngineMissing, match=rf"engines are not in .* Build them: {command}"):
         EngineExecutor.open(tiny_checkpoint, tmp_path, "eager", dtype="float32", buckets=(1, 2))
     copy = tmp_path / "copy"
@@ -220,6 +231,43 @@ def test_missing_and_damaged_engines_name_the_command(tiny_checkpoint: Path, eag
     next(copy.glob(f"*/{MANIFEST}")).write_text("{")
     with pytest.raises(EngineCorrupt, match="is not JSON"):
         EngineExecutor.open(tiny_checkpoint, copy, "eager", dtype="float32", buckets=(1, 2))
+
+
+def record(store: EngineStore, spec: EngineSpec) -> None:
+    """Put an engine without files into the store; it can be found there, not run."""
+    store.build(spec.key, lambda folder: Manifest(spec, {}, spec.inputs, spec.inputs[0], spec.weights_mode))
+
+
+def test_missing_engines_say_what_those_at_hand_were_built_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    torch.set_num_threads(2)
+    options = EngineOptions("inductor", "cpu", "float32", (1,))
+    built = next(e.spec for e in CheckpointPlan.read(tiny_checkpoint, options).engines if e.component == "denoiser")
+    spec = replace(built, versions={**built.versions, "diffusers": "0.1"})
+    record(store, spec)
+    torch.set_num_threads(1)
+    here = package_version("diffusers")
+    with pytest.raises(
+        EngineMissing, match=rf"--threads 1\. .* built for diffusers 0.1, here {here}; threads 2, here 1"
+    ):
+        EngineExecutor.from_plan(CheckpointPlan.read(tiny_checkpoint, options), store)
+
+
+def test_without_a_compiler_built_engines_are_loaded_and_else_eager_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    folder, store = CheckpointFolder.read(tiny_checkpoint), EngineStore(tmp_path)
+    arguments: tuple[str, str, tuple[int, ...]] = ("cpu", "float32", (1,))
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        options, note = loadable_options(folder, store, "auto", *arguments)
+        assert options.backend == "eager" and "no C++ compiler" in note
+        with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler"):
+            loadable_options(folder, store, "inductor", *arguments)
+        for engine in CheckpointPlan(folder, EngineOptions("inductor", *arguments)).engines:
+            record(store, engine.spec)
+        for backend in ("auto", "inductor"):
+            assert loadable_options(folder, store, backend, *arguments)[0].backend == "inductor"
+        assert loadable_options(folder, store, "eager", *arguments)[0].backend == "eager"
 
 
 def test_a_build_goes_on_where_it_stopped_and_reports(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
@@ -238,6 +286,13 @@ def test_a_build_goes_on_where_it_stopped_and_reports(tiny_checkpoint: Path, eag
     assert "memory plan for cpu" in said[0]
     assert missing_engines(plan, store) == []
     assert len(measure(plan, store)) == len(plan.engines)
+    # As a build leaves it that is interrupted before it times what it has built.
+    untimed = store.get(plan.engines[2].spec.key)
+    assert untimed is not None
+    store.update(untimed.updated(latency_seconds=None))
+    assert build_checkpoint(tiny_checkpoint, store, "eager", dtype="float32", buckets=(1, 2)).built == ()
+    timed = store.get(untimed.key)
+    assert timed is not None and timed.latency_seconds
 
 
 def test_processes_build_into_one_store(tiny_checkpoint: Path, tmp_path: Path) -> None:

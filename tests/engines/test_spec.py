@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from engines.compilers import get_compiler
-from engines.errors import EngineCorrupt, EngineError
+from engines.errors import BackendUnavailable, EngineCorrupt, EngineError
 from engines.manifest import MANIFEST, Manifest
-from engines.spec import EngineSpec, graph_digest, weights_digest
-from engines.target import Target, this_machine
+from engines.spec import EngineSpec, graph_digest
+from engines.target import Target, parse_device, this_machine
 from tests.engines.conftest import Net, net_request, net_spec
 
 
@@ -53,8 +53,11 @@ def test_every_part_changes_the_key(net: nn.Module, change: dict[str, object]) -
 
 
 def test_embedded_weights_are_part_of_the_key_and_shared_ones_are_not(net: nn.Module) -> None:
-    assert net_spec(net).weights is None
-    assert net_spec(net).with_weights(weights_digest(net)).key != net_spec(net).with_weights(weights_digest(Net(1))).key
+    request = net_request(net)
+    other = replace(request, weights="another digest")
+    shared, inside = get_compiler("inductor"), get_compiler("tensorrt")
+    assert shared.plan(request).weights is None and shared.plan(request).key == shared.plan(other).key
+    assert inside.plan(request).weights == "digest" and inside.plan(request).key != inside.plan(other).key
 
 
 def test_the_number_of_threads_is_part_of_a_cpu_engine(net: nn.Module) -> None:
@@ -86,6 +89,17 @@ def test_a_target_names_what_the_machine_lacks() -> None:
     gpu = Target("cuda", here.platform, "", "9.0", "13.0", "580")
     other = replace(gpu, compute_capability="8.9", driver="570")
     assert gpu.differences(other) == ["GPU compute capability 9.0, here 8.9", "GPU driver major version 580, here 570"]
+
+
+def test_engines_take_the_cpu_or_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_device("cpu") == torch.device("cpu")
+    for text in ("cuda:x", ""):
+        with pytest.raises(BackendUnavailable, match=r"unknown device .* use cpu or cuda"):
+            parse_device(text)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_device("cuda") == torch.device("cuda") and parse_device("cuda:0").index == 0
+    with pytest.raises(BackendUnavailable, match="set CUDA_VISIBLE_DEVICES=1 and --device cuda"):
+        parse_device("cuda:1")
 
 
 def test_the_manifest_says_what_was_built(store: tuple[object, Manifest]) -> None:

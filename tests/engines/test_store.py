@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -8,8 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from torch import nn
+from typer.testing import CliRunner
 
+from cli.engines import app
 from engines.compilers import get_compiler
 from engines.compilers.inductor import PACKAGE
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
@@ -184,6 +188,46 @@ def test_pruning_removes_what_is_named_and_nothing_else(net: nn.Module, tmp_path
     assert store.keys() == [key]
     assert store.prune([key]) == [key]
     assert leftovers(tmp_path) == [] and store.list() == []
+
+
+def test_folders_that_are_no_engines_are_left_alone(net: nn.Module, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    key, builder = eager_builder(net)
+    store.build(key, builder)
+    for name in ("embedded", key[:-1], key.upper() + "0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text("{}")
+    assert store.keys() == [key] and store.verify(HERE) == []
+    pruned = CliRunner().invoke(app, ["prune", "--all", "--broken", "--engines", str(tmp_path)])
+    assert "1 engines removed" in pruned.output
+    assert store.prune(["embedded"]) == []
+    assert leftovers(tmp_path) == sorted(["embedded", key[:-1], key.upper() + "0"])
+
+
+def test_an_engine_that_is_being_built_is_not_pruned(net: nn.Module, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    key, builder = eager_builder(net)
+    store.build(key, builder)
+    with FileLock(tmp_path / ".locks" / f"{key}.lock"):
+        assert store.prune([key]) == []
+    assert store.keys() == [key]
+    assert store.prune([key], lambda known: False) == [] and store.keys() == [key]
+
+
+def test_an_engine_that_another_prune_took_meanwhile_is_no_error(net: nn.Module, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    key, builder = eager_builder(net)
+    store.build(key, builder)
+
+    class Gone(EngineStore):
+        def _lock(self, key: str, timeout: float = -1) -> FileLock:
+            shutil.rmtree(self.folder(key), ignore_errors=True)
+            return super()._lock(key, timeout)
+
+    assert Gone(tmp_path).prune([key]) == []
+    manifest = store.build(key, builder)
+    with pytest.raises(EngineError, match="is not in"):
+        Gone(tmp_path).update(manifest)
 
 
 def test_measurements_are_replaced_and_files_are_not(store: tuple[EngineStore, Manifest]) -> None:

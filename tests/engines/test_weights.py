@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from engines.compilers.tensorrt import TensorRTEngine, _only_recipe
 from engines.errors import EngineError
+from engines.manifest import Manifest
 from engines.rewrites import gelu_tanh, rewrite, rewriting
 from engines.weights import Recipe, WeightBank, find_recipe, lay_out
-from tests.engines.conftest import Net
+from tests.engines.conftest import Net, net_spec
 
 
 def test_layouts_put_every_element_where_the_kernels_read_it() -> None:
@@ -80,6 +82,42 @@ def test_weights_that_do_not_fit_change_nothing(net: nn.Module) -> None:
     assert torch.equal(packed, before)
 
 
+def test_new_weights_must_name_every_parameter(net: nn.Module) -> None:
+    bank = WeightBank(net)
+    state = dict(Net(seed=7).named_parameters())
+    before = net.get_parameter("up.weight").clone()
+    misnamed = {name.replace("down.", "lower."): tensor for name, tensor in state.items()}
+    with pytest.raises(EngineError, match=r"lack 'down.weight' \(2 in all\)"):
+        bank.refit(misnamed)
+    assert torch.equal(net.get_parameter("up.weight"), before)
+    bank.refit(state)
+    assert torch.equal(net.get_parameter("up.weight"), state["up.weight"])
+
+
+def test_a_tied_parameter_may_come_under_any_of_its_names() -> None:
+    tied = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)}).requires_grad_(False)
+    tied["b"].weight = tied["a"].weight
+    bank = WeightBank(tied)
+    recipe = Recipe(("b.weight",), "blocked", 2)
+    packed = bank.constant(recipe)
+    new = torch.randn(4, 4)
+    bank.refit({"a.weight": new})
+    assert torch.equal(packed, recipe.make({"b.weight": new}))
+
+
+def test_a_plan_whose_equal_weights_cannot_be_told_apart_is_not_refitted(net: nn.Module) -> None:
+    weights = {"a": torch.zeros(8), "b": torch.zeros(8), "c": torch.randn(8)}
+    assert _only_recipe(torch.zeros(8), weights) is None
+    assert _only_recipe(weights["c"].clone(), weights) == Recipe(("c",))
+    spec = net_spec(net, "tensorrt")
+    constants = {name: Recipe((name,)).to_dict() for name in ("up.weight", "down.weight", "down.bias")}
+    engine = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU there is no plan to load
+    engine.manifest = Manifest(spec, {}, spec.inputs, spec.inputs[0], spec.weights_mode, constants=constants)
+    engine._weights = WeightBank(net)
+    with pytest.raises(EngineError, match=r"lacks 'up.bias' \(1 in all\).*build the engine again"):
+        engine.refit(dict(Net(seed=7).named_parameters()))
+
+
 def sd3(**overrides: object) -> nn.Module:
     from diffusers import SD3Transformer2DModel
 
@@ -113,6 +151,22 @@ def test_the_joined_transformer_computes_the_same() -> None:
             assert torch.equal(recipe.make(held).reshape(parameter.shape), parameter), name
         else:
             assert name == "frequencies"
+
+
+def test_no_product_of_the_joined_transformer_copies_its_weight_for_each_sample() -> None:
+    """A linear layer on a slice becomes B products with B copies of the weight, which cannot be packed."""
+    module = sd3()
+    inputs = {
+        "latents": torch.randn(3, 4, 8, 8),
+        "timestep": torch.tensor([20.0, 700.0, 900.0]),
+        "encoder_hidden_states": torch.randn(3, 5, 24),
+        "pooled_projections": torch.randn(3, 24),
+    }
+    joined = rewrite(module, inputs).module
+    program = torch.export.export(joined, (), kwargs=inputs, strict=False)
+    operators = [str(node.target) for node in program.run_decompositions().graph.nodes if node.op == "call_function"]
+    layers = [child for child in joined.modules() if isinstance(child, nn.Linear)]
+    assert operators.count("aten.addmm.default") == len(layers)
 
 
 def test_transformers_with_further_parts_are_left_alone() -> None:

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rmd.backbones.base import BackboneError, EagerExecutor
+from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone, load_checkpoint
 from rmd.backbones.tiny import TINY_BACKBONES, tiny_config, tiny_sizes, write_tiny_folder
 from rmd.size import Size
@@ -53,7 +55,7 @@ def test_not_a_diffusers_folder(tmp_path: Path) -> None:
 
 def test_broken_index(folder: Path) -> None:
     (folder / "model_index.json").write_text("{")
-    with pytest.raises(BackboneError, match=r"model_index.json is not valid JSON"):
+    with pytest.raises(BackboneError, match=r"model_index.json: line 1, column 2: not valid JSON"):
         _load(folder)
 
 
@@ -104,11 +106,42 @@ def test_v_prediction_folder_is_refused(folder: Path) -> None:
         _load(folder)
 
 
-def test_tokenizer_with_code_is_refused(folder: Path) -> None:
-    path = folder / "tokenizer" / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["evil.py", None]}}))
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+def test_tokenizer_with_code_is_refused(folder: Path, name: str) -> None:
+    path = folder / "tokenizer" / name
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**settings, "auto_map": {"AutoTokenizer": ["evil.py", None]}}))
     with pytest.raises(BackboneError, match="code from a folder is never run"):
         _load(folder)
+
+
+def test_broken_tokenizer_settings_are_named(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 77,\n "auto_map"}')
+    with pytest.raises(BackboneError, match=r"tokenizer_config.json: line 2, column 12: not valid JSON"):
+        _load(folder)
+
+
+def test_only_what_a_backbone_needs_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    weights = ("model.safetensors", "model.fp16.safetensors")
+    there = [f"unet/{name}" for name in ("config.json", *weights, "model.bin")]
+    there += ["model_index.json", "vae/config.json", "vae/model.fp16.safetensors", "tokenizer/merges.txt"]
+    there += ["all-in-one.safetensors", *(f"refiner/{name}" for name in weights)]
+
+    def download(repository: str, revision: str | None, **patterns: Any) -> str:
+        for name in filter_repo_objects(there, **patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert DiffusersFolder.open("hub:owner/name", ("unet", "vae", "tokenizer")).path == tmp_path
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == {
+        "model_index.json", "unet/config.json", "unet/model.safetensors",
+        "vae/config.json", "vae/model.fp16.safetensors", "tokenizer/merges.txt",
+    }  # fmt: skip
 
 
 def test_hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
