@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.build import parse_buckets
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +30,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.", min=0)] = 0,
     engines: Annotated[Path | None, typer.Option(help="Use the engines in this folder (rmd build).")] = None,
+    buckets: Annotated[str | None, typer.Option(help="With --engines: as they were built, such as 1,2,4.")] = None,
     backend: Annotated[str, typer.Option(help="With --engines: which backend's; without: eager.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
@@ -42,7 +45,7 @@ def command(
     names = list(dict.fromkeys(schedule or [])) or [""]
     if backend not in ("auto", "eager") and engines is None:
         raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
-    runs = _open(checkpoint, names, engines, backend, device, dtype)
+    runs = _open(checkpoint, names, engines, backend, device, dtype, parse_buckets(buckets))
     headings = [label for label, _, _ in runs]
     single = sheet or (len(texts) == 1 and len(runs) == 1)
     video = runs[0][1].media == "video" and not sheet
@@ -82,7 +85,13 @@ def _check_out(out: Path, single: bool, suffix: str) -> None:
 
 
 def _open(
-    path: Path, names: Sequence[str], engines: Path | None, backend: str, device: str, dtype: str | None
+    path: Path,
+    names: Sequence[str],
+    engines: Path | None,
+    backend: str,
+    device: str,
+    dtype: str | None,
+    buckets: tuple[int, ...] | None,
 ) -> list[tuple[str, Backbone, Cascade]]:
     """Heading, backbone and cascade of each schedule; the students' schedules share one backbone."""
     import torch
@@ -111,7 +120,9 @@ def _open(
                 from engines.runner import EngineExecutor
 
                 source = None if weights == path else weights  # the teacher runs in the student's engines
-                backbone.executor = EngineExecutor.open(path, store, backend, device, dtype=dtype, weights_from=source)
+                backbone.executor = EngineExecutor.open(
+                    path, store, backend, device, dtype=dtype, buckets=buckets, weights_from=source
+                )
             loaded[weights] = backbone
         return loaded[weights]
 

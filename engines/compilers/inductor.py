@@ -173,7 +173,7 @@ class InductorEngine(Engine):
             raise EngineError(f"engine {self.manifest.spec.title} was unloaded")
         # boxed_run, not the package's __call__: that one parses the call's tree specification anew each time.
         with torch.inference_mode():
-            outputs: list[Tensor] = self._loader.boxed_run([tensor.contiguous() for tensor in inputs])
+            outputs: list[Tensor] = self._loader.boxed_run([_plain(tensor) for tensor in inputs])
         return outputs[0]
 
     def refit(self, state: Mapping[str, Tensor]) -> None:
@@ -188,6 +188,17 @@ class InductorEngine(Engine):
         """See :meth:`Engine.unload`."""
         self._loader = None
         self._constants = {}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor with its shape's own strides: `contiguous()` leaves those of dimensions of size 1 as they are, such as
+    the batch's of one row of a wider tensor, and compiled code compares them."""
+    tensor = tensor.contiguous()
+    strides, step = [], 1
+    for size in reversed(tensor.shape):
+        strides.append(step)
+        step *= size
+    return tensor.as_strided(tensor.shape, strides[::-1])
 
 
 def package(program: Any, path: Path, configuration: Mapping[str, Any]) -> None:

@@ -44,6 +44,15 @@ def test_an_engine_computes_what_its_network_does(engine: Engine, net: nn.Module
     assert torch.equal(engine.run(strided), engine.run(inputs))
 
 
+def test_one_row_of_a_wider_tensor_is_taken(tmp_path: Path, net: nn.Module) -> None:
+    manifest = build_engine(get_compiler("inductor"), EngineStore(tmp_path), net, net_spec(net, batch=1))
+    engine = load(tmp_path, manifest, net)[0]
+    inputs = net_inputs(1)
+    row = torch.empty_strided((1, 8, 16), (2496, 16, 1)).copy_(inputs["latents"])
+    assert row.is_contiguous() and row.stride(0) == 2496
+    assert torch.equal(engine.run({**inputs, "latents": row}), engine.run(inputs))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
