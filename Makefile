@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint test-tensorrt clean
+.PHONY: help install serve test lint test-slow test-tensorrt clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -33,6 +33,9 @@ lint: install  ## ruff and mypy --strict
 
 test: install lint  ## everything that CI checks
 	$(BIN)/python -m pytest
+
+test-slow: install  ## every backbone family through AOTInductor engines, tiny networks
+	$(BIN)/python -m pytest tests_slow
 
 test-tensorrt: install  ## TensorRT-RTX engines built on a machine without a GPU, in an environment of their own
 	bash scripts/test_tensorrt.sh
