@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from rmd.backbones.base import Backbone
     from rmd.cascade import Cascade
-    from rmd.checkpoint import CheckpointFolder
 
 TEACHER = "teacher"
 
@@ -131,26 +130,11 @@ def _open(
         if name != TEACHER:
             runs.append((name, load(path), folder.cascades[name]))
             continue
-        if folder.teacher_path is None or not folder.teacher_path.is_dir():
+        cascade = folder.teacher_cascade
+        if cascade is None or folder.teacher_path is None or not folder.teacher_path.is_dir():
             raise ValueError(f"{path} names no teacher that is at hand (cascade.json, teacher.folder)")
-        teacher = load(folder.teacher_path)
-        runs.append((name, teacher, _teacher_cascade(folder, teacher)))
+        runs.append((name, load(folder.teacher_path), cascade))
     return runs
-
-
-def _teacher_cascade(folder: CheckpointFolder, backbone: Backbone) -> Cascade:
-    from rmd.cascade import Cascade
-    from rmd.timesteps import uniform_teacher_timesteps
-
-    assert folder.teacher is not None
-    spec, size = folder.teacher, folder.default_cascade.full_size
-    return Cascade.from_steps(
-        f"{backbone.name}-teacher",
-        uniform_teacher_timesteps(spec.steps, spec.flow_shift),
-        [size] * spec.steps,
-        flow_shift=spec.flow_shift,
-        guidance_scale=spec.guidance_scale,
-    )
 
 
 def _draw(backbone: Backbone, cascade: Cascade, texts: Sequence[str], seeds: range) -> Iterator[Tensor]:

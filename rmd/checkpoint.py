@@ -18,6 +18,7 @@ from typing import Any
 
 from rmd.cascade import Cascade
 from rmd.fields import field_of, integer, mapping, number, text
+from rmd.timesteps import uniform_teacher_timesteps
 
 FORMAT = 1
 CASCADE_FILE = "cascade.json"
@@ -82,6 +83,22 @@ class CheckpointFolder:
         if self.teacher is None or self.teacher.folder is None:
             return None
         return self.path / self.teacher.folder
+
+    @property
+    def teacher_cascade(self) -> Cascade | None:
+        """The teacher's own sampling at the full size, schedule "teacher"; None when no teacher is named."""
+        spec = self.teacher
+        if spec is None:
+            return None
+        return Cascade.from_steps(
+            f"{self.backbone_name}-teacher",
+            uniform_teacher_timesteps(spec.steps, spec.flow_shift),
+            [self.default_cascade.full_size] * spec.steps,
+            schedule_name="teacher",
+            flow_shift=spec.flow_shift,
+            guidance_scale=spec.guidance_scale,
+            score_noise_intensity=0.0,
+        )
 
     @classmethod
     def read(cls, folder: Path | str) -> CheckpointFolder:

@@ -20,7 +20,6 @@ from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.size import Size
-from rmd.timesteps import uniform_teacher_timesteps
 from server.compiled import attach_engines, build_missing, choose_engines
 from server.model import COMPILED_TEACHER, EAGER_TEACHER, TEACHER_SCHEDULE, Schedule, ServedModel, TeacherBaseline
 from server.scheduling.latency import MIN_GAIN, STUDENT, TEACHER, LatencyTable, StationKey
@@ -65,9 +64,10 @@ def load_model(settings: ServerSettings, report: Report) -> ServedModel:
     backbone = get_backbone(checkpoint.backbone_name).load(checkpoint.path, dtype=dtype, device=settings.device)
     teacher = _load_teacher(settings, checkpoint, dtype)
     lanes, schedules = {STUDENT: backbone}, {n: Schedule(n, c, STUDENT) for n, c in checkpoint.cascades.items()}
-    if teacher is not None and settings.serve_teacher:
+    teacher_cascade = checkpoint.teacher_cascade
+    if teacher is not None and teacher_cascade is not None and settings.serve_teacher:
         lanes[TEACHER] = teacher
-        schedules[TEACHER_SCHEDULE] = Schedule(TEACHER_SCHEDULE, _teacher_cascade(checkpoint), TEACHER)
+        schedules[TEACHER_SCHEDULE] = Schedule(TEACHER_SCHEDULE, teacher_cascade, TEACHER)
 
     report(Progress(2, 4, "timing the eager teacher"))
     baselines: list[TeacherBaseline] = []
@@ -101,21 +101,6 @@ def load_model(settings: ServerSettings, report: Report) -> ServedModel:
         baselines.append(_compiled_baseline(model, schedules[TEACHER_SCHEDULE].cascade))
     model.started_baselines = tuple(baselines)
     return model
-
-
-def _teacher_cascade(checkpoint: CheckpointFolder) -> Cascade:
-    spec = checkpoint.teacher
-    assert spec is not None
-    full = checkpoint.default_cascade.full_size
-    return Cascade.from_steps(
-        f"{checkpoint.backbone_name}-teacher",
-        uniform_teacher_timesteps(spec.steps, spec.flow_shift),
-        [full] * spec.steps,
-        schedule_name=TEACHER_SCHEDULE,
-        flow_shift=spec.flow_shift,
-        guidance_scale=spec.guidance_scale,
-        score_noise_intensity=0.0,
-    )
 
 
 def _load_teacher(settings: ServerSettings, checkpoint: CheckpointFolder, dtype: torch.dtype) -> Backbone | None:

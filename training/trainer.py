@@ -6,9 +6,7 @@ their plain names and may be compiled; every process draws its own samples, and 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +21,12 @@ from torch import Tensor
 
 from training.attention import training_attention
 from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
+from training.files import write_json
 from training.methods.base import DistillationMethod, Matched, ScoreSample
 from training.networks import Networks, trained_parameters
 from training.optimizer import AveragedWeights, MasterAdamW
 from training.randomness import Randomness
+from training.records import append_line, cut_lines
 from training.settings import DistillSettings, changed_settings
 
 MAX_BAD_UPDATES = 20
@@ -244,8 +244,8 @@ class Trainer:
             raise TrainingError("the run has no end: give --minutes or --iterations")
         self.run.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
-            self._write_settings()
-            self._cut_metrics()
+            write_json(self.run / "settings.json", self.settings.to_record())
+            cut_lines(self.metrics_file, self.progress.iteration)
         with self._signals(), training_attention(self.method.backbone.device.type):
             mark = time.monotonic()
             while self.share_done() < 1.0 and not self._stop:
@@ -318,15 +318,8 @@ class Trainer:
             "skipped": self.progress.skipped,
             **{name: float(f"{value:.6g}") for name, value in sorted(means.items()) if math.isfinite(value)},
         }
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.metrics_file, line)
         sums.clear()
-
-    def _write_settings(self) -> None:
-        path = self.run / "settings.json"
-        scratch = path.with_name("settings.json.partial")
-        scratch.write_text(json.dumps(self.settings.to_record(), indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -410,18 +403,3 @@ class Trainer:
             sums={name: list(pair) for name, pair in state["sums"].items()},
         )
         return True
-
-    def _cut_metrics(self) -> None:
-        """Drop the lines that a killed run wrote after the checkpoint."""
-        if not self.metrics_file.is_file():
-            return
-        kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["iteration"] <= self.progress.iteration:
-                    kept.append(line + "\n")
-            except ValueError:  # the line that the kill cut short
-                continue
-        scratch = self.metrics_file.with_name("metrics.jsonl.partial")
-        scratch.write_text("".join(kept), encoding="utf-8")
-        os.replace(scratch, self.metrics_file)
