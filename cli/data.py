@@ -14,7 +14,7 @@ def command(
     gradients: Annotated[bool, typer.Option("--gradients", help="Add the Fluent set with gradients.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Render again even if the cache is whole.")] = False,
 ) -> None:
-    """Fetch the picture packages (with `npm pack`), render them at 128 px, join them with labels and split them."""
+    """Fetch the picture packages (with `npm pack`), render them at 256 px, join them with labels and split them."""
     from collections import Counter
 
     from rich.console import Console

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rmd.backbones.base import Executor
 
 
 def command(
@@ -31,6 +35,8 @@ def command(
         str, typer.Option(help="float32, or bfloat16: three times faster on a CPU with AMX, moved by about 3 %.")
     ] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Run the denoiser through torch.compile.")] = False,
+    engines: Annotated[Path | None, typer.Option(help="Run in the engines in this folder (rmd build).")] = None,
+    backend: Annotated[str, typer.Option(help="With --engines: which backend's.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     hero_split: Annotated[
         str,
@@ -63,6 +69,8 @@ def command(
         batch=batch,
         feature_dtype=features,
         compile=compile,
+        executor=None if engines is None else _engines(checkpoint, engines, backend, device),
+        executor_name="eager" if engines is None else f"engines, {backend}",
         device=device,
     )
     console = Console()
@@ -85,6 +93,18 @@ def command(
             written = [out / "quality.json", out / "quality.md"]
     for path in written:
         console.print(str(path))
+
+
+def _engines(checkpoint: Path, store: Path, backend: str, device: str) -> Callable[[Path], Executor]:
+    """Loads the checkpoint's engines with a folder's weights; the teacher runs in the student's."""
+
+    def load(folder: Path) -> Executor:
+        from engines.runner import EngineExecutor
+
+        source = None if folder == checkpoint else folder
+        return EngineExecutor.open(checkpoint, store, backend, device, weights_from=source)
+
+    return load
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ class Manifest:
         constants: constant's name -> how it is made from the network's parameters; for "embedded" and
             "refittable" only those whose values fit one parameter alone.
         embedded_bytes: weights inside the engine.
-        relative_l2: against eager in float32, on the checkpoint it was built from; None when not measured.
+        relative_l2: against eager in the same dtype, on the checkpoint it was built from; None when not measured.
         tolerance: what relative_l2 had to stay under.
         build_seconds, load_seconds, latency_seconds: wall-clock; the latency is a median over warm runs.
         note: one sentence when the build differs from what was asked for.

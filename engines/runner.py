@@ -24,9 +24,6 @@ from rmd.size import Size
 
 log = logging.getLogger(__name__)
 
-MIN_GAIN = 1.10
-"""A larger bucket must give at least this many times the rows a second of the best smaller one."""
-
 Place = tuple[str, str | None]
 
 
@@ -198,34 +195,11 @@ class EngineExecutor:
         self._splits = {key: split for key, split in self._splits.items() if key[0] != place}
         return True
 
-    # ---- what the scheduler asks ----------------------------------------------------------------------------------
+    # ---- what the server asks -------------------------------------------------------------------------------------
 
     def buckets(self, component: str, size: Size | None) -> tuple[int, ...]:
         """Batch sizes that have an engine, ascending."""
         return tuple(self._engines[self._place(component, size)])
-
-    def latency(self, component: str, size: Size | None, batch: int) -> float:
-        """Seconds that ``batch`` rows take, by the latencies recorded at build; rows where an engine has none.
-
-        Raises:
-            EngineError: no such component or size, or ``batch`` is below 1.
-        """
-        if batch < 1:
-            raise EngineError(f"a batch of {batch} rows has no latency")
-        place = self._place(component, size)
-        costs = self._costs(place)
-        return sum(costs[bucket] for bucket in self.split(place, batch))
-
-    def useful_buckets(self, component: str, size: Size | None, min_gain: float = MIN_GAIN) -> tuple[int, ...]:
-        """The smallest bucket, and each with at least ``min_gain`` times the throughput of the useful ones below."""
-        useful: list[int] = []
-        best = 0.0
-        for bucket in self.buckets(component, size):
-            rate = bucket / max(self.latency(component, size, bucket), 1e-9)
-            if not useful or rate >= best * min_gain:
-                useful.append(bucket)
-                best = rate
-        return tuple(useful)
 
     def memory(self) -> dict[str, int]:
         """Bytes by component: weights, each counted once, and what its engines hold of their own."""

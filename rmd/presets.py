@@ -139,7 +139,7 @@ PROFILES: dict[str, BackboneProfile] = {
     "embedded": BackboneProfile(
         name="embedded",
         noise_schedule=rectified_flow,
-        sizes=(Size.square(64), Size.square(128)),
+        sizes=(Size.square(128), Size.square(256)),
         default_split="2+2",
         # Plain flow, no shift: the steps' logSNRs are -inf, -2.20, 0, 2.20.
         thresholds={"1+3": (-3.0,), "2+2": (-1.5,), "3+1": (1.0,)},

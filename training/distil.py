@@ -217,7 +217,7 @@ class Distillation:
             say(f"drawing {settings.real_samples} samples of the teacher")
             real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
             attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
-        trainer = Trainer(method, networks, settings, run)
+        trainer = Trainer(method, networks, settings, run, tokens=teacher.backbone.tokens(cascade.full_size))
         return cls(teacher, method, networks, trainer, settings, run)
 
     def student(self, averaged: bool = True) -> torch.nn.Module:
@@ -322,7 +322,7 @@ def teacher_samples(
     rows = prompts.draw(Randomness(settings.seed + 17), settings.real_samples)
     cascade = teacher_sampling(teacher.backbone, size, teacher.steps, teacher.guidance_scale)
     parts = []
-    with training_attention(teacher.backbone.device.type):
+    with training_attention(teacher.backbone.device.type, teacher.backbone.tokens(size)):
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
             uncond = prompts.unconditional(len(part))

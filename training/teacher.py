@@ -46,11 +46,16 @@ class TeacherSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     minutes: float = Field(60.0, gt=0, description="wall-clock budget; a resumed run counts the time already spent")
-    low_share: float = Field(0.2, ge=0, lt=1, description="share of the budget spent on the low resolution alone")
+    low_share: float = Field(0.5, ge=0, lt=1, description="share of the budget spent on the low resolution alone")
     cooldown_share: float = Field(0.3, gt=0, le=1, description="last share of the budget, linear decay of the rates")
-    batch: int = Field(128, ge=1, description="pictures a batch at the full size")
-    low_batch: int = Field(256, ge=1, description="pictures a batch at the low size")
-    low_every: int = Field(4, ge=2, description="after the low phase, every n-th batch is at the low size")
+    batch: int = Field(32, ge=1, description="pictures a batch at the full size")
+    low_batch: int = Field(128, ge=1, description="pictures a batch at the low size")
+    low_every: int = Field(3, ge=2, description="after the low phase, every n-th batch is at the low size")
+    full_time_shift: float = Field(
+        2.0,
+        ge=1,
+        description="shift of the times towards noise at the full size; the ratio of the sides is neutral",
+    )
     muon_rate: float = Field(1.5e-3, gt=0)
     adam_rate: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -59,6 +64,7 @@ class TeacherSettings(BaseModel):
     coloured: float = Field(0.25, ge=0, le=1, description="share of samples on a coloured ground")
     uniform_times: float = Field(0.15, ge=0, le=1, description="share of times drawn uniformly, the rest logit-normal")
     ema_decay: float = Field(0.9985, ge=0, lt=1)
+    initial: Path | None = Field(None, description="a teacher's folder whose transformer the training starts from")
     save_minutes: float = Field(5.0, gt=0)
     compile: bool = Field(False, description="torch.compile the transformer")
     seed: int = 0
@@ -82,7 +88,7 @@ class TeacherTrainer:
         self.settings, self.data, self.run, self.on_save = settings, data, run, on_save
         self.config = dict(transformer_config)
         torch.manual_seed(settings.seed)
-        model = SD3Transformer2DModel(**self.config)
+        model = initial_transformer(settings.initial, self.config)
         self.master = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
         self.ema = {name: p.detach().clone() for name, p in self.master.items()}
         self.model = model.to(torch.bfloat16)
@@ -124,19 +130,25 @@ class TeacherTrainer:
         latents = (data.low if low else data.high)[n, g].float()
         return latents, data.tokens[rows], data.pooled[rows]
 
-    def times(self, size: int) -> Tensor:
-        """(B,) times: logit-normal(0, 1), a share of them uniform so that both ends are seen."""
+    def times(self, size: int, low: bool) -> Tensor:
+        """(B,) times: logit-normal(0, 1), a share of them uniform so that both ends are seen.
+
+        At the full size they are shifted, ``s t / (1 + (s - 1) t)``: of more pixels more can be told at the same time
+        (arXiv 2403.03206, section 5.3.2).
+        """
         logit_normal = torch.sigmoid(torch.randn(size, generator=self.random))
         uniform = torch.rand(size, generator=self.random)
-        return torch.where(torch.rand(size, generator=self.random) < self.settings.uniform_times, uniform, logit_normal)
+        t = torch.where(torch.rand(size, generator=self.random) < self.settings.uniform_times, uniform, logit_normal)
+        shift = 1.0 if low else self.settings.full_time_shift
+        return shift * t / (1 + (shift - 1) * t)
 
     def train_step(self, low: bool) -> tuple[float, float]:
         """One update; returns the loss and the gradient's norm before clipping at 1."""
         x0, tokens, pooled = self.draw(low)
-        t = self.times(len(x0))
+        t = self.times(len(x0), low)
         eps = torch.randn(x0.shape, generator=self.random)
         w = t[:, None, None, None]
-        with training_attention():
+        with training_attention(tokens=tokens.shape[1] + x0.shape[-1] * x0.shape[-2] // self.config["patch_size"] ** 2):
             velocity = self.forward(
                 hidden_states=((1 - w) * x0 + w * eps).bfloat16(),
                 timestep=t * 1000,
@@ -287,6 +299,20 @@ class TeacherTrainer:
         model = SD3Transformer2DModel(**self.config)
         model.load_state_dict(self.ema, strict=False)  # buffers (position table) are not trained
         return model.to(torch.bfloat16).eval()
+
+
+def initial_transformer(folder: Path | None, config: dict[str, Any]) -> SD3Transformer2DModel:
+    """A new transformer, or the one of the teacher in ``folder``, float32.
+
+    Raises:
+        ValueError: the folder's transformer has another configuration.
+    """
+    if folder is None:
+        return SD3Transformer2DModel(**config)
+    model = SD3Transformer2DModel.from_pretrained(str(folder), subfolder="transformer", use_safetensors=True)
+    if other := {name for name, value in config.items() if model.config[name] != value}:
+        raise ValueError(f"--initial: the transformer in {folder} differs from the one configured in {sorted(other)}")
+    return model.float()
 
 
 def is_muon_matrix(name: str, parameter: Tensor) -> bool:

@@ -19,6 +19,7 @@ from rmd.checkpoint import TeacherSpec, write_cascade_json
 from rmd.presets import PROFILES
 from training.data.sources import notice_text
 from training.files import save_model, write_json
+from training.teacher import TeacherSettings
 
 SHARED_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 TEACHER_FOLDER, SHARED_FOLDER = "embedded-teacher", "embedded"
@@ -131,12 +132,16 @@ def teacher_card(record: Mapping[str, Any]) -> str:
             f"{name.replace('_', ' ')} {value:.1f}" for name, value in autoencoder.get("psnr", {}).items()
         ),
     }
+    if before := record.get("initial"):
+        facts["started from a transformer trained for"] = (
+            f"{before.get('step')} steps, {before.get('samples')} samples, {before.get('minutes')} minutes"
+        )
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
-    minutes = record.get("settings", {}).get("minutes", 60)
+    command = " ".join(["rmd train-teacher", *_options(record.get("settings", {}))])
     return f"""# {TEACHER_FOLDER}
 
-The teacher of the embedded model: a small text-to-image model trained from scratch on captioned pictograms at 64 and
-128 pixels. It exists so that distillation, engines and the service can be run and measured without any download; it is
+The teacher of the embedded model: a small text-to-image model trained from scratch on captioned pictograms at 128 and
+256 pixels. It exists so that distillation, engines and the service can be run and measured without any download; it is
 no general picture model. It draws whole, coloured, roughly right shapes; fine detail and rare nouns are weak.
 
 - transformer: `SD3Transformer2DModel`, 18.6 million parameters, velocity prediction on a rectified flow
@@ -153,11 +158,20 @@ Autoencoder, text encoder, tokenizer and scheduler are links into `../{SHARED_FO
 
 ```
 rmd data
-rmd train-teacher --minutes {minutes:g}
+{command}
 ```
 
 Credits and licences: see NOTICE.
 """
+
+
+def _options(settings: Mapping[str, Any]) -> list[str]:
+    """The options of `rmd train-teacher` that give these settings, where they are not the defaults."""
+    options = ("minutes", "batch", "low_batch", "low_share", "low_every", "muon_rate", "adam_rate", "seed", "initial")
+    default = {name: field.default for name, field in TeacherSettings.model_fields.items()}
+    given = [(name, settings.get(name, default[name])) for name in options]
+    flags = [(name.replace("_", "-"), value) for name, value in given if name == "minutes" or value != default[name]]
+    return [f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in flags]
 
 
 class _Defaults:

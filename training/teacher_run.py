@@ -11,6 +11,7 @@ import torch
 
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from rmd.backbones.embedded import EmbeddedBackbone
+from rmd.checkpoint import CheckpointFolder
 from training.autoencoder import AutoencoderConfig, train_autoencoder
 from training.data.dataset import PictureSet
 from training.files import write_json
@@ -123,13 +124,25 @@ class TeacherRun:
         """How the teacher was trained, for ``cascade.json``."""
         metrics = self.run / "autoencoder" / "metrics.json"
         return {
-            "settings": trainer.settings.model_dump(),
+            "settings": trainer.settings.model_dump(mode="json"),
             "step": trainer.step,
             "samples": trainer.samples,
             "minutes": round(trainer.seconds / 60, 2),
             "autoencoder": json.loads(metrics.read_text()) if metrics.is_file() else None,
             "pictures": self.pictures.meta,
+            "initial": self._initial_record(trainer.settings.initial),
         }
+
+    def _initial_record(self, folder: Path | None) -> dict[str, Any] | None:
+        """How the teacher that this one started from was trained; kept in the run, since an export may overwrite it."""
+        if folder is None:
+            return None
+        kept = self.run / "initial.json"
+        if not kept.is_file():
+            record = CheckpointFolder.read(folder).distillation.get("training", {})
+            write_json(kept, {name: value for name, value in record.items() if name not in ("pictures", "autoencoder")})
+        record = json.loads(kept.read_text())
+        return dict(record)
 
     def _frozen(self) -> tuple[Any, Any, Any]:
         autoencoder = EmbeddedAutoencoder.from_pretrained(str(self.autoencoder_folder), use_safetensors=True).eval()

@@ -64,6 +64,9 @@ class Trainer:
     """Runs one method on one set of networks, in one run folder.
 
     The folder gets `settings.json`, `metrics.jsonl`, `checkpoints/step-*` and, from the hooks, `sheets/*.png`.
+
+    Args:
+        tokens: of a picture at the matched side; they decide which attention kernel is faster.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class Trainer:
         accelerator: Accelerator | None = None,
         hooks: Hooks | None = None,
         dtype: torch.dtype = torch.float32,
+        tokens: int = 0,
     ) -> None:
+        self.tokens = tokens
         self.method, self.networks, self.settings, self.run = method, networks, settings, run
         self.accelerator = accelerator or Accelerator(cpu=method.backbone.device.type == "cpu")
         self.hooks = hooks or Hooks()
@@ -246,7 +251,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_json(self.run / "settings.json", self.settings.to_record())
             cut_lines(self.metrics_file, self.progress.iteration)
-        with self._signals(), training_attention(self.method.backbone.device.type):
+        with self._signals(), training_attention(self.method.backbone.device.type, self.tokens):
             mark = time.monotonic()
             while self.share_done() < 1.0 and not self._stop:
                 figures = self.update()

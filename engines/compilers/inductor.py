@@ -21,7 +21,7 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
-from engines.compilers.packing import UnexplainedConstantError, compile_packed, packed_settings
+from engines.compilers.packing import EAGER_ROUNDING, UnexplainedConstantError, compile_packed, packed_settings
 from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.rewrites import rewriting
@@ -68,7 +68,7 @@ class InductorCompiler(Compiler):
         """See :meth:`Compiler.settings`."""
         settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False}
         if request.target.device == "cpu":
-            settings["threads"] = torch.get_num_threads()
+            settings |= EAGER_ROUNDING | {"threads": torch.get_num_threads()}
         if request.dtype == "float32":
             settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         if self.weights_mode(request) == "packed":
@@ -101,16 +101,17 @@ class InductorCompiler(Compiler):
                 note = f"weights are not packed: {error}"
                 log.info("%s: %s", spec.title, note)
                 (folder / PACKAGE).unlink(missing_ok=True)
-        names, output, recipes = self._compile_shared(module, inputs, folder)
+        rounding = EAGER_ROUNDING if spec.target.device == "cpu" else {}
+        names, output, recipes = self._compile_shared(module, inputs, folder, rounding)
         return self._manifest(spec, names, output, "shared", recipes, watch).updated(note=note)
 
     def _compile_shared(
-        self, module: nn.Module, inputs: Mapping[str, Tensor], folder: Path
+        self, module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, rounding: Mapping[str, Any]
     ) -> tuple[list[str], Tensor, dict[str, Recipe]]:
         with torch.no_grad():
             program = torch.export.export(module, (), kwargs=dict(inputs), strict=False)
             output = module(**inputs)
-            package(program, folder / PACKAGE, {"aot_inductor.package_constants_in_so": False})
+            package(program, folder / PACKAGE, {**rounding, "aot_inductor.package_constants_in_so": False})
         wanted = _loader(folder / PACKAGE).get_constant_fqns()
         held = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
         inside = {name: program.constants[name] for name in wanted if name not in held and name in program.constants}

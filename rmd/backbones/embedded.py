@@ -56,7 +56,7 @@ class EmbeddedDecoder(nn.Module):
 
 
 class EmbeddedBackbone(SD3Backbone):
-    """The embedded model: 64 and 128 pixels, 18.7 M parameters, rectified flow with v = eps - x0.
+    """The embedded model: 128 and 256 pixels, 18.7 M parameters, rectified flow with v = eps - x0.
 
     Text: at most 24 word pieces of MiniLM, padded positions zeroed; the pooled text is the mean over the others. The
     unconditional branch of guidance is the encoded empty prompt.

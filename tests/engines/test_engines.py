@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,10 @@ from engines.compilers import BACKENDS, choose_backend, get_compiler
 from engines.compilers.base import Engine
 from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, EngineInputError
 from engines.manifest import Manifest
+from engines.planning import CheckpointPlan, EngineOptions, load_backbone
 from engines.store import EngineStore
 from engines.weights import WeightBank
+from rmd.backbones.tiny import write_tiny_folder
 from tests.engines.conftest import Net, net_inputs, net_request, net_spec
 
 
@@ -51,6 +52,23 @@ def test_one_row_of_a_wider_tensor_is_taken(tmp_path: Path, net: nn.Module) -> N
     row = torch.empty_strided((1, 8, 16), (2496, 16, 1)).copy_(inputs["latents"])
     assert row.is_contiguous() and row.stride(0) == 2496
     assert torch.equal(engine.run({**inputs, "latents": row}), engine.run(inputs))
+
+
+@pytest.mark.parametrize("component", ["denoiser", "decoder"])
+def test_the_batch_does_not_change_a_bit_of_a_row(tmp_path: Path, component: str) -> None:
+    folder = write_tiny_folder("embedded", tmp_path / "embedded")
+    plan = CheckpointPlan.read(folder, EngineOptions.resolve("inductor", dtype="bfloat16", buckets=(1, 2, 3))[0])
+    plan = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))
+    module, store = plan.modules[component], EngineStore(tmp_path / "store")
+    full = max(plan.sizes)
+    inputs = plan.typical_inputs(component, full, 3)
+    outputs: list[Tensor] = []
+    for batch in (1, 3):
+        manifest = build_engine(plan.compiler, store, module, plan.spec(component, full, batch))
+        engine = plan.compiler.load(manifest, store.folder(manifest.key), WeightBank(module))
+        rows = [{name: value[i : i + batch] for name, value in inputs.items()} for i in range(0, 3, batch)]
+        outputs.append(torch.cat([engine.run(row) for row in rows]))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize(
@@ -156,21 +174,9 @@ class Drifting(Net):
 def test_an_engine_that_differs_from_eager_is_not_published(tmp_path: Path) -> None:
     module = Drifting().eval().requires_grad_(False)
     store = EngineStore(tmp_path)
-    with pytest.raises(EngineAccuracyError, match=r"differs from eager in float32 by .* not published"):
+    with pytest.raises(EngineAccuracyError, match=r"differs from eager by .* not published"):
         build_engine(get_compiler("eager"), store, module, net_spec(module, "eager"))
     assert store.keys() == []
-
-
-def test_the_reference_is_eager_in_float32(tmp_path: Path) -> None:
-    module = Net().eval().requires_grad_(False)
-    inputs = net_inputs(2, torch.bfloat16)
-    module.bfloat16()
-    exact = copy.deepcopy(module).float()(**{name: value.float() for name, value in inputs.items()})
-    spec = get_compiler("eager").plan(net_request(module, 2, torch.bfloat16))
-    manifest = build_engine(get_compiler("eager"), EngineStore(tmp_path), module, spec, inputs)
-    expected = (module(**inputs) - exact).double().norm() / exact.double().norm()
-    assert expected > 1e-4
-    assert manifest.relative_l2 == pytest.approx(float(expected)) and manifest.tolerance == 2e-2
 
 
 def test_without_a_compiler_auto_means_eager_and_says_so() -> None:

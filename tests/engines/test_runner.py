@@ -57,26 +57,10 @@ def test_rows_are_served_by_the_cheapest_buckets(net: nn.Module) -> None:
     ]  # fmt: skip
     costly = executor_of(net, {1: 1.0, 2: 2.1, 4: 4.5})
     assert costly.split(("denoiser", "64x64"), 4) == (1, 1, 1, 1)
-    assert costly.latency("denoiser", SIZE, 3) == 3.0
     assert executor_of(net, {1: None, 4: None}).split(("denoiser", "64x64"), 6) == (4, 1, 1)
     # Seconds beside rows would make the one timed engine look as if it cost nothing.
     partly = executor_of(net, {1: 0.01, 2: None, 4: None})
-    assert partly.split(("denoiser", "64x64"), 4) == (4,) and partly.latency("denoiser", SIZE, 5) == 5.0
-
-
-@pytest.mark.parametrize(
-    ("seconds", "useful"),
-    [
-        ({1: 1.0, 2: 1.95, 4: 3.9}, (1,)),  # the high stage: batching gains too little
-        ({1: 1.0, 2: 1.2, 4: 1.6}, (1, 2, 4)),
-        ({1: 1.0, 2: 1.95, 4: 3.0}, (1, 4)),
-        ({1: 1.0, 2: 1.0, 4: 2.0}, (1, 2)),
-    ],
-)
-def test_a_larger_bucket_is_useful_from_a_tenth_more_throughput(
-    net: nn.Module, seconds: dict[int, float | None], useful: tuple[int, ...]
-) -> None:
-    assert executor_of(net, seconds).useful_buckets("denoiser", SIZE) == useful
+    assert partly.split(("denoiser", "64x64"), 4) == (4,)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
@@ -99,8 +83,6 @@ def test_bad_requests_are_named(net: nn.Module) -> None:
         executor.run("denoiser", SIZE, {"latents": torch.zeros(2, 8, 16), "timestep": torch.zeros(1)})
     with pytest.raises(EngineInputError, match="at least 1; got none"):
         executor.run("denoiser", SIZE, {})
-    with pytest.raises(EngineError, match="has no latency"):
-        executor.latency("denoiser", SIZE, 0)
 
 
 class Hungry(Net):

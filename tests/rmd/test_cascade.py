@@ -254,7 +254,7 @@ def test_impossible_requests_say_why() -> None:
         preset("embedded", thresholds=[5])
     with pytest.raises(ValueError, match="increase"):
         preset("sdxl", thresholds=[0, -6])
-    with pytest.raises(ValueError, match="its sizes are 64x64, 128x128"):
+    with pytest.raises(ValueError, match="its sizes are 128x128, 256x256"):
         preset("embedded", thresholds=[-3, -1.5])
     with pytest.raises(ValueError, match="explicit list"):
         preset("sdxl-turbo", thresholds=[-2])

@@ -100,12 +100,12 @@ def test_pictures_join_labels_and_render(packages: tuple[Path, list[Package]]) -
     assert pictures.records[0].tags == ("circle", "red")
     assert seen[-1] == (4, 4)
     assert pictures.meta["not_rendered"] == 1
-    assert pictures.rgba.shape == (3, 128, 128, 4)
+    assert pictures.rgba.shape == (3, 256, 256, 4)
     disc = pictures.rgba[0]
-    assert disc[64, 64].tolist() == [255, 0, 0, 255]
+    assert disc[128, 128].tolist() == [255, 0, 0, 255]
     assert disc[0, 0, 3] == 0
     assert pictures.rgba[1][2, 2].tolist() == [0, 0, 255, 255]
-    assert pictures.rgba[2][64, 64].tolist() == [0, 255, 0, 255]
+    assert pictures.rgba[2][128, 128].tolist() == [0, 255, 0, 255]
     assert "raster credit." in (root / "NOTICE").read_text()
 
 

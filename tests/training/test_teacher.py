@@ -29,7 +29,7 @@ from training.autoencoder import (
 from training.data.dataset import PictureSet, Record
 from training.files import save_model
 from training.latents import TEXT_TOKENS, TeacherData, encode_text
-from training.teacher import TeacherSettings, TeacherTrainer, is_muon_matrix
+from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, is_muon_matrix
 from training.teacher_run import TeacherRun
 from training.teacher_sheets import sheet_prompts
 
@@ -231,6 +231,26 @@ def test_low_resolution_comes_first_and_rates_fall_at_the_end(tmp_path: Path) ->
         job.seconds = 60.0 * minutes
         assert job.in_low_phase is low
         assert job.rate_factor() == pytest.approx(factor)
+
+
+def test_times_at_the_full_size_are_shifted_towards_noise(tmp_path: Path) -> None:
+    job = trainer(tmp_path, full_time_shift=2.0)
+    state = job.random.get_state()
+    low = job.times(1000, low=True)
+    job.random.set_state(state)
+    torch.testing.assert_close(job.times(1000, low=False), 2 * low / (1 + low))
+
+
+def test_a_teacher_starts_from_another_ones_transformer(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "first", seed=1)
+    first.train_step(low=True)
+    first.ema_model().save_pretrained(tmp_path / "teacher" / "transformer")
+    second = trainer(tmp_path / "second", seed=2, initial=tmp_path / "teacher")
+    for name, value in first.ema.items():
+        torch.testing.assert_close(second.master[name].data, value.bfloat16().float())
+    other = {**TINY_TRANSFORMER, "num_layers": TINY_TRANSFORMER["num_layers"] + 1}
+    with pytest.raises(ValueError, match=r"--initial: .* differs from the one configured in \['num_layers'\]"):
+        initial_transformer(tmp_path / "teacher", other)
 
 
 def test_captions_match_grounds_and_some_are_dropped(tmp_path: Path) -> None:

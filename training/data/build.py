@@ -20,7 +20,7 @@ from training.data.dataset import META_FILE, PICTURE_SIZE, PIXELS_FILE, RECORDS_
 from training.data.sources import DEFAULT_PACKAGES, LABELS, Package, SourceError, Tarball, fetch, notice_text
 from training.data.split import assign_splits
 
-FORMAT = 1
+FORMAT = 2
 SKIN_TONES = frozenset(("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"))
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
@@ -70,7 +70,7 @@ def raster_drawings(package: Package, tarball: Tarball) -> Iterator[Drawing]:
 
 
 def render(drawing: Drawing) -> NDArray[np.uint8] | None:
-    """(128, 128, 4) uint8 straight-alpha RGBA, or None where the drawing is broken."""
+    """(side, side, 4) uint8 straight-alpha RGBA, or None where the drawing is broken."""
     import resvg_py
 
     try:

@@ -16,7 +16,7 @@ from PIL import Image
 from training.data.captions import WHITE, compose_caption
 from training.data.split import Split
 
-PICTURE_SIZE = 128
+PICTURE_SIZE = 256
 PIXELS_FILE, RECORDS_FILE, META_FILE = "pictures.npy", "records.json", "meta.json"
 
 
@@ -62,7 +62,7 @@ class PictureSet:
 
     Attributes:
         records: one a picture.
-        rgba: (N, 128, 128, 4) uint8, straight alpha, memory-mapped.
+        rgba: (N, side, side, 4) uint8, straight alpha, memory-mapped; as `rmd data` writes it, side is `PICTURE_SIZE`.
         meta: package versions, digests and licences.
     """
 
@@ -96,14 +96,17 @@ class PictureSet:
         return [i for i, record in enumerate(self.records) if record.split in splits]
 
     def composite(
-        self, i: int, background: tuple[int, int, int] = (255, 255, 255), size: int = PICTURE_SIZE
+        self, i: int, background: tuple[int, int, int] = (255, 255, 255), size: int | None = None
     ) -> NDArray[np.uint8]:
-        """Picture ``i`` over an opaque ground: (size, size, 3) uint8 RGB. Smaller sizes are area averages."""
+        """Picture ``i`` over an opaque ground: (size, size, 3) uint8 RGB, its own size by default. Smaller sizes are
+        area averages."""
+        own = self.rgba.shape[1]
+        size = size or own
         rgba = self.rgba[i].astype(np.float32)
         alpha = rgba[..., 3:] / 255
         flat = rgba[..., :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)
-        if size != PICTURE_SIZE and PICTURE_SIZE % size == 0:
-            factor = PICTURE_SIZE // size
+        if size != own and own % size == 0:
+            factor = own // size
             flat = flat.reshape(size, factor, size, factor, 3).mean((1, 3))
         pixels: NDArray[np.uint8] = (flat + 0.5).clip(0, 255).astype(np.uint8)
         if pixels.shape[0] != size:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rmd.backbones.base import Backbone
+from rmd.backbones.base import Backbone, Executor
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade, preset
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder, TeacherSpec, file_digest
@@ -45,6 +45,8 @@ class EvaluationSettings:
         batch: prompts at a time.
         feature_dtype: "float32" or "bfloat16" for EfficientNet-Lite0.
         compile: run the denoiser through torch.compile.
+        executor: of a weights folder's networks, such as engines; eager when None.
+        executor_name: for the report and the cache of pictures.
         device: such as "cpu" or "cuda".
     """
 
@@ -61,6 +63,8 @@ class EvaluationSettings:
     batch: int = 64
     feature_dtype: str = "float32"
     compile: bool = False
+    executor: Callable[[Path], Executor] | None = None
+    executor_name: str = "eager"
     device: str = "cpu"
 
 
@@ -110,16 +114,19 @@ class Models:
             if self.settings.compile:
                 modules = backbone.component_modules()
                 modules["denoiser"].compile(dynamic=False)
+            if self.settings.executor is not None:
+                backbone.executor = self.settings.executor(self.folder(weights))
             self._loaded[weights] = backbone
         return self._loaded[weights]
 
     def digest(self, weights: str) -> str:
-        """sha256 over the digests of the denoiser's and the autoencoder's weight files."""
+        """sha256 over the digests of the denoiser's and the autoencoder's weight files; with what runs them."""
         folder = self.folder(weights)
         files = sorted(
             path for part in ("transformer", "unet", "vae") for path in (folder / part).glob("*.safetensors")
         )
-        return hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+        digest = hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+        return digest if self.settings.executor is None else f"{digest} {self.settings.executor_name}"
 
 
 PROFILES_OF = {"wan-14b": "wan", "wan-1.3b": "wan", **{name: name for name in PROFILES}}
@@ -295,5 +302,5 @@ def _generated_row(
 
 
 def _plain(settings: EvaluationSettings) -> dict[str, Any]:
-    data = asdict(settings)
+    data = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "executor"}
     return {name: str(value) if isinstance(value, Path) else value for name, value in data.items()}

@@ -111,6 +111,6 @@ def other_style_pictures(pictures: PictureSet, test: HeldOutSet) -> list[int | N
 
 
 def composites(pictures: PictureSet, indices: Sequence[int], batch: int = 64) -> Iterator[NDArray[np.uint8]]:
-    """The pictures over white, (B, 128, 128, 3) uint8 at a time."""
+    """The pictures over white, (B, side, side, 3) uint8 at a time."""
     for start in range(0, len(indices), batch):
         yield np.stack([pictures.composite(i) for i in indices[start : start + batch]])

@@ -20,7 +20,7 @@ from training.evaluate.sets import HeldOutSet, composites, held_out_set
 
 SHEET_PROMPTS = 24
 COLUMNS = 8
-_CELL, _GAP, _GUTTER, _CAPTION, _FONT = 128, 6, 128, 34, 13
+_CELL, _GAP, _GUTTER, _CAPTION, _FONT = 160, 6, 128, 34, 13
 _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 _FILES = {"unseen_pair": "sheet-pairs.png", "unseen_concept": "sheet-concepts.png"}
 HERO_FILE = "hero.png"
@@ -51,7 +51,7 @@ def contact_sheet(
     """Blocks of ``columns`` prompts; in each, one line of pictures a row, its name on the left, the prompt below.
 
     Args:
-        rows: name and one (H, W, 3) picture a prompt; smaller pictures are shown in blocks of pixels, unsmoothed.
+        rows: name and one (H, W, 3) picture a prompt, of any size: all are shown alike.
         captions: one a prompt.
 
     Raises:
@@ -76,7 +76,7 @@ def contact_sheet(
                 pen.multiline_text((8, y + _CELL // 2 - 14), _wrap(name, small, _GUTTER - 14), fill=_FAINT, font=small)
             picture = Image.fromarray(np.asarray(pictures[index]))
             if picture.size != (_CELL, _CELL):
-                picture = picture.resize((_CELL, _CELL), Image.Resampling.NEAREST)
+                picture = picture.resize((_CELL, _CELL), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left, y))
         wrapped = _wrap(text, small, _CELL, lines=2)
         pen.multiline_text((left, upper + len(rows) * step - 2), wrapped, fill=_INK, font=small, spacing=1)

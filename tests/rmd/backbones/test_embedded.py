@@ -18,7 +18,7 @@ from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.sampler import sample
 from rmd.size import Size
 
-LOW, FULL = Size.square(64), Size.square(128)
+LOW, FULL = Size.square(128), Size.square(256)
 TRANSFORMER: dict[str, Any] = {
     "sample_size": 16,
     "patch_size": 2,
@@ -68,7 +68,7 @@ def backbone(folder: Path) -> EmbeddedBackbone:
     return EmbeddedBackbone.load(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("size", "side"), [(LOW, 8), (FULL, 16)])
+@pytest.mark.parametrize(("size", "side"), [(LOW, 16), (FULL, 32)])
 def test_x0_is_the_flow_formula_on_the_transformers_velocity(
     folder: Path, backbone: EmbeddedBackbone, size: Size, side: int
 ) -> None:
@@ -94,7 +94,7 @@ def test_x0_is_the_flow_formula_on_the_transformers_velocity(
 def test_gradients_reach_a_denoiser_that_is_passed(backbone: EmbeddedBackbone) -> None:
     denoiser: nn.Module = backbone.component_modules()["denoiser"]
     conditioning = backbone.random_conditioning(1)
-    backbone.predict_x0(torch.randn(1, 8, 8, 8), torch.tensor([0.5]), conditioning, LOW, denoiser).sum().backward()
+    backbone.predict_x0(torch.randn(1, 8, 16, 16), torch.tensor([0.5]), conditioning, LOW, denoiser).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in denoiser.parameters() if p.requires_grad)
     denoiser.zero_grad(set_to_none=True)
 
@@ -136,13 +136,13 @@ def test_decoding_undoes_the_latents_normalisation(folder: Path, backbone: Embed
     torch.testing.assert_close(pictures, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-4)
 
 
-def test_the_default_cascade_goes_from_64_to_128_pixels(backbone: EmbeddedBackbone) -> None:
+def test_the_default_cascade_goes_from_128_to_256_pixels(backbone: EmbeddedBackbone) -> None:
     cascade = backbone.default_cascade()
     assert cascade.schedule_name == "2+2"
     assert [step.size for step in cascade.steps] == [LOW, LOW, FULL, FULL]
-    assert backbone.tokens_per_stage(cascade) == (16, 64)
+    assert backbone.tokens_per_stage(cascade) == (64, 256)
     latents = sample(backbone, cascade, backbone.encode_prompts(["red", "circle"]), [1, 2])
-    assert latents.shape == (2, 8, 16, 16)
+    assert latents.shape == (2, 8, 32, 32)
     assert torch.isfinite(latents).all()
 
 
