@@ -20,6 +20,7 @@ from rmd.presets import PROFILES
 from rmd.sampler import sample
 from rmd.size import Size
 from training.attention import training_attention
+from training.checkpointing import checkpoints, load_checkpoint
 from training.export import Export, export_checkpoint
 from training.files import load_tensors, save_tensors
 from training.methods import METHODS
@@ -226,6 +227,34 @@ class Distillation:
         weights = trainer.ema.weights if averaged else trainer.student_optimizer.master_state()
         return with_weights(self.networks.student, weights)
 
+    def exported_student(self) -> torch.nn.Module:
+        """The student as it is exported: if asked for, the mean of several checkpoints, or of them and the teacher.
+
+        Raises:
+            ValueError: fewer checkpoints are kept than asked for, or the teacher has no such weights (LoRA).
+        """
+        settings = self.settings
+        averaged = settings.export_weights == "ema"
+        if settings.export_checkpoints == 1 and not settings.export_teacher_share:
+            return self.student(averaged)
+        kept = checkpoints(self.run / "checkpoints")[-settings.export_checkpoints :]
+        if len(kept) < settings.export_checkpoints:
+            raise ValueError(f"export_checkpoints={settings.export_checkpoints}: {self.run} keeps {len(kept)}")
+        states = [load_checkpoint(path)[0]["ema" if averaged else "student"] for path in kept]
+        mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+        if share := settings.export_teacher_share:
+            teacher = dict(self.teacher.backbone.component_modules()["denoiser"].named_parameters())
+            if absent := mean.keys() - teacher.keys():
+                raise ValueError(f"export_teacher_share: the teacher has no {min(absent)}; it needs lora_rank=0")
+            mean = {name: torch.lerp(value, teacher[name].to(value), share) for name, value in mean.items()}
+        return with_weights(self.networks.student, mean)
+
+    def _exported_weights(self) -> str:
+        settings = self.settings
+        count, share = settings.export_checkpoints, settings.export_teacher_share
+        several = f", mean of {count} checkpoints" if count > 1 else ""
+        return settings.export_weights + several + (f", {share:g} of the teacher's weights" if share else "")
+
     def inference_cascade(self) -> Cascade:
         """The trained cascade with the re-injection intensity that is exported."""
         intensity = self.settings.inference_noise_intensity
@@ -252,12 +281,12 @@ class Distillation:
     def export(self, out: Path, share: str = "copy") -> Path:
         """Write the student as a checkpoint folder (see :mod:`training.export`)."""
         settings, progress = self.settings, self.trainer.progress
-        student = self.student(settings.export_weights == "ema")
+        student = self.exported_student()
         cascade = self.inference_cascade()
         cascades = exported_cascades(self.teacher, cascade)
         record: dict[str, Any] = {
             "method": settings.method,
-            "weights": settings.export_weights,
+            "weights": self._exported_weights(),
             "iterations": progress.iteration,
             "seconds": round(progress.seconds),
             "batch_size": settings.batch_size * self.trainer.accelerator.num_processes,

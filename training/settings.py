@@ -22,7 +22,7 @@ CHANGEABLE = frozenset(
 HOUSEKEEPING = frozenset(
     {
         "minutes", "iterations", "log_every", "save_every", "keep_checkpoints", "sheet_every", "sheet_prompts",
-        "compile", "export_weights", "inference_noise_intensity",
+        "compile", "export_weights", "export_checkpoints", "export_teacher_share", "inference_noise_intensity",
     }
 )  # fmt: skip
 """Settings that may differ on resuming without being asked: they do not touch what is learnt."""
@@ -108,6 +108,10 @@ class DistillSettings(BaseSettings):
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     export_weights: Literal["ema", "student"] = "ema"
+    export_checkpoints: int = Field(1, ge=1, description="export the mean over the newest so many checkpoints kept")
+    export_teacher_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the teacher's weights in the exported mean (arXiv 2109.01903)"
+    )
     inference_noise_intensity: float | None = Field(
         None, ge=0, le=1, description="re-injection at inference, as exported; the cascade's own by default"
     )

@@ -32,7 +32,7 @@ class StationKey:
 
     @property
     def label(self) -> str:
-        """The station's name in metrics and replies: ``encode``, ``64x64``, ``teacher 128x128``, ``decode 128x128``."""
+        """Its name in metrics and replies: ``encode``, ``128x128``, ``teacher 256x256``, ``decode 256x256``."""
         size = "" if self.size is None else str(self.size)
         if self.kind == "denoise":
             return size if self.lane == STUDENT else f"{self.lane} {size}"

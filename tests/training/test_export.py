@@ -17,6 +17,7 @@ from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from training import export as export_module
+from training.checkpointing import save_checkpoint
 from training.distil import Distillation, Teacher, training_cascade
 from training.export import ExportError, export_checkpoint, verify
 from training.files import load_tensors
@@ -88,6 +89,22 @@ def test_a_failed_check_leaves_the_older_folder(
         distillation.export(out)
     assert (out / "cascade.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+
+
+def test_the_mean_of_checkpoints_and_the_teacher_can_be_exported(distillation: Distillation, tmp_path: Path) -> None:
+    average = distillation.trainer.ema.weights
+    for iteration, factor in ((1, 0.5), (2, 1.5), (3, 2.5)):
+        scaled = {name: factor * value for name, value in average.items()}
+        save_checkpoint(tmp_path / "checkpoints", iteration, {"ema": scaled}, {}, keep=3)
+    asked = distillation.settings.model_copy(update={"export_checkpoints": 2, "export_teacher_share": 0.25})
+    student = dict(replace(distillation, settings=asked, run=tmp_path).exported_student().named_parameters())
+    teacher = dict(distillation.teacher.backbone.component_modules()["denoiser"].named_parameters())
+    for name, value in average.items():
+        expected = 0.75 * 2 * value + 0.25 * teacher[name].float()
+        torch.testing.assert_close(student[name].float(), expected, atol=1e-5, rtol=1e-4)
+    more = distillation.settings.model_copy(update={"export_checkpoints": 4})
+    with pytest.raises(ValueError, match=r"export_checkpoints=4: .* keeps 3"):
+        replace(distillation, settings=more, run=tmp_path).exported_student()
 
 
 def test_verification_sees_a_missing_weight(distillation: Distillation, tmp_path: Path) -> None:
