@@ -121,7 +121,7 @@ def test_a_batch_of_different_schedules_equals_each_on_its_own(schedule: NoiseSc
 def test_each_kind_of_step() -> None:
     cascade = replace(preset("embedded"), transition_noise_intensity=0.5, training_noise_intensity=0.2)
     schedule = RectifiedFlow()
-    x_t, x0_hat = torch.randn(2, 3, 2, 4, 4).unbind()
+    x_t, x0_hat = torch.randn(2, 3, 2, 8, 8).unbind()
     inside = advance(cascade, 0, x_t, x0_hat, schedule, latent_shape)
     torch.testing.assert_close(inside, (1 - 0.857) * x0_hat + 0.857 * x_t)
     assert not needs_noise(cascade, 0)
@@ -129,7 +129,7 @@ def test_each_kind_of_step() -> None:
     assert needs_noise(cascade, 1)
     with pytest.raises(ValueError, match="needs fresh noise"):
         advance(cascade, 1, x_t, x0_hat, schedule, latent_shape)
-    noise = torch.randn(3, 2, 8, 8)
+    noise = torch.randn(3, 2, 16, 16)
     across = advance(cascade, 1, x_t, x0_hat, schedule, latent_shape, noise)
     assert across.shape == noise.shape
     training = advance(cascade, 1, x_t, x0_hat, schedule, latent_shape, noise, training=True)
@@ -137,7 +137,7 @@ def test_each_kind_of_step() -> None:
     assert torch.equal(training, same)
     assert not torch.equal(training, across)
 
-    large = torch.randn(3, 2, 8, 8)
+    large = torch.randn(3, 2, 16, 16)
     assert torch.equal(advance(cascade, 3, large, large + 1, schedule, latent_shape), large + 1)
     assert not needs_noise(replace(cascade, step_noise_intensity=0.0), 3)
     assert advance(cascade, 3, large, large.bfloat16(), schedule, latent_shape).dtype == torch.float32
@@ -186,12 +186,12 @@ def test_a_cascade_runs_through_its_sides() -> None:
         on_step=lambda index, step, x0: seen.append((index, step.timestep, tuple(x0.shape))),
     )
     assert seen == [
-        (0, 1000, (2, 2, 4, 4)),
-        (1, 857, (2, 2, 4, 4)),
-        (2, 500, (2, 2, 8, 8)),
-        (3, 250, (2, 2, 8, 8)),
+        (0, 1000, (2, 2, 8, 8)),
+        (1, 857, (2, 2, 8, 8)),
+        (2, 500, (2, 2, 16, 16)),
+        (3, 250, (2, 2, 16, 16)),
     ]
-    assert latents.shape == (2, 2, 8, 8)
+    assert latents.shape == (2, 2, 16, 16)
     assert latents.dtype == torch.float32
 
 

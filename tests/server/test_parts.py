@@ -23,7 +23,7 @@ from server.scheduling.stations import Stations
 from server.service import Progress
 from server.settings import ServerSettings
 
-LOW, HIGH = StationKey("denoise", size=Size(64, 64)), StationKey("denoise", size=Size(128, 128))
+LOW, HIGH = StationKey("denoise", size=Size(128, 128)), StationKey("denoise", size=Size(256, 256))
 
 
 class Clock:

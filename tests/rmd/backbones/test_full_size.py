@@ -10,7 +10,7 @@ from rmd.backbones.registry import get_backbone
 
 # Parameters of the denoiser, exactly; published as 2.57 B, 0.61 B, 2.2 B (without the position table), 1.3 B, 14 B.
 EXPECTED = {
-    "embedded": (18_624_032, (16, 64)),
+    "embedded": (18_624_032, (64, 256)),
     "sdxl": (2_567_463_684, (1024, 4096)),
     "pixart": (611_349_152, (1024, 4096)),
     "sd3": (2_243_171_520, (1024, 4096)),
