@@ -201,6 +201,10 @@ class EngineExecutor:
         """Batch sizes that have an engine, ascending."""
         return tuple(self._engines[self._place(component, size)])
 
+    def manifests(self) -> list[Manifest]:
+        """Of the loaded engines."""
+        return [engine.manifest for by_batch in self._engines.values() for engine in by_batch.values()]
+
     def memory(self) -> dict[str, int]:
         """Bytes by component: weights, each counted once, and what its engines hold of their own."""
         held = {name: bank.memory() for name, bank in self._banks.items()}

@@ -19,9 +19,9 @@ from engines.benchmark.report import (
 )
 from engines.benchmark.subjects import Runner, Subject, checkpoint_subject, parameter_bytes
 from engines.benchmark.timing import Interleaved, Timing, time_interleaved
+from engines.manifest import Manifest
 from engines.planning import DEFAULT_BUCKETS
 from engines.runner import EngineExecutor
-from engines.store import EngineStore
 from rmd.backbones.base import EagerExecutor
 from rmd.cascade import Cascade
 from rmd.size import Size
@@ -77,7 +77,8 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
         )
         # The eager backend's own engines stand beside plain eager: they show what the executor itself costs.
         opened[STORED_EAGER if compiled.kind == "eager" else compiled.kind] = compiled
-    places = _places(EngineStore(settings.engines), opened)
+    loaded = [manifest for executor in opened.values() for manifest in executor.manifests()]
+    places = _places(loaded)
     cases: dict[tuple[str, str, str | None, int], Callable[[], Any]] = {}
     for component, size, batch in places:
         inputs = backbone.example_inputs(component, None if size is None else Size.parse(size), batch)
@@ -89,7 +90,7 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     progress("pictures")
     exact = checkpoint_subject(settings.checkpoint, torch.float32, device).backbone
     pictures = picture_rows(subject, exact, executors, _default(subject), settings.buckets or DEFAULT_BUCKETS)
-    rows = engine_rows(found, EngineStore(settings.engines))
+    rows = engine_rows(found, loaded)
     content = {
         "format": 1,
         "kind": "engines",
@@ -122,20 +123,9 @@ def _call(executor: Any, component: str, size: str | None, inputs: Mapping[str, 
     return run
 
 
-def _places(store: EngineStore, opened: Mapping[str, EngineExecutor]) -> list[tuple[str, str | None, int]]:
-    """Component, size and bucket of every engine that an open executor has."""
-    found: dict[tuple[str, str | None, int], None] = {}
-    for manifest in store.list():
-        spec = manifest.spec
-        executor = opened.get(STORED_EAGER if spec.backend == "eager" else spec.backend)
-        if executor is None:
-            continue
-        try:
-            buckets = executor.buckets(spec.component, None if spec.size is None else Size.parse(spec.size))
-        except ValueError:  # an engine of another checkpoint in the same store
-            continue
-        if spec.batch in buckets:
-            found[spec.component, spec.size, spec.batch] = None
+def _places(loaded: Sequence[Manifest]) -> list[tuple[str, str | None, int]]:
+    """Component, size and bucket of every loaded engine."""
+    found = {(manifest.spec.component, manifest.spec.size, manifest.spec.batch) for manifest in loaded}
     return sorted(found, key=lambda place: (place[0], place[1] or "", place[2]))
 
 
@@ -164,11 +154,11 @@ def _default(subject: Subject) -> Cascade:
     return subject.students[name]
 
 
-def engine_rows(found: Interleaved, store: EngineStore) -> list[dict[str, Any]]:
-    """One row a (component, size, bucket, backend)."""
+def engine_rows(found: Interleaved, loaded: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """One row a (component, size, bucket, backend); ``loaded`` are the manifests of the engines that were timed."""
     manifests = {
         (manifest.spec.backend, manifest.spec.component, manifest.spec.size, manifest.spec.batch): manifest
-        for manifest in store.list()
+        for manifest in loaded
     }
     rows: list[dict[str, Any]] = []
     for case, timing in sorted(found.timings.items(), key=lambda item: (item[0][1], item[0][2] or "", item[0][3])):

@@ -21,7 +21,6 @@ from engines.benchmark.speedup import SpeedupSettings, main, run_speedup
 from engines.benchmark.subjects import Runner, Subject, parameter_bytes, random_subject
 from engines.benchmark.timing import Interleaved, Timing, repeats_for, time_interleaved
 from engines.build import build_checkpoint
-from engines.store import EngineStore
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.cascade import Cascade
 from rmd.sampler import initial_noise
@@ -275,7 +274,7 @@ def test_engine_rows_stand_beside_eager_and_loops_beside_diffusers(tmp_path: Pat
             ("inductor", "denoiser", "64x64", 4): _timing(0.02),
         }
     )
-    rows = engine_rows(found, EngineStore(tmp_path))
+    rows = engine_rows(found, [])
     by = {(row["backend"], row["batch"]): row for row in rows}
     assert by["inductor", 1]["over_eager"] == pytest.approx(2.0)
     assert by["inductor", 4]["rows_per_second"] == pytest.approx(200.0)
