@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -70,7 +71,7 @@ def command(
         feature_dtype=features,
         compile=compile,
         executor=None if engines is None else _engines(checkpoint, engines, backend, device),
-        executor_name="eager" if engines is None else f"engines, {backend}",
+        executor_name="eager" if engines is None else _engines_name(checkpoint, backend, device),
         device=device,
     )
     console = Console()
@@ -105,6 +106,15 @@ def _engines(checkpoint: Path, store: Path, backend: str, device: str) -> Callab
         return EngineExecutor.open(checkpoint, store, backend, device, weights_from=source)
 
     return load
+
+
+def _engines_name(checkpoint: Path, backend: str, device: str) -> str:
+    """Backend and the engines' keys: pictures by engines that were built differently are not taken from the cache."""
+    from engines.planning import CheckpointPlan, EngineOptions
+
+    plan = CheckpointPlan.read(checkpoint, EngineOptions.resolve(backend, device)[0])
+    keys = "".join(engine.spec.key for engine in plan.engines)
+    return f"{plan.options.backend} engines {hashlib.sha256(keys.encode()).hexdigest()[:12]}"
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -44,8 +44,8 @@ class EngineOptions:
         backend: a resolved backend name.
         device: "cpu" or "cuda", the first GPU.
         dtype: such as "bfloat16".
-        buckets: batch sizes of the denoiser; the decoder takes every other one, and so does the text encoder, but on a
-            CPU, where it takes the smallest.
+        buckets: batch sizes of the denoiser; the decoder takes every other one, and so does the text encoder, but
+            compiled for a CPU, where it takes the second of those alone.
     """
 
     backend: str
@@ -130,9 +130,10 @@ class CheckpointPlan:
                 yield from ((component, size, batch) for size in self.sizes[:-1] for batch in buckets[::2][:2])
                 yield from ((component, self.sizes[-1], batch) for batch in buckets[::2])
             else:
-                # oneDNN's unpacked products round otherwise at another batch; with one bucket company changes nothing.
+                # oneDNN's unpacked products round otherwise at another batch: compiled for a CPU there is one bucket.
+                # Not the smallest: prompts that are encoded together reach the denoiser together.
                 one = self.options.device == "cpu" and self.options.backend != "eager"
-                yield from ((component, None, batch) for batch in (buckets[:1] if one else buckets[::2]))
+                yield from ((component, None, batch) for batch in (buckets[::2][:2][-1:] if one else buckets[::2]))
 
     @cached_property
     def engines(self) -> tuple[PlannedEngine, ...]:

@@ -239,7 +239,10 @@ class Distillation:
             return self.student(averaged)
         kept = checkpoints(self.run / "checkpoints")[-settings.export_checkpoints :]
         if len(kept) < settings.export_checkpoints:
-            raise ValueError(f"export_checkpoints={settings.export_checkpoints}: {self.run} keeps {len(kept)}")
+            raise ValueError(
+                f"export_checkpoints={settings.export_checkpoints}: {self.run} keeps {len(kept)}; nothing is lost, "
+                f"export with --export-only --set export_checkpoints={len(kept)}"
+            )
         states = [load_checkpoint(path)[0]["ema" if averaged else "student"] for path in kept]
         mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
         if share := settings.export_teacher_share:
