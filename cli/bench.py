@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cli.numbers import buckets_option, whole_numbers
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
@@ -55,11 +57,11 @@ def speedup(
         checkpoint=None if backbone or random_weights else checkpoint,
         engines=engines,
         backend=backend,
-        buckets=_numbers("--buckets", buckets) if buckets else None,
+        buckets=buckets_option(buckets),
         device=device,
         dtype=dtype,
         scale=scale,
-        batches=_numbers("--batches", batches),
+        batches=whole_numbers("--batches", batches),
         variants=tuple(variants.split(",")) if variants else None,
         repeats=repeats,
         whole_limit=whole_limit,
@@ -96,23 +98,13 @@ def engines_command(
         checkpoint=checkpoint,
         engines=engines,
         backends=tuple(part.strip() for part in backends.split(",")),
-        buckets=_numbers("--buckets", buckets) if buckets else None,
+        buckets=buckets_option(buckets),
         device=device,
         dtype=dtype,
         repeats=repeats,
-        loop_batches=_numbers("--batches", batches),
+        loop_batches=whole_numbers("--batches", batches),
         out=out,
     )
     with console.status("measuring") as status:
         content = run_engines(settings, lambda what: status.update(what))
     console.print(engines_markdown(content), markup=False, soft_wrap=True)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise ValueError(f"{option} {text!r} is not a list of whole numbers such as 1,8")
-    return found

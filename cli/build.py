@@ -7,22 +7,7 @@ from typing import Annotated
 
 import typer
 
-
-def parse_buckets(text: str | None) -> tuple[int, ...] | None:
-    """Batch sizes from "1,2,4,8"; None stays None.
-
-    Raises:
-        ValueError: something else, or a number below 1.
-    """
-    if text is None:
-        return None
-    try:
-        buckets = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--buckets {text!r}: give batch sizes separated by commas, such as 1,2,4,8") from None
-    if min(buckets) < 1:
-        raise ValueError(f"--buckets {text!r}: every batch size must be at least 1")
-    return buckets
+from cli.numbers import buckets_option
 
 
 def command(
@@ -49,7 +34,7 @@ def command(
     from engines.build import BuildProgress, build_checkpoint, missing_engines, plan_checkpoint
     from engines.store import EngineStore
 
-    sizes = parse_buckets(buckets)
+    sizes = buckets_option(buckets)
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
     if threads is not None:

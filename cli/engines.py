@@ -101,12 +101,12 @@ def measure(
 
     The server chooses its batch widths by them.
     """
-    from cli.build import parse_buckets
+    from cli.numbers import buckets_option
     from engines.build import measure as measure_built
     from engines.build import plan_checkpoint
     from engines.store import EngineStore
 
-    plan = plan_checkpoint(checkpoint, backend, device, dtype, parse_buckets(buckets))
+    plan = plan_checkpoint(checkpoint, backend, device, dtype, buckets_option(buckets))
     measured = measure_built(plan, EngineStore(engines))
     if not measured:
         raise ValueError(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.numbers import whole_numbers
+
 if TYPE_CHECKING:
     from rmd.backbones.base import Executor
 
@@ -51,6 +53,8 @@ def command(
 
     from training.evaluate.run import EvaluationSettings, evaluate
 
+    if compile and engines is not None:
+        raise ValueError("--compile is for eager networks: leave it out, or leave out --engines")
     overrides: dict[str, float | str] = {}
     if intensity is not None:
         overrides["transition_noise_intensity"] = intensity
@@ -63,7 +67,7 @@ def command(
         out=out,
         cache=cache,
         rows=tuple(part.strip() for part in rows.split(",") if part.strip()),
-        seeds=_numbers(seeds),
+        seeds=whole_numbers("--seeds", seeds, least=0),
         limit=limit,
         teacher_steps=teacher_steps,
         overrides=overrides,
@@ -115,10 +119,3 @@ def _engines_name(checkpoint: Path, backend: str, device: str) -> str:
     plan = CheckpointPlan.read(checkpoint, EngineOptions.resolve(backend, device)[0])
     keys = "".join(engine.spec.key for engine in plan.engines)
     return f"{plan.options.backend} engines {hashlib.sha256(keys.encode()).hexdigest()[:12]}"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"--seeds {text!r} is not a list of whole numbers such as 0,1,2") from None

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.build import parse_buckets
+from cli.numbers import buckets_option
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from rmd.backbones.base import Backbone
@@ -44,20 +45,34 @@ def command(
     names = list(dict.fromkeys(schedule or [])) or [""]
     if backend not in ("auto", "eager") and engines is None:
         raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
-    runs = _open(checkpoint, names, engines, backend, device, dtype, parse_buckets(buckets))
-    headings = [label for label, _, _ in runs]
+    runs = _open(checkpoint, names, engines, backend, device, dtype, buckets_option(buckets))
     single = sheet or (len(texts) == 1 and len(runs) == 1)
     video = runs[0][1].media == "video" and not sheet
     _check_out(out, single, ".mp4" if video else ".png")
 
-    rows: list[list[Tensor]] = [[] for _ in texts]
-    for _, backbone, cascade in runs:
+    from cli.pictures import contact_sheet, to_pictures, write_mp4, write_png
+
+    rows: list[list[Image]] = [[] for _ in texts]
+    for label, backbone, cascade in runs:
         for first in range(0, len(texts), batch):
             part = texts[first : first + batch]
             seeds = range(seed + first, seed + first + len(part))
-            for row, item in zip(rows[first : first + batch], _draw(backbone, cascade, part, seeds), strict=True):
-                row.append(item)
-    for path in _write(rows, texts, headings, runs[0][1], out, sheet=sheet, single=single, video=video):
+            for number, item in enumerate(_draw(backbone, cascade, part, seeds), start=first):
+                if sheet:
+                    rows[number].append(to_pictures(item[None])[0])
+                    continue
+                # Written at once: what is drawn is not lost if the run is stopped, nor kept in memory.
+                heading = f"-{label}" if len(runs) > 1 else ""
+                name = f"{number:04d}-{_slug(texts[number])}{heading}{'.mp4' if video else '.png'}"
+                path = out if single and out.suffix else out / name
+                if video:
+                    write_mp4(item, path, backbone.frames_per_second)
+                else:
+                    write_png(to_pictures(item[None])[0], path)
+                typer.echo(str(path))
+    if sheet:
+        path = out if out.suffix else out / "sheet.png"
+        write_png(contact_sheet(rows, texts, [label for label, _, _ in runs]), path)
         typer.echo(str(path))
 
 
@@ -81,6 +96,8 @@ def _check_out(out: Path, single: bool, suffix: str) -> None:
         raise ValueError(f"--out {out}: this makes a {suffix} file")
     if not single and (out.suffix.lower() in (".png", ".mp4") or out.is_file()):
         raise ValueError(f"--out {out} is one file, and there are several pictures: give a folder, or --sheet")
+    if not out.suffix and out.is_file():
+        raise ValueError(f"--out {out} is a file: give a {suffix} name, or a folder")
 
 
 def _open(
@@ -144,39 +161,6 @@ def _draw(backbone: Backbone, cascade: Cascade, texts: Sequence[str], seeds: ran
     uncond = backbone.encode_unconditional(len(texts)) if cascade.guidance_scale != 1.0 else None
     latents = sample(backbone, cascade, conditioning, list(seeds), uncond=uncond)
     yield from backbone.decode(latents, cascade.full_size).cpu()
-
-
-def _write(
-    rows: Sequence[Sequence[Tensor]],
-    texts: Sequence[str],
-    headings: Sequence[str],
-    backbone: Backbone,
-    out: Path,
-    *,
-    sheet: bool,
-    single: bool,
-    video: bool,
-) -> Iterator[Path]:
-    from cli.pictures import contact_sheet, to_pictures, write_mp4, write_png
-
-    suffix = ".mp4" if video else ".png"
-    if sheet:
-        path = out if out.suffix else out / "sheet.png"
-        write_png(contact_sheet([[to_pictures(item[None])[0] for item in row] for row in rows], texts, headings), path)
-        yield path
-        return
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        for item, heading in zip(row, headings, strict=True):
-            if single and out.suffix:
-                path = out
-            else:
-                label = f"-{heading}" if len(headings) > 1 else ""
-                path = out / f"{number:04d}-{_slug(text)}{label}{suffix}"
-            if video:
-                write_mp4(item, path, backbone.frames_per_second)
-            else:
-                write_png(to_pictures(item[None])[0], path)
-            yield path
 
 
 def _slug(text: str) -> str:

@@ -296,6 +296,10 @@ def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedE
         watch = Stopwatch()
         engine = plan.compiler.load(manifest, store.folder(manifest.key), banks[planned.component])
         load_seconds = watch.seconds
+        if plan.target.device == "cuda" and manifest.weights_mode != "module":  # as the runner will run it
+            from engines.cuda_graphs import GraphedEngine
+
+            engine = GraphedEngine(engine)
         try:
             latency = median_latency(engine)
         finally:

@@ -24,7 +24,7 @@ mkdir -p "$OUT"
 bench() { # a report of one backbone; the log is named after the step, further arguments go to the bench
   local log=$1 backbone=$2
   shift 2
-  timeout $((MINUTES * 60 + 90)) "$PYTHON" -m engines.benchmark.speedup \
+  timeout $((MINUTES * 60 + 60)) "$PYTHON" -m engines.benchmark.speedup \
     --device cuda --backbone "$backbone" --minutes "$MINUTES" --out "$OUT" "$@" 2>&1 | tee "$OUT/$log.log"
 }
 

@@ -73,8 +73,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.fault = fault
-        self.message = message
-        self.param = param
+        # What is quoted may hold a lone surrogate, such as the name of an unknown field.
+        self.message = _sendable(message)
+        self.param = None if param is None else _sendable(param)
         self.code = code or fault.value.code
         self.retry_after = retry_after
         self.headers = dict(headers or {})
@@ -93,6 +94,10 @@ class ApiError(Exception):
         if not self.fault.value.retry:
             headers["x-should-retry"] = "false"
         return JSONResponse(self.body(), status_code=self.fault.value.status, headers=headers)
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def fault_for_status(status: int) -> Fault:

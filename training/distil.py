@@ -294,6 +294,7 @@ class Distillation:
             "seconds": round(progress.seconds),
             "batch_size": settings.batch_size * self.trainer.accelerator.num_processes,
             "guidance_scale": self.method.guidance_scale,
+            **({"initial_student": Path(settings.initial_student).name} if settings.initial_student else {}),
             "settings": settings.to_record(),
         }
         component = network_of(student)[0]

@@ -15,7 +15,7 @@ Method = Literal["rmd", "tdm", "dmd2", "swd"]
 CHANGEABLE = frozenset(
     {
         "guidance_scale", "generator_rate", "fake_rate", "fake_steps", "final_rate", "decay_share", "ema_decay",
-        "clip_norm", "stage_weights", "resolution_map",
+        "clip_norm", "stage_weights", "resolution_map", "interval",
     }
 )  # fmt: skip
 """Settings that `--change-settings` may change when a run is resumed."""

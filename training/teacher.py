@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.attention import training_attention
+from training.interrupts import stopped_by_signals
 from training.latents import TeacherData
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
@@ -201,10 +201,9 @@ class TeacherTrainer:
 
     def train(self, log: Callable[[dict[str, float]], None]) -> None:
         """Trains until the budget is spent or SIGTERM/SIGINT arrives; saves either way."""
-        previous = {sig: signal.signal(sig, self._ask_to_stop) for sig in (signal.SIGTERM, signal.SIGINT)}
         last_save = time.monotonic()
         window: list[float] = []
-        try:
+        with stopped_by_signals(self.stop):
             while not self._stop and not self.finished:
                 started = time.monotonic()
                 low = self.in_low_phase or self.step % self.settings.low_every == 0
@@ -233,11 +232,9 @@ class TeacherTrainer:
                     last_save = time.monotonic()
             self.save()
             self.on_save(self)
-        finally:
-            for sig, handler in previous.items():
-                signal.signal(sig, handler)
 
-    def _ask_to_stop(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Ask the loop to save and return after the step it is in."""
         self._stop = True
 
     # ---- state --------------------------------------------------------------------------------------------------

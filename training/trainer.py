@@ -7,13 +7,10 @@ their plain names and may be compiled; every process draws its own samples, and 
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +19,7 @@ from torch import Tensor
 from training.attention import training_attention
 from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from training.files import write_json
+from training.interrupts import stopped_by_signals
 from training.methods.base import DistillationMethod, Matched, ScoreSample
 from training.networks import Networks, trained_parameters
 from training.optimizer import AveragedWeights, MasterAdamW
@@ -251,7 +249,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_json(self.run / "settings.json", self.settings.to_record())
             cut_lines(self.metrics_file, self.progress.iteration)
-        with self._signals(), training_attention(self.method.backbone.device.type, self.tokens):
+        with stopped_by_signals(self.stop), training_attention(self.method.backbone.device.type, self.tokens):
             mark = time.monotonic()
             while self.share_done() < 1.0 and not self._stop:
                 figures = self.update()
@@ -279,26 +277,6 @@ class Trainer:
     def stop(self) -> None:
         """Ask the loop to save and return after the update it is in."""
         self._stop = True
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first SIGINT stop the loop; a second SIGINT interrupts at once."""
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            self.stop()
-            if number == signal.SIGINT:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: the caller stops the loop
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, previous in before.items():
-                signal.signal(number, previous)
 
     # ---- records ----------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ class TorchCompiled:
     def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
         """See :class:`rmd.backbones.base.Executor`."""
         with torch.inference_mode():
-            output: Tensor = self._compiled[component](**inputs)
+            # Strides are guarded on: an expanded input would be compiled for again when a graph records its copy.
+            output: Tensor = self._compiled[component](**{name: value.contiguous() for name, value in inputs.items()})
         return output
 
 
@@ -144,9 +145,15 @@ def make_executor(
 
 
 def variants_for(device: torch.device, asked: Sequence[str] | None = None) -> list[str]:
-    """The variants to try on a device; unavailable ones are recorded, not raised."""
+    """The variants to try on a device; unavailable ones are recorded, not raised.
+
+    TensorRT's come first: building moves the weights to the CPU and back, and graphs recorded before would read the
+    addresses that they had.
+    """
     if asked:
-        return list(asked)
-    if device.type == "cuda":
-        return ["eager", "eager+graphs", "compiled", "compiled+graphs", "tensorrt", "tensorrt+graphs"]
-    return ["eager"]
+        chosen = list(asked)
+    elif device.type == "cuda":
+        chosen = ["eager", "eager+graphs", "compiled", "compiled+graphs", "tensorrt", "tensorrt+graphs"]
+    else:
+        chosen = ["eager"]
+    return sorted(chosen, key=lambda variant: not variant.startswith("tensorrt"))

@@ -100,15 +100,17 @@ def time_interleaved(
         cases: name -> call; the order is kept inside a round.
         repeats: rounds at most.
         case_budget: seconds for the repeats of one case: slow cases are repeated less often.
-        deadline: in `time.monotonic` seconds; cases that come later are failures, and repeats end.
+        deadline: in `time.monotonic` seconds; cases that come later are failures, and repeats end. A case that has no
+            repeat by then keeps its fastest warm run.
         progress: called with the name of each case before it is warmed up.
 
     Returns:
-        medians; a case that runs out of memory, or that its backend cannot run, is a failure and not an error.
+        medians; a case that raises (no memory, a graph that its backend cannot build) is a failure and not an error.
     """
     found = Interleaved()
     seconds: dict[Any, list[float]] = {}
     first: dict[Any, float] = {}
+    warmed: dict[Any, float] = {}
     rounds: dict[Any, int] = {}
     for name, call in cases.items():
         progress(str(name))
@@ -122,15 +124,22 @@ def time_interleaved(
             else:  # the run that may have compiled says nothing of a warm one
                 warm = stopwatch(call, device)
             rounds[name] = repeats_for(warm, repeats, case_budget)
-            seconds[name] = []
-        except RuntimeError as error:  # torch's out-of-memory error is a RuntimeError
+            warmed[name], seconds[name] = warm, []
+        except Exception as error:  # whatever a compiler raises: the other cases' figures must not be lost with it
             found.failures[name] = failure(error, device)
     for turn in range(max(rounds.values(), default=0)):
         for name, call in cases.items():
-            late = turn > 0 and time.monotonic() > deadline  # every case that was warmed up gets one repeat
-            if turn < rounds.get(name, 0) and not late:
+            if turn >= rounds.get(name, 0) or time.monotonic() > deadline:
+                continue
+            try:
                 seconds[name].append(stopwatch(call, device))
-    found.timings = {name: Timing.of(values, first[name]) for name, values in seconds.items()}
+            except Exception as error:
+                found.failures[name], rounds[name] = failure(error, device), 0
+    found.timings = {
+        name: Timing.of(values or [warmed[name]], first[name])
+        for name, values in seconds.items()
+        if name not in found.failures
+    }
     return found
 
 

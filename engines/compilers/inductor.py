@@ -159,7 +159,7 @@ class InductorEngine(Engine):
         from safetensors.torch import load_file
 
         super().__init__(manifest)
-        self._loader: Any = _loader(folder / PACKAGE)
+        self._loader: Any = _loader(folder / PACKAGE, manifest.spec.target.device)
         _check_extensions(self._loader.get_metadata(), manifest)
         self._weights = weights
         constants = {name: weights.constant(Recipe.from_dict(recipe)) for name, recipe in manifest.constants.items()}
@@ -246,8 +246,10 @@ def _save(constants: Mapping[str, Tensor], folder: Path) -> None:
         save_file(held, folder / CONSTANTS)
 
 
-def _loader(path: Path) -> Any:
-    return torch._inductor.aoti_load_package(str(path)).loader
+def _loader(path: Path, device: str = "cpu") -> Any:
+    # Otherwise each run asks for an event of the one before, which is forbidden while a CUDA graph is recorded. Engines
+    # are run by one thread anyway.
+    return torch._inductor.aoti_load_package(str(path), run_single_threaded=device == "cuda").loader
 
 
 def _check_extensions(metadata: Mapping[str, str], manifest: Manifest) -> None:

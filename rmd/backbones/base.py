@@ -103,7 +103,7 @@ class Backbone(ABC):
         self.schedule = schedule
         self.dtype = dtype
         self.device = torch.device(device)
-        self._modules = {name: module.eval() for name, module in modules.items()}
+        self._modules = {name: _on_one_device(module.eval()) for name, module in modules.items()}
         self.executor = EagerExecutor(self._modules)
 
     # ---- construction -------------------------------------------------------------------------------------------
@@ -346,3 +346,12 @@ def repeat_rows(conditioning: Mapping[str, Tensor], batch: int) -> Conditioning:
         name: value if value.shape[0] == batch else value.expand(batch, *value.shape[1:])
         for name, value in conditioning.items()
     }
+
+
+def _on_one_device(module: nn.Module) -> nn.Module:
+    """The module, its own buffers (constants of a wrapper) moved to where its network's weights are."""
+    weight = next(module.parameters(), None)
+    if weight is not None and weight.device.type != "meta":
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(weight.device))
+    return module

@@ -32,7 +32,9 @@ class EventChannel:
             ApiError: the generation has failed.
         """
         try:
-            event = await asyncio.wait_for(self._queue.get(), patience)
+            # Not wait_for: before Python 3.12 it may swallow the cancellation by which a departed client ends the work.
+            async with asyncio.timeout(patience):
+                event = await self._queue.get()
         except TimeoutError:
             return None
         if isinstance(event, Failed):

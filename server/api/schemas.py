@@ -66,10 +66,10 @@ class ImageRequest(BaseModel):
             raise PydanticCustomError("finite_number", "Input should be a finite number")
         return value
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator("prompt", "negative_prompt", "model", "size", "schedule", "user", "safety_identifier")
     @classmethod
     def _encodable(cls, value: str | None) -> str | None:
-        """Refuse lone surrogates, which JSON can carry and no tokenizer can read."""
+        """Refuse lone surrogates, which JSON can carry, no tokenizer can read and no reply can quote."""
         if value is not None:
             try:
                 value.encode("utf-8")

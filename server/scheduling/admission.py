@@ -5,27 +5,38 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from server.errors import ApiError, Fault
 
-_SMOOTHING = 0.2
+_REMEMBERED = 32  # departures that the drain rate is taken over
 _LONGEST_RETRY = 600
 
 
 class Permit:
-    """The right to occupy ``items`` pictures of the queue. Releasing twice is harmless."""
+    """The right to occupy ``items`` pictures of the queue; they may leave one by one. Releasing twice is harmless."""
 
     def __init__(self, admission: Admission, items: int, pixels: int) -> None:
-        self._admission: Admission | None = admission
+        self._admission = admission
         self.items = items
         self.pixels = pixels
 
+    def leave(self, finished: bool) -> None:
+        """Give one picture's place back; ``finished`` says that it was really made (feeds the drain rate)."""
+        self._give_back(min(1, self.items), finished)
+
     def release(self, finished: bool = False) -> None:
-        """Give the places back; ``finished`` says that the pictures were really made (feeds the drain rate)."""
-        admission, self._admission = self._admission, None
-        if admission is not None:
-            admission._release(self, finished)
+        """Give all places back that are still held."""
+        self._give_back(self.items, finished)
+
+    def _give_back(self, items: int, finished: bool) -> None:
+        if not items:
+            return
+        pixels = self.pixels * items // self.items
+        self.items -= items
+        self.pixels -= pixels
+        self._admission._release(items, pixels, last=not self.items, finished=finished)
 
 
 class Admission:
@@ -53,6 +64,7 @@ class Admission:
         self._pixels = 0
         self._requests = 0
         self._last_finish = clock()
+        self._finishes: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # seconds since the one before, pictures
         self._idle = threading.Event()
         self._idle.set()
 
@@ -81,7 +93,8 @@ class Admission:
             if full and self._items:
                 raise ApiError(
                     Fault.QUEUE_FULL,
-                    f"The queue is full ({self._items} of {self.max_items} pictures); "
+                    f"The queue is full ({self._items} of {self.max_items} pictures, {self._pixels / 1e6:.1f} of "
+                    f"{self.max_pixels / 1e6:.1f} megapixels); "
                     "try again after the seconds in Retry-After.",
                     retry_after=self._retry_after(items, pixels),
                 )
@@ -107,15 +120,17 @@ class Admission:
         )
         return min(max(math.ceil(excess * self._seconds_per_item), 1), _LONGEST_RETRY)
 
-    def _release(self, permit: Permit, finished: bool) -> None:
+    def _release(self, items: int, pixels: int, last: bool, finished: bool) -> None:
         with self._lock:
             now = self._clock()
-            self._items -= permit.items
-            self._pixels -= permit.pixels
-            self._requests -= 1
+            self._items -= items
+            self._pixels -= pixels
+            self._requests -= last
             if finished:
-                seconds = (now - self._last_finish) / permit.items
-                self._seconds_per_item += _SMOOTHING * (seconds - self._seconds_per_item)
+                # A sum over many: pictures leave in batches, several at one moment and then none for a while.
+                self._finishes.append((now - self._last_finish, items))
+                seconds, made = (sum(column) for column in zip(*self._finishes, strict=True))
+                self._seconds_per_item = max(seconds / made, 1e-4)
                 self._last_finish = now
             if self._items == 0:
                 self._idle.set()

@@ -40,9 +40,10 @@ PACKAGE = "package"
 
 @dataclass(frozen=True)
 class _Done:
-    """What one batch gave: its seconds, partial pictures now due, and pixels where it decoded."""
+    """What one batch gave: its seconds, the network's rows, partial pictures now due, and pixels where it decoded."""
 
     seconds: float
+    rows: int
     previews: Sequence[Preview]
     pictures: Sequence[Pixels]
 
@@ -183,21 +184,26 @@ class DeviceExecutor:
                 self._fail(entries[0], error)
                 return
             log.warning("a batch of %d at %s raised (%s); trying each alone", len(entries), station.key.label, error)
-            self._metrics.retried_batches.labels(station.key.label).inc()
-            for entry in entries:
-                self._run(runner, model, station, [entry])
+        else:
+            self._account(model, station.key, entries, done)
+            self._hand_on(station.key, entries, done)
             return
-        self._account(model, station.key, entries, done.seconds)
-        self._hand_on(station.key, entries, done)
+        # Out here no traceback keeps the failed batch's tensors: what fits alone must not fail for lack of memory.
+        self._metrics.retried_batches.labels(station.key.label).inc()
+        if model.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for entry in entries:
+            self._run(runner, model, station, [entry])
 
     def _work(self, runner: StageRunner, model: ServedModel, key: StationKey, entries: Sequence[Entry]) -> _Done:
         """Do one batch's work on the device. Raises whatever the network raises, before any entry is changed."""
         started = time.perf_counter()
         items = [entry for entry in entries if isinstance(entry, Item)]
+        rows = sum(item.rows for item in items) if key.kind == "denoise" else len(entries)
         previews: list[Preview] = []
         pictures: list[Pixels] = []
         if key.kind == "encode":
-            runner.encode(items)
+            rows = runner.encode(items)
         elif key.kind == "denoise":
             previews = runner.denoise(key, items)
         else:
@@ -205,7 +211,7 @@ class DeviceExecutor:
             pictures = runner.decode(key.size, [entry for entry in entries if isinstance(entry, Item | Preview)])
         if model.backbone.device.type == "cuda":
             torch.cuda.synchronize(model.backbone.device)
-        return _Done(time.perf_counter() - started, previews, pictures)
+        return _Done(time.perf_counter() - started, rows, previews, pictures)
 
     def _hand_on(self, key: StationKey, entries: Sequence[Entry], done: _Done) -> None:
         """Send each entry to its next station; whose generation has ended meanwhile leaves the house here."""
@@ -225,13 +231,14 @@ class DeviceExecutor:
                 self._pool.submit(self._package, entry, pixels, key)
                 self._running.remove(entry)
 
-    def _account(self, model: ServedModel, key: StationKey, entries: Sequence[Entry], seconds: float) -> None:
+    def _account(self, model: ServedModel, key: StationKey, entries: Sequence[Entry], done: _Done) -> None:
         """Write one batch into the metrics, the latency table and its items' own records."""
-        label = key.label
+        if not done.rows:
+            return  # prompts that an earlier batch of the same request had encoded
+        label, rows, seconds = key.label, done.rows, done.seconds
         items = [entry for entry in entries if isinstance(entry, Item)]
-        rows = sum(item.rows for item in items) if key.kind == "denoise" else len(entries)
         model.latencies.observe(key, rows, seconds)
-        self._metrics.batch_size.labels(label).observe(len(entries))
+        self._metrics.batch_size.labels(label).observe(rows if key.kind == "encode" else len(entries))
         self._metrics.step_seconds.labels(label).observe(seconds)
         self._metrics.device_busy_seconds.inc(seconds)
         if key.kind == "denoise" and key.size is not None:
@@ -273,10 +280,12 @@ class DeviceExecutor:
             generation.sink(PartialPicture(entry.item.index, entry.partial_index, key.size, content))
         elif isinstance(entry, Item):
             entry.record.package = time.perf_counter() - started
-            self._count(entry)
-            with self._changed:  # places are free before the client hears of it
-                self._leave(entry)
-            generation.sink(FinishedPicture(entry.index, content, entry.record))
+            with self._changed:
+                if generation.failed:
+                    return  # it ended while its picture was being compressed
+                self._count(entry)
+                self._leave(entry)  # its place is free before the client hears of it
+                generation.sink(FinishedPicture(entry.index, content, entry.record))
 
     def _count(self, item: Item) -> None:
         spec, record = item.generation.spec, item.record
@@ -331,15 +340,11 @@ class DeviceExecutor:
             self._leave(entry)
 
     def _leave(self, entry: Entry) -> None:
-        """Count an item out; the permit goes back with the generation's last one. Called with the lock held."""
-        if not isinstance(entry, Item):
-            return
-        generation = entry.generation
-        if not entry.left:
+        """Count an item out, once, and give its place back. Called with the lock held."""
+        if isinstance(entry, Item) and not entry.left:
             entry.left = True
-            generation.remaining_items -= 1
-        if generation.remaining_items == 0:
-            generation.permit.release(finished=not generation.failed)
+            entry.generation.remaining_items -= 1
+            entry.generation.permit.leave(finished=not entry.generation.failed)
 
 
 def deadline_error() -> ApiError:

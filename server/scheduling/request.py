@@ -90,7 +90,7 @@ class Generation:
 
     Args:
         spec: what to make.
-        permit: released once the last of its items has left the stations.
+        permit: its items give their places back as they leave, one by one.
         deadline: monotonic seconds after which it is dropped.
         sink: called with each event, from any thread; must not block.
         costs: ``costs[k]`` is the expected seconds from the start of step k to the finished picture; one entry

@@ -36,10 +36,13 @@ class StageRunner:
         self._model = model
         self._unconditionals: OrderedDict[str, Conditioning] = OrderedDict()
 
-    def encode(self, items: Sequence[Item]) -> None:
+    def encode(self, items: Sequence[Item]) -> int:
         """Encode the prompts of the items' generations, each distinct text once.
 
         Negative prompts are encoded in the same batch; the most recent ones are kept, since nearly all are empty.
+
+        Returns:
+            How many texts the network was run on: none where a generation's first items brought them all.
         """
         generations = list({id(item.generation): item.generation for item in items}.values())
         waiting = [generation for generation in generations if generation.conditioning is None]
@@ -64,6 +67,7 @@ class StageRunner:
             generation.conditioning = encoded[generation.spec.prompt]
         while len(self._unconditionals) > _KEPT_UNCONDITIONALS:
             self._unconditionals.popitem(last=False)
+        return len(texts) + empty_is_special
 
     def denoise(self, key: StationKey, items: Sequence[Item]) -> list[Preview]:
         """Do one step for items that stand at the same size, whatever their step, seed, guidance or schedule.

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli.build import parse_buckets
 from cli.engines import app
+from cli.numbers import buckets_option, whole_numbers
 
 
 def test_an_empty_store_is_no_error(tmp_path: Path) -> None:
@@ -34,7 +34,10 @@ def test_prune_needs_to_be_told_what(tmp_path: Path) -> None:
 
 
 def test_buckets_are_read_and_checked() -> None:
-    assert parse_buckets("1,2, 8") == (1, 2, 8) and parse_buckets(None) is None
+    assert buckets_option("1,2, 8") == (1, 2, 8) and buckets_option(None) is None
     for text, message in (("0", "at least 1"), ("1;2", "separated by commas"), ("", "separated by commas")):
         with pytest.raises(ValueError, match=message):
-            parse_buckets(text)
+            buckets_option(text)
+    assert whole_numbers("--seeds", "0,3", least=0) == (0, 3)
+    with pytest.raises(ValueError, match=r"--seeds '-1': every number must be at least 0"):
+        whole_numbers("--seeds", "-1", least=0)

@@ -44,6 +44,12 @@ def test_one_prompt_is_the_offline_sampler(folder: Path, tmp_path: Path) -> None
         assert picture.tobytes() == expected.contiguous().numpy().tobytes()
 
 
+def test_a_file_in_the_folders_place_is_refused_before_anything_is_drawn(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    result = _run("a red fox", "--checkpoint", folder, "--out", tmp_path / "taken")
+    assert isinstance(result.exception, ValueError) and "is a file: give a .png name" in str(result.exception)
+
+
 def test_file_of_prompts_numbers_and_seeds(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("# three\na red fox\n\nAn old lighthouse!\na ship\n")

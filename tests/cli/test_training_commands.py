@@ -28,3 +28,8 @@ def test_training_without_pictures_names_the_command_to_run_first(tmp_path: Path
     assert result.returncode == 2
     assert "run `rmd data" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_compiled_networks_and_engines_exclude_each_other() -> None:
+    ran = rmd("evaluate", "--compile", "--engines", "engines-cache")
+    assert ran.returncode == 2 and "leave out --engines" in ran.stderr and "Traceback" not in ran.stderr

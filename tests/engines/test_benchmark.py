@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,22 @@ def test_cases_take_turns_and_a_failing_one_does_not_stop_the_rest() -> None:
     assert found.timings["a"].repeats == 3
 
 
+def test_a_case_that_fails_late_or_has_no_time_left_does_not_cost_the_rest() -> None:
+    runs = {"late": 0}
+
+    def fails_in_the_rounds() -> None:
+        runs["late"] += 1
+        if runs["late"] > 3:
+            raise ValueError("the compiler gave up")
+
+    found = time_interleaved({"late": fails_in_the_rounds, "a": lambda: None}, CPU, repeats=3)
+    assert found.failures == {"late": "ValueError: the compiler gave up"} and found.timings["a"].repeats == 3
+
+    deadline = time.monotonic() + 0.2
+    found = time_interleaved({"slow": lambda: time.sleep(0.1)}, CPU, repeats=3, deadline=deadline)
+    assert found.timings["slow"].repeats == 1, "its warm run stands for the repeats that there was no time for"
+
+
 def test_nothing_is_begun_after_the_deadline() -> None:
     calls: list[str] = []
     found = time_interleaved({"late": lambda: calls.append("late")}, CPU, deadline=0.0)
@@ -108,6 +125,10 @@ def test_speedups_divide_by_the_eager_and_by_the_own_teacher() -> None:
     end_to_end = found["end_to_end_speedup"]["1"]["2+2"]["eager"]["over_eager_teacher"]
     assert end_to_end == pytest.approx(10.35 / 0.8)
     assert found["cascade_over_single_size"]["1"] == {"eager": pytest.approx(1.6), "engines": pytest.approx(1.6)}
+    # A decoder that failed is eager's, not free.
+    del measured.timings["engines", 1, "decode"]
+    row = next(r for r in rows_of(subject, measured, ["engines"], [1]) if r["schedule"] == "2+2")
+    assert row["end_to_end_s"] == pytest.approx(0.25 + 0.25 + 0.025) and row["from_eager"] == ["decode"]
     assert found["over_eager"]["1"]["engines"]["2+2"] == pytest.approx(2.0)
     stock = found["denoising_speedup"]["1"]["teacher"]["diffusers"]["over_eager_teacher"]
     assert stock == pytest.approx(10 / 12)

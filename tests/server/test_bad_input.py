@@ -90,6 +90,9 @@ def test_a_bad_field_is_named(open_house: House, body: dict[str, Any], status: i
         b"[" * 50_000,
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "size": "\\ud800"}',
+        b'{"prompt": "a", "model": "\\ud800"}',
+        b'{"prompt": "a", "\\ud800": 1}',
         b"\xff\xfe\x00",
     ],
 )

@@ -131,6 +131,32 @@ def test_permits_are_bounded_and_given_back_once() -> None:
     assert admission.items == 0 and admission.wait_idle(0)
 
 
+def test_pictures_of_one_request_leave_one_by_one() -> None:
+    admission = Admission(4, 100)
+    permit = admission.acquire(3, 90)
+    permit.leave(finished=True)
+    assert (admission.items, admission.requests) == (2, 1)
+    admission.acquire(2, 40).release()  # 60 pixels are left to the first
+    permit.leave(finished=True)
+    permit.release()
+    permit.leave(finished=True)
+    assert (admission.items, admission.requests) == (0, 0) and admission.wait_idle(0)
+
+
+def test_retry_after_follows_pictures_that_leave_in_batches() -> None:
+    clock = Clock()
+    admission = Admission(8, 10**9, seconds_per_item=1.0, clock=clock)
+    held = [admission.acquire(1, 1) for _ in range(8)]
+    for _ in range(8):  # eight at a moment, every 16 seconds: one in 2 seconds
+        clock.now += 16.0
+        for permit in held:
+            permit.leave(finished=True)
+        held = [admission.acquire(1, 1) for _ in range(8)]
+    with pytest.raises(ApiError, match=r"8 of 8 pictures, 0\.0 of 1000\.0 megapixels") as full:
+        admission.acquire(5, 1)
+    assert full.value.retry_after == 10
+
+
 def test_retry_after_follows_the_drain_rate() -> None:
     clock = Clock()
     admission = Admission(10, 10**9, seconds_per_item=2.0, clock=clock)

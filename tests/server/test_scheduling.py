@@ -67,6 +67,18 @@ def test_concurrent_requests_share_batches_whatever_their_schedule(house: House)
     assert max(batch for component, size, batch in house.gate.calls if component == "denoiser") >= 4
 
 
+def test_fresh_noise_at_the_change_of_size_is_each_requests_own(house: House) -> None:
+    options = [{"seed": 1, "noise_intensity": 0.0}, {"seed": 2, "noise_intensity": 0.5}, {"seed": 3}]
+    alone = [picture(house.draw("a", **entry)) for entry in options]
+    with held(house):
+        calls = [house.in_background(lambda entry=entry: house.draw("a", **entry)) for entry in options]
+        house.until_waiting(4)
+    together = [call.result() for call in calls]
+    assert max(together[0].json()["rmd"]["stages"][0]["batch_sizes"]) == 3
+    for before, after in zip(alone, together, strict=True):
+        assert abs(before - picture(after)).max() <= 1
+
+
 def test_guided_and_unguided_items_share_one_call(checkpoint: Path, model: ServedModel) -> None:
     """A guided item takes two rows of the same batch as a student's one row, where both use the same weights."""
     from dataclasses import replace
