@@ -51,7 +51,7 @@ class Gate:
 
     def run(self, component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self.arrived.set()
-        assert self.opened.wait(30), "the gate was left closed"
+        assert self.opened.wait(90), "the gate was left closed"
         self.calls.append((component, size, next(iter(inputs.values())).shape[0]))
         self.before(component, size, inputs)
         return self.inner.run(component, size, inputs)
