@@ -23,7 +23,9 @@ def command(
         bool, typer.Option("--plan", help="List the engines and the memory they need, build none.")
     ] = False,
 ) -> None:
-    """Compile one engine per component, size and batch bucket. What is built already is kept: runs can be repeated.
+    """Compile one engine per component, size and batch bucket (TensorRT: per component and size, one profile a bucket).
+
+    What is built already is kept: runs can be repeated.
 
     The engines of all the checkpoint's schedules are built, and those that its teacher needs (the full size, two rows a
     guided picture). Each is compared with eager execution and timed before it counts.
@@ -62,11 +64,11 @@ def command(
             device=device, dtype=dtype, buckets=sizes, workers=workers, announce=bar.console.print,
         )  # fmt: skip
     for manifest in sorted(done.built, key=lambda m: (m.spec.component, m.spec.size or "", m.spec.batch)):
-        milliseconds = 1000 * (manifest.latency_seconds or 0.0)
         error = "" if manifest.relative_l2 is None else f"  L2 {manifest.relative_l2:.1e}"
         note = f"  ({manifest.note})" if manifest.note else ""
         typer.echo(
-            f"{manifest.spec.title:<32} {milliseconds:9.2f} ms  built in {manifest.build_seconds:5.1f} s{error}{note}"
+            f"{manifest.spec.title:<32} {manifest.milliseconds:>9} ms  "
+            f"built in {manifest.build_seconds:5.1f} s{error}{note}"
         )
     typer.echo(
         f"{len(done.built)} engines built, {done.reused} there, {done.seconds:.0f} s ({done.backend}), in {engines}"

@@ -26,11 +26,10 @@ def list_engines(engines: Engines = Path("engines-cache")) -> None:
     typer.echo(f"{'key':<14}{'backend':<14}{'engine':<32}{'weights':<12}{columns}")
     for manifest in manifests:
         error = "-" if manifest.relative_l2 is None else f"{manifest.relative_l2:.1e}"
-        latency = "-" if manifest.latency_seconds is None else f"{1000 * manifest.latency_seconds:.2f}"
         typer.echo(
             f"{manifest.key[:12]:<14}{manifest.spec.backend:<14}{manifest.spec.title:<32}{manifest.weights_mode:<12}"
             f"{manifest.bytes / (1 << 20):>8.1f}{error:>10}{manifest.build_seconds:>9.1f}"
-            f"{manifest.load_seconds:>8.2f}{latency:>10}"
+            f"{manifest.load_seconds:>8.2f}  {manifest.milliseconds:>8}"
         )
     total = sum(manifest.bytes for manifest in manifests)
     typer.echo(f"{len(manifests)} engines, {total / (1 << 20):.1f} MiB")
@@ -113,4 +112,4 @@ def measure(
             f"none of the {len(plan.engines)} engines of {checkpoint} is in {engines}: {plan.command(engines)}"
         )
     for manifest in sorted(measured, key=lambda m: (m.spec.component, m.spec.size or "", m.spec.batch)):
-        typer.echo(f"{manifest.spec.title:<32} {1000 * (manifest.latency_seconds or 0.0):9.2f} ms")
+        typer.echo(f"{manifest.spec.title:<32} {manifest.milliseconds:>9} ms")

@@ -6,7 +6,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,7 +174,7 @@ def build_checkpoint(
         _build_all(plan, store, missing, count, watch, progress or (lambda _: None))
     # A build that was interrupted left engines that it had not timed yet.
     manifests = [(engine, store.get(engine.spec.key)) for engine in plan.engines]
-    untimed = [engine for engine, manifest in manifests if manifest is not None and manifest.latency_seconds is None]
+    untimed = [engine for engine, manifest in manifests if manifest is not None and not manifest.latency_seconds]
     if untimed:
         measure(plan, store, untimed)
     built = [store.get(engine.spec.key) for engine in missing]
@@ -218,7 +218,7 @@ def _build_all(
         return
     loaded = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))
     for done, engine in enumerate(missing, 1):
-        inputs = loaded.typical_inputs(engine.component, engine.size, engine.batch)
+        inputs = loaded.typical_inputs(engine.component, engine.size, engine.spec.batch)
         build_engine(plan.compiler, store, loaded.modules[engine.component], engine.spec, inputs)
         finished(done, engine.spec.title)
 
@@ -250,7 +250,7 @@ def build_engine(
         engine = compiler.load(manifest, folder, WeightBank(module))
         seconds = watch.seconds
         try:
-            error = relative_l2(engine, module, inputs)
+            error = max(_errors(engine, module, inputs))
         finally:
             engine.unload()
         tolerance = TOLERANCE[spec.dtype]
@@ -264,9 +264,20 @@ def build_engine(
     return store.build(spec.key, builder)
 
 
+def _errors(engine: Engine, module: nn.Module, inputs: Mapping[str, Tensor] | None) -> Iterator[float]:
+    """:func:`relative_l2` at every batch."""
+    for batch in engine.manifest.spec.batches:
+        at_batch = engine.at(batch)
+        try:
+            yield relative_l2(at_batch, module, inputs)
+        finally:
+            if at_batch is not engine:
+                at_batch.unload()
+
+
 def relative_l2(engine: Engine, module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> float:
-    """|engine - eager| / |eager|, both in the engine's dtype."""
-    inputs = inputs or example_tensors(engine.manifest.spec, engine.device)
+    """|engine - eager| / |eager|, both in the engine's dtype, on the first rows of ``inputs``."""
+    inputs = _rows(inputs or example_tensors(engine.manifest.spec, engine.device), engine.batch)
     with torch.inference_mode():
         eager: Tensor = module(**inputs).double()
     difference = (engine.run(inputs).double() - eager).norm().item()
@@ -294,25 +305,41 @@ def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedE
         if manifest is None:
             continue
         watch = Stopwatch()
-        engine = plan.compiler.load(manifest, store.folder(manifest.key), banks[planned.component])
+        loaded = plan.compiler.load(manifest, store.folder(manifest.key), banks[planned.component])
         load_seconds = watch.seconds
-        if plan.target.device == "cuda" and manifest.weights_mode != "module":  # as the runner will run it
-            from engines.cuda_graphs import GraphedEngine
-
-            engine = GraphedEngine(engine)
+        latencies = {}
         try:
-            latency = median_latency(engine)
+            for batch in manifest.spec.batches:
+                engine = as_it_runs(loaded.at(batch))
+                try:
+                    latencies[batch] = median_latency(engine)
+                finally:
+                    engine.unload()
         finally:
-            engine.unload()
-        manifest = manifest.updated(load_seconds=load_seconds, latency_seconds=latency)
+            loaded.unload()
+        manifest = manifest.updated(load_seconds=load_seconds, latency_seconds=latencies)
         store.update(manifest)
         updated.append(manifest)
     return updated
 
 
+def as_it_runs(engine: Engine, cuda_graphs: bool = True) -> Engine:
+    """The engine as it serves: replayed as a CUDA graph where it is compiled code on a GPU."""
+    on_gpu = engine.manifest.spec.target.device == "cuda"
+    if not (cuda_graphs and on_gpu) or engine.manifest.weights_mode == "module":
+        return engine
+    from engines.cuda_graphs import GraphedEngine
+
+    return GraphedEngine(engine)
+
+
+def _rows(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    return {name: tensor[:count] for name, tensor in inputs.items()}
+
+
 def median_latency(engine: Engine) -> float:
     """Median wall-clock seconds of a run, warm, the device synchronised."""
-    inputs = example_tensors(engine.manifest.spec, engine.device)
+    inputs = _rows(example_tensors(engine.manifest.spec, engine.device), engine.batch)
 
     def synchronise() -> None:
         if engine.device.type == "cuda":

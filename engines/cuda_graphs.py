@@ -17,7 +17,7 @@ class GraphedEngine(Engine):
     """
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.manifest)
+        super().__init__(engine.manifest, engine.batch)
         self._engine = engine
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
@@ -53,6 +53,10 @@ class GraphedEngine(Engine):
     def refit(self, state: Mapping[str, Tensor]) -> None:
         """See :meth:`Engine.refit`."""
         self._engine.refit(state)
+        self.on_refit()
+
+    def on_refit(self) -> None:
+        """See :meth:`Engine.on_refit`."""
         if self.manifest.weights_mode == "refittable":
             self._graph = None  # the library may have moved the weights: record again at the next run
 

@@ -12,7 +12,7 @@ from typing import Any
 from engines.errors import EngineCorrupt
 from engines.spec import EngineSpec, TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -42,16 +42,17 @@ class Manifest:
         files: by name inside the engine's folder.
         inputs: named inputs, in the order in which the engine takes them.
         output: the one output.
-        guidance_rows: rows for guided requests: each takes two (unconditional and conditional in one batch).
         blocks: compiled blocks; an engine that is one graph has 1.
         fallback_operators: operators left to eager execution; empty in a whole engine.
         weights_mode: how it holds its weights; see :class:`~engines.spec.EngineSpec`.
         constants: constant's name -> how it is made from the network's parameters; for "embedded" and
             "refittable" only those whose values fit one parameter alone.
         embedded_bytes: weights inside the engine.
-        relative_l2: against eager in the same dtype, on the checkpoint it was built from; None when not measured.
+        relative_l2: against eager in the same dtype, on the checkpoint it was built from, the worst of its batches;
+            None when not measured.
         tolerance: what relative_l2 had to stay under.
-        build_seconds, load_seconds, latency_seconds: wall-clock; the latency is a median over warm runs.
+        build_seconds, load_seconds: wall-clock.
+        latency_seconds: by batch: median over warm runs; empty when not measured.
         note: one sentence when the build differs from what was asked for.
     """
 
@@ -68,7 +69,7 @@ class Manifest:
     tolerance: float | None = None
     build_seconds: float = 0.0
     load_seconds: float = 0.0
-    latency_seconds: float | None = None
+    latency_seconds: Mapping[int, float] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -82,9 +83,9 @@ class Manifest:
         return sum(record.bytes for record in self.files.values())
 
     @property
-    def guidance_rows(self) -> int:
-        """How many guided requests fit: two rows each."""
-        return self.spec.batch // 2
+    def milliseconds(self) -> str:
+        """The latencies for people, one a batch: "1.20, 2.05"; "-" when not measured."""
+        return ", ".join(f"{1000 * seconds:.2f}" for _, seconds in sorted(self.latency_seconds.items())) or "-"
 
     def updated(self, **changes: Any) -> Manifest:
         """A copy with other measurements."""
@@ -99,7 +100,8 @@ class Manifest:
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
             "inputs": [spec.to_dict() for spec in self.inputs],
             "output": self.output.to_dict(),
-            "profile": {"batch": self.spec.batch, "guided_requests": self.guidance_rows},
+            # A guided request takes two rows of one batch, the unconditional and the conditional one.
+            "profiles": [{"batch": batch, "guided_requests": batch // 2} for batch in self.spec.batches],
             "weights_mode": self.weights_mode,
             "blocks": self.blocks,
             "fallback_operators": list(self.fallback_operators),
@@ -109,7 +111,7 @@ class Manifest:
             "tolerance": self.tolerance,
             "build_seconds": self.build_seconds,
             "load_seconds": self.load_seconds,
-            "latency_seconds": self.latency_seconds,
+            "latency_seconds": {str(batch): seconds for batch, seconds in sorted(self.latency_seconds.items())},
             "note": self.note,
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -146,7 +148,7 @@ class Manifest:
                 tolerance=data["tolerance"],
                 build_seconds=float(data["build_seconds"]),
                 load_seconds=float(data["load_seconds"]),
-                latency_seconds=data["latency_seconds"],
+                latency_seconds={int(batch): float(value) for batch, value in data["latency_seconds"].items()},
                 note=str(data["note"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

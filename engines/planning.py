@@ -32,7 +32,6 @@ class PlannedEngine:
 
     component: str
     size: Size | None
-    batch: int
     spec: EngineSpec
 
 
@@ -119,30 +118,39 @@ class CheckpointPlan:
         found = {size for cascade in self.checkpoint.cascades.values() for size in (*cascade.sizes, cascade.full_size)}
         return tuple(sorted(found))
 
-    def places(self) -> Iterator[tuple[str, Size | None, int]]:
-        """(component, size, batch) of every engine."""
+    def places(self) -> Iterator[tuple[str, Size | None, tuple[int, ...]]]:
+        """(component, size, batches) of every engine."""
+        profiles = self.compiler.capabilities(self.target.device).profiles
+        for component, size, buckets in self._buckets():
+            yield from ((component, size, part) for part in ([buckets] if profiles else [(one,) for one in buckets]))
+
+    def _buckets(self) -> Iterator[tuple[str, Size | None, tuple[int, ...]]]:
+        """(component, size, all its batches)."""
         buckets = self.options.buckets
         for component in self.modules:
             if component == "denoiser":
-                yield from ((component, size, batch) for size in self.sizes for batch in buckets)
+                yield from ((component, size, buckets) for size in self.sizes)
             elif component == "decoder":
                 # Lower sizes are only decoded for previews.
-                yield from ((component, size, batch) for size in self.sizes[:-1] for batch in buckets[::2][:2])
-                yield from ((component, self.sizes[-1], batch) for batch in buckets[::2])
+                yield from ((component, size, buckets[::2][:2]) for size in self.sizes[:-1])
+                yield component, self.sizes[-1], buckets[::2]
             else:
                 # oneDNN's unpacked products round otherwise at another batch: compiled for a CPU there is one bucket.
                 # Not the smallest: prompts that are encoded together reach the denoiser together.
                 one = self.options.device == "cpu" and self.options.backend != "eager"
-                yield from ((component, None, batch) for batch in (buckets[::2][:2][-1:] if one else buckets[::2]))
+                yield component, None, buckets[::2][:2][-1:] if one else buckets[::2]
 
     @cached_property
     def engines(self) -> tuple[PlannedEngine, ...]:
         """Every engine, in the order in which they are worth having: small batches first."""
-        planned = [PlannedEngine(*place, self.spec(*place)) for place in self.places()]
-        return tuple(sorted(planned, key=lambda engine: engine.batch))
+        planned = [
+            PlannedEngine(component, size, self.spec(component, size, *batches))
+            for component, size, batches in self.places()
+        ]
+        return tuple(sorted(planned, key=lambda engine: engine.spec.batch))
 
-    def spec(self, component: str, size: Size | None, batch: int) -> EngineSpec:
-        """The spec of one engine.
+    def spec(self, component: str, size: Size | None, *batches: int) -> EngineSpec:
+        """The spec of one engine that serves these batches.
 
         Raises:
             EngineError: the model has no such component.
@@ -156,10 +164,11 @@ class CheckpointPlan:
                 component=component,
                 size=None if size is None else str(size),
                 module=module,
-                inputs=self.backbone.example_inputs(component, size, batch),
+                inputs=self.backbone.example_inputs(component, size, max(batches)),
                 target=self.target,
                 dtype=self.options.dtype if parameter is None else str(parameter.dtype).removeprefix("torch."),
                 weights=self._weights(component),
+                batches=batches,
             )
         )
 
@@ -195,7 +204,9 @@ class CheckpointPlan:
             inside = engine.spec.weights_mode in ("embedded", "refittable")
             weights[engine.component] = weights.get(engine.component, 0) + own if inside else own
             inputs = self.backbone.example_inputs(engine.component, engine.size, 1)
-            workspaces.append(engine.batch * self._workspace(engine.component, engine.size, inputs))
+            workspaces += [
+                batch * self._workspace(engine.component, engine.size, inputs) for batch in engine.spec.batches
+            ]
         on_gpu = self.target.device == "cuda"
         largest = max((weight_bytes(module) for module in self.modules.values()), default=0)
         return MemoryPlan(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.build import loadable_options
+from engines.build import as_it_runs, loadable_options
 from engines.compilers.base import Engine
 from engines.errors import EngineError, EngineInputError, EngineMissing
 from engines.manifest import Manifest
@@ -105,13 +105,11 @@ class EngineExecutor:
         engines: dict[Place, dict[int, Engine]] = {}
         for manifest in manifests:
             spec = manifest.spec
-            engine = plan.compiler.load(manifest, store.folder(spec.key), banks[spec.component])
-            if cuda_graphs and spec.target.device == "cuda" and manifest.weights_mode != "module":
-                from engines.cuda_graphs import GraphedEngine
-
-                engine = GraphedEngine(engine)
-            engine.warmup(1)
-            engines.setdefault((spec.component, spec.size), {})[spec.batch] = engine
+            loaded = plan.compiler.load(manifest, store.folder(spec.key), banks[spec.component])
+            for batch in spec.batches:
+                engine = as_it_runs(loaded.at(batch), cuda_graphs)
+                engine.warmup(1)
+                engines.setdefault((spec.component, spec.size), {})[batch] = engine
         if plan.options.backend != "eager":
             for name, bank in banks.items():
                 own = [manifest for manifest in manifests if manifest.spec.component == name]
@@ -180,7 +178,7 @@ class EngineExecutor:
 
     def _costs(self, place: Place) -> dict[int, float]:
         """By bucket: recorded seconds, or rows for all where one was never timed, since the two do not compare."""
-        recorded = {bucket: engine.manifest.latency_seconds for bucket, engine in self._engines[place].items()}
+        recorded = {bucket: engine.latency_seconds for bucket, engine in self._engines[place].items()}
         timed = {bucket: seconds for bucket, seconds in recorded.items() if seconds is not None}
         return timed if len(timed) == len(recorded) else {bucket: float(bucket) for bucket in recorded}
 
@@ -202,14 +200,17 @@ class EngineExecutor:
         return tuple(self._engines[self._place(component, size)])
 
     def manifests(self) -> list[Manifest]:
-        """Of the loaded engines."""
-        return [engine.manifest for by_batch in self._engines.values() for engine in by_batch.values()]
+        """Of the loaded engines, once each."""
+        loaded = [engine.manifest for by_batch in self._engines.values() for engine in by_batch.values()]
+        return list({manifest.key: manifest for manifest in loaded}.values())
 
     def memory(self) -> dict[str, int]:
         """Bytes by component: weights, each counted once, and what its engines hold of their own."""
         held = {name: bank.memory() for name, bank in self._banks.items()}
         for (component, _), by_batch in self._engines.items():
             held[component] += sum(engine.memory().private for engine in by_batch.values())
+        for manifest in self.manifests():
+            held[manifest.spec.component] += manifest.embedded_bytes
         return held
 
     # ---- weights --------------------------------------------------------------------------------------------------
@@ -230,8 +231,10 @@ class EngineExecutor:
         for component, state in states.items():
             own = [engine for place, by in self._engines.items() if place[0] == component for engine in by.values()]
             if any(engine.manifest.weights_mode in ("refittable", "embedded") for engine in own):
-                for engine in own:
+                for engine in {engine.manifest.key: engine for engine in own}.values():
                     engine.refit(state)
+                for engine in own:
+                    engine.on_refit()
             else:
                 self._banks[component].refit(state)
 

@@ -56,12 +56,13 @@ class EngineSpec:
     Attributes:
         component: such as "denoiser", "decoder", "text_encoder".
         size: in pixels as text, or None for components without one.
-        batch: rows; static.
+        batches: rows that it can run, ascending. One for a static engine; several are profiles of one engine, which
+            share its weights.
         dtype: of the weights.
         backend: which compiler.
         weights_mode: "shared" (one copy for all engines, outside the engine), "packed" (the same, in the layout the
             kernels read), "embedded" (inside the engine), "refittable" (inside, replaceable), "module" (eager).
-        inputs: in the order of the network's arguments.
+        inputs: in the order of the network's arguments, at the widest batch.
         graph: digest of the module tree, configuration, parameter shapes and the sources of its classes.
         target: the machine.
         versions: of the libraries that the machine code depends on.
@@ -71,7 +72,7 @@ class EngineSpec:
 
     component: str
     size: str | None
-    batch: int
+    batches: tuple[int, ...]
     dtype: str
     backend: str
     weights_mode: str
@@ -87,7 +88,7 @@ class EngineSpec:
         return {
             "component": self.component,
             "size": self.size,
-            "batch": self.batch,
+            "batches": list(self.batches),
             "dtype": self.dtype,
             "backend": self.backend,
             "weights_mode": self.weights_mode,
@@ -105,7 +106,7 @@ class EngineSpec:
         return cls(
             component=str(data["component"]),
             size=data["size"],
-            batch=int(data["batch"]),
+            batches=tuple(int(batch) for batch in data["batches"]),
             dtype=str(data["dtype"]),
             backend=str(data["backend"]),
             weights_mode=str(data["weights_mode"]),
@@ -124,9 +125,15 @@ class EngineSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
     @property
+    def batch(self) -> int:
+        """The widest batch."""
+        return self.batches[-1]
+
+    @property
     def title(self) -> str:
-        """For people: "denoiser 128x128 batch 4"."""
-        return " ".join(part for part in (self.component, self.size, f"batch {self.batch}") if part)
+        """For people: "denoiser 128x128 batch 4", or "... batch 1, 2, 4" of an engine with several profiles."""
+        batches = ", ".join(map(str, self.batches))
+        return " ".join(part for part in (self.component, self.size, f"batch {batches}") if part)
 
     def differences(self, wanted: EngineSpec) -> list[str]:
         """What this engine was built for that ``wanted`` is not: one short phrase each, machine first."""

@@ -48,7 +48,7 @@ def build_in_processes(
     )
     todo: queue.SimpleQueue[PlannedEngine] = queue.SimpleQueue()
     # Large batches take longest to measure, so they start first and no worker ends alone with one.
-    for engine in sorted(missing, key=lambda engine: -engine.batch):
+    for engine in sorted(missing, key=lambda engine: -engine.spec.batch):
         todo.put(engine)
     done: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
     processes = [_start() for _ in range(workers)]
@@ -104,7 +104,8 @@ def _feed(
             except queue.Empty:
                 return
             size = None if engine.size is None else str(engine.size)
-            print(json.dumps([engine.component, size, engine.batch, engine.spec.key]), file=process.stdin, flush=True)
+            place = [engine.component, size, engine.spec.batches, engine.spec.key]
+            print(json.dumps(place), file=process.stdin, flush=True)
             answer = next((line for line in process.stdout if line.startswith(_MARK)), None)
             if answer is None:
                 last = "".join(said).strip().splitlines()
@@ -143,14 +144,16 @@ def main() -> None:
     plan = CheckpointPlan(checkpoint, options, backbone)
     store = EngineStore(job["store"])
     for line in sys.stdin:
-        component, size, batch, key = json.loads(line)
+        component, size_text, batches, key = json.loads(line)
         failure: dict[str, str] | None = None
         try:
-            place = (component, None if size is None else Size.parse(size), batch)
-            spec = plan.spec(*place)
+            size = None if size_text is None else Size.parse(size_text)
+            spec = plan.spec(component, size, *batches)
             if spec.key != key:
                 raise EngineError(f"the worker plans {spec.title} as {spec.key}, its parent as {key}")
-            build_engine(plan.compiler, store, plan.modules[component], spec, plan.typical_inputs(*place))
+            build_engine(
+                plan.compiler, store, plan.modules[component], spec, plan.typical_inputs(component, size, max(batches))
+            )
         except Exception as error:
             failure = {"kind": type(error).__name__, "message": str(error) or type(error).__name__}
         print(f"{_MARK}{json.dumps(failure)}", file=answers, flush=True)

@@ -65,6 +65,10 @@ def keep_tracing_on_the_cpu() -> None:
     device.to = lambda self, kind: torch.device("cpu") if kind is torch.device else original(self, kind)
 
 
+PROFILES: list[int] = []
+"""How many optimisation profiles each plan was built with."""
+
+
 def build_for(capability: tuple[int, int]) -> None:
     """Name the GPU to build for; by default the builder takes the one that is installed."""
     tensorrt = importlib.import_module("tensorrt")
@@ -73,6 +77,7 @@ def build_for(capability: tuple[int, int]) -> None:
 
     def populate(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
+        PROFILES.append(config.num_optimization_profiles)
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(tensorrt.ComputeCapability, "SM{}{}".format(*capability)), 0)
         return config
@@ -100,6 +105,13 @@ import_without_cuda_libraries()
 importlib.import_module("tensorrt").Runtime = BuiltPlan
 keep_tracing_on_the_cpu()
 build_for(CAPABILITY)
+
+
+@pytest.fixture
+def profiles() -> list[int]:
+    """How many optimisation profiles each plan of this test was built with; 0 for static ones."""
+    PROFILES.clear()
+    return PROFILES
 
 
 @pytest.fixture(autouse=True)

@@ -27,12 +27,14 @@ A100 = Target("cuda", "linux-x86_64", "", "8.0", "13.0", "580")
 TINY = sorted(set(TINY_BACKBONES) - {"wan-14b"})  # the same classes as wan-1.3b
 
 
-def build(backbone: Backbone, component: str, size: Size, store: EngineStore, batch: int = 2) -> Manifest:
+def build(
+    backbone: Backbone, component: str, size: Size | None, store: EngineStore, batches: tuple[int, ...] = (1, 2, 4)
+) -> Manifest:
     compiler = get_compiler("tensorrt_rtx")
     module = backbone.component_modules()[component].requires_grad_(False)
-    request = EngineRequest(
-        component, str(size), module, backbone.example_inputs(component, size, batch), A100, "bfloat16", "digest"
-    )
+    inputs = backbone.example_inputs(component, size, max(batches))
+    text = None if size is None else str(size)
+    request = EngineRequest(component, text, module, inputs, A100, "bfloat16", "digest", batches)
     spec = compiler.plan(request)
     return store.build(spec.key, lambda folder: compiler.build(module, spec, folder))
 
@@ -55,19 +57,39 @@ def check(manifest: Manifest, module: nn.Module, store: EngineStore) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_tiny_denoiser_is_one_block(name: str, tmp_path: Path) -> None:
+def test_a_tiny_denoiser_is_one_block_with_a_profile_a_batch(name: str, tmp_path: Path, profiles: list[int]) -> None:
     backbone = get_backbone(name).from_config(tiny_config(name))
     store = EngineStore(tmp_path)
-    for size in tiny_sizes(name):
+    sizes = tiny_sizes(name)
+    for size in sizes:
         check(build(backbone, "denoiser", size, store), backbone.component_modules()["denoiser"], store)
+    assert profiles == [3] * len(sizes)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_denoiser_of_one_batch_is_static(name: str, tmp_path: Path, profiles: list[int]) -> None:
+    backbone = get_backbone(name).from_config(tiny_config(name))
+    store = EngineStore(tmp_path)
+    manifest = build(backbone, "denoiser", tiny_sizes(name)[0], store, batches=(2,))
+    check(manifest, backbone.component_modules()["denoiser"], store)
+    assert profiles == [0]
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_decoder_is_one_block(name: str, tmp_path: Path) -> None:
     backbone = get_backbone(name).from_config(tiny_config(name))
     store = EngineStore(tmp_path)
-    manifest = build(backbone, "decoder", tiny_sizes(name)[0], store, batch=1)
+    manifest = build(backbone, "decoder", tiny_sizes(name)[0], store, batches=(1, 4))
     check(manifest, backbone.component_modules()["decoder"], store)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_text_encoders_are_one_block(name: str, tmp_path: Path) -> None:
+    backbone = get_backbone(name).from_config(tiny_config(name))
+    store = EngineStore(tmp_path)
+    for component, module in backbone.component_modules().items():
+        if component not in ("denoiser", "decoder"):
+            check(build(backbone, component, None, store, batches=(1, 4)), module, store)
 
 
 def test_the_embedded_model_is_one_block_a_component(tmp_path: Path) -> None:
@@ -77,7 +99,7 @@ def test_the_embedded_model_is_one_block_a_component(tmp_path: Path) -> None:
     )
     backbone = get_backbone("embedded").load(folder)
     store = EngineStore(tmp_path)
-    for component, size in (("denoiser", Size(64, 64)), ("denoiser", Size(128, 128)), ("decoder", Size(128, 128))):
+    for component, size in (("denoiser", Size(128, 128)), ("denoiser", Size(256, 256)), ("decoder", Size(256, 256))):
         check(build(backbone, component, size, store), backbone.component_modules()[component], store)
 
 
@@ -104,6 +126,6 @@ def test_an_operator_without_a_converter_is_an_error_and_no_fallback(tmp_path: P
 def test_a_plan_for_another_gpu_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     backbone = get_backbone("sd3").from_config(tiny_config("sd3"))
     store = EngineStore(tmp_path)
-    manifest = build(backbone, "denoiser", tiny_sizes("sd3")[0], store, batch=1)
+    manifest = build(backbone, "denoiser", tiny_sizes("sd3")[0], store, batches=(1,))
     with pytest.raises(EngineError, match=r"GPU compute capability 8.0, here 9.0.*rmd build"):
         store.check(manifest, replace(A100, compute_capability="9.0"), "rmd build")

@@ -125,7 +125,7 @@ def _call(executor: Any, component: str, size: str | None, inputs: Mapping[str, 
 
 def _places(loaded: Sequence[Manifest]) -> list[tuple[str, str | None, int]]:
     """Component, size and bucket of every loaded engine."""
-    found = {(manifest.spec.component, manifest.spec.size, manifest.spec.batch) for manifest in loaded}
+    found = {(m.spec.component, m.spec.size, batch) for m in loaded for batch in m.spec.batches}
     return sorted(found, key=lambda place: (place[0], place[1] or "", place[2]))
 
 
@@ -157,8 +157,9 @@ def _default(subject: Subject) -> Cascade:
 def engine_rows(found: Interleaved, loaded: Sequence[Manifest]) -> list[dict[str, Any]]:
     """One row a (component, size, bucket, backend); ``loaded`` are the manifests of the engines that were timed."""
     manifests = {
-        (manifest.spec.backend, manifest.spec.component, manifest.spec.size, manifest.spec.batch): manifest
+        (manifest.spec.backend, manifest.spec.component, manifest.spec.size, batch): manifest
         for manifest in loaded
+        for batch in manifest.spec.batches
     }
     rows: list[dict[str, Any]] = []
     for case, timing in sorted(found.timings.items(), key=lambda item: (item[0][1], item[0][2] or "", item[0][3])):

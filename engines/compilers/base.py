@@ -28,6 +28,7 @@ class Capabilities:
         reason: why not, else "".
         weights_modes: how its engines may hold weights, its first choice first.
         static_shapes: engines take exactly their batch; False means that any number of rows runs.
+        profiles: one engine serves several batches; otherwise there is one engine a batch.
         parallel: several builds may run at once.
     """
 
@@ -35,6 +36,7 @@ class Capabilities:
     reason: str = ""
     weights_modes: tuple[str, ...] = ()
     static_shapes: bool = True
+    profiles: bool = False
     parallel: bool = True
 
 
@@ -54,10 +56,11 @@ class EngineRequest:
         component: such as "denoiser".
         size: in pixels as text, or None.
         module: the component; may lie on the meta device.
-        inputs: example inputs of the batch to plan for, in any device; only shapes and dtypes count.
+        inputs: example inputs of the widest batch to plan for, on any device; only shapes and dtypes count.
         target: the machine.
         dtype: of the weights, such as "bfloat16".
         weights: digest of the weights' files, used where they go into the engine.
+        batches: all batches to plan for, where one engine is to serve several; empty: the inputs' own.
     """
 
     component: str
@@ -67,20 +70,37 @@ class EngineRequest:
     target: Target
     dtype: str
     weights: str
+    batches: tuple[int, ...] = ()
 
 
 class Engine(ABC):
-    """A loaded engine. Not safe for concurrent runs; one thread owns a device."""
+    """A loaded engine at one of its batches. Not safe for concurrent runs; one thread owns a device.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Args:
+        manifest: of the engine.
+        batch: rows of a run, one of the manifest's batches; None: the widest.
+    """
+
+    def __init__(self, manifest: Manifest, batch: int | None = None) -> None:
         self.manifest = manifest
+        self.batch = manifest.spec.batch if batch is None else batch
         self._names = frozenset(spec.name for spec in manifest.inputs)
-        self._expected = tuple((spec.name, spec.shape, spec.torch_dtype) for spec in manifest.inputs)
+        self._expected = tuple((spec.name, (self.batch, *spec.shape[1:]), spec.torch_dtype) for spec in manifest.inputs)
+
+    def at(self, batch: int) -> Engine:
+        """This engine at another of its batches; the weights are shared. Each is to be unloaded.
+
+        Raises:
+            EngineError: it has no such batch.
+        """
+        if batch != self.batch:
+            raise EngineError(f"engine {self.manifest.spec.title} runs at batch {self.batch}, not {batch}")
+        return self
 
     @property
-    def batch(self) -> int:
-        """Rows that a run takes."""
-        return self.manifest.spec.batch
+    def latency_seconds(self) -> float | None:
+        """The recorded median of a run, None when it was never timed."""
+        return self.manifest.latency_seconds.get(self.batch)
 
     def run(self, inputs: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """The network's output.
@@ -119,8 +139,7 @@ class Engine(ABC):
 
     def warmup(self, runs: int = 2) -> None:
         """Run on zeros, so that the first request pays for nothing."""
-        device = self.device
-        inputs = {s.name: torch.zeros(s.shape, dtype=s.torch_dtype, device=device) for s in self.manifest.inputs}
+        inputs = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, shape, dtype in self._expected}
         for _ in range(runs):
             self.run(inputs)
 
@@ -137,13 +156,18 @@ class Engine(ABC):
     def refit(self, state: Mapping[str, Tensor]) -> None:
         """Take new weights, by the component's parameter names, without being built or loaded again.
 
+        This engine's other batches follow, and so does every engine that reads the same weight bank.
+
         Raises:
             EngineError: this engine cannot, or the weights do not fit.
         """
 
+    def on_refit(self) -> None:  # noqa: B027  -- most engines need not know
+        """Told when the weights that this engine reads were replaced, by it or by another that shares them."""
+
     @abstractmethod
     def memory(self) -> EngineMemory:
-        """Bytes held."""
+        """Bytes held; those of :attr:`~engines.manifest.Manifest.embedded_bytes` are counted as shared."""
 
     @abstractmethod
     def unload(self) -> None:
@@ -175,10 +199,14 @@ class Compiler(ABC):
         batches = {tensor.shape[0] for tensor in request.inputs.values()}
         if len(batches) != 1:
             raise EngineError(f"inputs of {request.component!r} disagree about the batch: {sorted(batches)}")
+        widest = batches.pop()
+        wanted = tuple(sorted(set(request.batches))) or (widest,)
+        if wanted[-1] != widest:
+            raise EngineError(f"inputs of {request.component!r} have batch {widest}, the widest profile {wanted[-1]}")
         return EngineSpec(
             component=request.component,
             size=request.size,
-            batch=batches.pop(),
+            batches=wanted,
             dtype=request.dtype,
             backend=self.name,
             weights_mode=mode,
@@ -215,8 +243,8 @@ class Compiler(ABC):
 
 
 def example_tensors(spec: EngineSpec, device: torch.device | str) -> dict[str, Tensor]:
-    """Inputs of a spec's shapes: normal noise for floating ones, 500 for timesteps, text whose second half is padding
-    for masks, small numbers for token ids."""
+    """Inputs of a spec's shapes at its widest batch: normal noise for floating ones, 500 for timesteps, text whose
+    second half is padding for masks, small numbers for token ids."""
     generator = torch.Generator().manual_seed(0)
     made = {}
     for item in spec.inputs:

@@ -31,8 +31,8 @@ class EagerCompiler(Compiler):
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""
         if device == "cuda" and not torch.cuda.is_available():
-            return Capabilities(False, "torch sees no CUDA device", ("module",), static_shapes=False, parallel=False)
-        return Capabilities(True, "", ("module",), static_shapes=False, parallel=False)
+            return Capabilities(False, "torch sees no CUDA device", ("module",), False, profiles=True, parallel=False)
+        return Capabilities(True, "", ("module",), static_shapes=False, profiles=True, parallel=False)
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """None."""
@@ -60,10 +60,16 @@ class EagerCompiler(Compiler):
 class EagerEngine(Engine):
     """Calls the module under inference mode; any number of rows."""
 
-    def __init__(self, manifest: Manifest, weights: WeightBank) -> None:
-        super().__init__(manifest)
+    def __init__(self, manifest: Manifest, weights: WeightBank, batch: int | None = None) -> None:
+        super().__init__(manifest, batch)
         self._weights = weights
         self._module = weights.module
+
+    def at(self, batch: int) -> Engine:
+        """See :meth:`Engine.at`."""
+        if batch == self.batch or batch not in self.manifest.spec.batches:
+            return super().at(batch)
+        return EagerEngine(self.manifest, self._weights, batch)
 
     @property
     def device(self) -> torch.device:

@@ -1,11 +1,15 @@
-"""TensorRT through torch-tensorrt: one plan per engine, the whole graph in one block or no engine at all."""
+"""TensorRT through torch-tensorrt: the whole graph in one block or no engine at all.
+
+One plan serves all batch buckets of a component and size: each bucket is an optimisation profile whose smallest, best
+and largest batch are equal, so that its kernels are chosen for that very batch, and all profiles share the plan's
+weights. A plan of one bucket is static.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,16 +26,23 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
+from engines.compilers.tensorrt_conversion import (
+    export_batches,
+    input_ranges,
+    only_recipe,
+    profile_per_batch,
+    recorded_weights,
+)
 from engines.errors import BackendUnavailable, EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec
-from engines.weights import Recipe, WeightBank, find_recipe
+from engines.weights import Recipe, WeightBank
 
 PLAN = "engine.plan"
 
 
 class TensorRTCompiler(Compiler):
-    """Strongly typed, static shapes; the network is in its precision before it comes here."""
+    """Strongly typed, no shape but the batch varies; the network is in its precision before it comes here."""
 
     name: ClassVar[str] = "tensorrt"
     packages = ("torch", "diffusers", "torch-tensorrt", "tensorrt")
@@ -41,7 +52,7 @@ class TensorRTCompiler(Compiler):
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`. The library is imported only when all else is in place."""
         reason = self._obstacle(device)
-        return Capabilities(not reason, reason, (self._mode,), parallel=False)
+        return Capabilities(not reason, reason, (self._mode,), profiles=True, parallel=False)
 
     @property
     def _mode(self) -> str:
@@ -92,11 +103,9 @@ class TensorRTCompiler(Compiler):
         inputs = example_tensors(spec, device)
         with torch.no_grad():
             output = module(**inputs)
-            program = torch.export.export(
-                module, (), kwargs=inputs, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-            )
+        program = export_batches(module, inputs, spec)
         names = [str(name) for name in program.graph_signature.user_inputs]
-        with _recorded_weights() as recorded:
+        with recorded_weights() as recorded:
             try:
                 plan = self._convert(program, inputs, spec)
             finally:
@@ -104,7 +113,7 @@ class TensorRTCompiler(Compiler):
                 module.to(device)
         (folder / PLAN).write_bytes(plan)
         held = dict([*module.named_parameters(), *module.named_buffers()])
-        recipes = {name: _only_recipe(weight.to(device), held) for name, weight in recorded.items()}
+        recipes = {name: only_recipe(weight.to(device), held) for name, weight in recorded.items()}
         by_name = {item.name: item for item in spec.inputs}
         return Manifest(
             spec,
@@ -118,10 +127,11 @@ class TensorRTCompiler(Compiler):
         )
 
     def _convert(self, program: Any, inputs: Mapping[str, Tensor], spec: EngineSpec) -> bytes:
-        dynamo = importlib.import_module("torch_tensorrt.dynamo")
-        convert = dynamo.convert_exported_program_to_serialized_trt_engine
+        convert = importlib.import_module("torch_tensorrt.dynamo").convert_exported_program_to_serialized_trt_engine
+        given = dict(inputs) if len(spec.batches) == 1 else input_ranges(spec)
         try:
-            plan = convert(program, arg_inputs=(), kwarg_inputs=dict(inputs), **spec.settings)
+            with profile_per_batch(spec.batches):
+                plan = convert(program, arg_inputs=(), kwarg_inputs=given, **spec.settings)
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise EngineError(f"TensorRT cannot build {spec.title} as one block: {first[:300]}") from error
@@ -137,33 +147,65 @@ class TensorRTCompiler(Compiler):
         problem = self._obstacle("cuda")
         if problem:
             raise BackendUnavailable(f"a {self.name} engine cannot be loaded: {problem}")
-        return TensorRTEngine(manifest, folder, weights)
+        return TensorRTEngine(manifest, _Plan(manifest, folder), weights)
 
 
-class TensorRTEngine(Engine):
-    """A plan and its execution context, on torch's current stream."""
+class _Plan:
+    """A loaded plan with its weights, shared by the engines of all its batches."""
 
-    def __init__(self, manifest: Manifest, folder: Path, weights: WeightBank) -> None:
-        super().__init__(manifest)
+    def __init__(self, manifest: Manifest, folder: Path) -> None:
         tensorrt = importlib.import_module("torch_tensorrt._TensorRTProxyModule") and importlib.import_module(
             "tensorrt"
         )
-        self._tensorrt: Any = tensorrt
-        self._logger = tensorrt.Logger(tensorrt.Logger.WARNING)
-        self._engine = tensorrt.Runtime(self._logger).deserialize_cuda_engine((folder / PLAN).read_bytes())
-        if self._engine is None:
+        self.tensorrt: Any = tensorrt
+        self.logger = tensorrt.Logger(tensorrt.Logger.WARNING)
+        self.engine: Any = tensorrt.Runtime(self.logger).deserialize_cuda_engine((folder / PLAN).read_bytes())
+        if self.engine is None:
             raise EngineMismatch(
                 f"TensorRT refuses the plan of {manifest.spec.title}: it was built for another GPU or version; "
                 f"build it on this machine (rmd build)"
             )
+        profiles = self.engine.num_optimization_profiles
+        if profiles != len(manifest.spec.batches):
+            raise EngineMismatch(
+                f"the plan of {manifest.spec.title} has {profiles} profiles; build it again (rmd build)"
+            )
+
+
+class TensorRTEngine(Engine):
+    """One profile of a plan and its execution context, on torch's current stream."""
+
+    def __init__(self, manifest: Manifest, plan: _Plan, weights: WeightBank, batch: int | None = None) -> None:
+        super().__init__(manifest, batch)
+        self._plan: _Plan | None = plan
+        self._tensorrt, self._logger, self._engine = plan.tensorrt, plan.logger, plan.engine
         self._weights = weights
-        self._context: Any = self._engine.create_execution_context()
+        self._profile = manifest.spec.batches.index(self.batch)
+        # The context's memory is that of its own profile, not of the widest one.
+        strategy = self._tensorrt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        self._context: Any = self._engine.create_execution_context(strategy)
         modes = {name: self._engine.get_tensor_mode(name) for name in self._tensor_names()}
-        self._outputs = [name for name, mode in modes.items() if mode == tensorrt.TensorIOMode.OUTPUT]
-        self._inputs = [name for name, mode in modes.items() if mode == tensorrt.TensorIOMode.INPUT]
+        self._outputs = [name for name, mode in modes.items() if mode == self._tensorrt.TensorIOMode.OUTPUT]
+        self._inputs = [name for name, mode in modes.items() if mode == self._tensorrt.TensorIOMode.INPUT]
         known = {item.name for item in manifest.inputs}
         if len(self._outputs) != 1 or not set(self._inputs) <= known:
             raise EngineMismatch(f"the plan of {manifest.spec.title} takes {self._inputs}, not {sorted(known)}")
+        self._choose_profile()
+
+    def at(self, batch: int) -> Engine:
+        """See :meth:`Engine.at`."""
+        if batch == self.batch or batch not in self.manifest.spec.batches or self._plan is None:
+            return super().at(batch)
+        return TensorRTEngine(self.manifest, self._plan, self._weights, batch)
+
+    def _choose_profile(self) -> None:
+        stream = torch.cuda.current_stream()
+        if not self._context.set_optimization_profile_async(self._profile, stream.cuda_stream):
+            raise EngineError(f"TensorRT has no profile {self._profile} in {self.manifest.spec.title}")
+        stream.synchronize()
+        for name, shape, _ in self._expected:
+            if name in self._inputs and not self._context.set_input_shape(name, shape):
+                raise EngineError(f"TensorRT does not take {name!r} {shape} in {self.manifest.spec.title}")
 
     def _tensor_names(self) -> Iterator[str]:
         for index in range(self._engine.num_io_tensors):
@@ -176,7 +218,7 @@ class TensorRTEngine(Engine):
             spec.name: tensor.contiguous() for spec, tensor in zip(self.manifest.inputs, inputs, strict=True)
         }  # alive until the launch below: TensorRT gets addresses only
         spec = self.manifest.output
-        output = torch.empty(spec.shape, dtype=spec.torch_dtype, device=self.device)
+        output = torch.empty((self.batch, *spec.shape[1:]), dtype=spec.torch_dtype, device=self.device)
         for name in self._inputs:
             self._context.set_tensor_address(name, named[name].data_ptr())
         self._context.set_tensor_address(self._outputs[0], output.data_ptr())
@@ -221,14 +263,14 @@ class TensorRTEngine(Engine):
             raise EngineError(f"TensorRT could not refit {self.manifest.spec.title}")
 
     def memory(self) -> EngineMemory:
-        """The plan's weights and workspace; nothing is shared."""
-        workspace = int(getattr(self._engine, "device_memory_size_v2", 0)) if self._engine is not None else 0
-        return EngineMemory(self.manifest.embedded_bytes + workspace, 0)
+        """The profile's workspace, and the plan's weights."""
+        workspace = 0 if self._context is None else self._engine.get_device_memory_size_for_profile_v2(self._profile)
+        return EngineMemory(int(workspace), self.manifest.embedded_bytes)
 
     def unload(self) -> None:
-        """See :meth:`Engine.unload`."""
+        """See :meth:`Engine.unload`. The plan goes with the last of its engines."""
         self._context = None
-        self._engine = None
+        self._engine = self._plan = None
 
 
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int32: "int32"}
@@ -247,32 +289,6 @@ def _import_problem(rtx: bool) -> str:
     if is_rtx != rtx:
         return f"the installed torch_tensorrt is built for {'TensorRT-RTX' if is_rtx else 'TensorRT'}"
     return ""
-
-
-@contextmanager
-def _recorded_weights() -> Iterator[dict[str, Tensor]]:
-    """The weights of the network that is converted meanwhile, by the names under which the plan can be refitted."""
-    context = importlib.import_module("torch_tensorrt.dynamo.conversion._ConversionContext").ConversionContext
-    original = context.record_weight
-    recorded: dict[str, Tensor] = {}
-
-    def record(self: Any, name: str, weight: Tensor) -> Any:
-        if isinstance(weight, Tensor):
-            recorded[name] = weight.detach()
-        return original(self, name, weight)
-
-    context.record_weight = record
-    try:
-        yield recorded
-    finally:
-        context.record_weight = original
-
-
-def _only_recipe(weight: Tensor, held: Mapping[str, Tensor]) -> Recipe | None:
-    """How ``weight`` comes from one of ``held``; None where several are equal (zero biases, norms of ones)."""
-    found = [find_recipe(weight, {name: tensor}, {}) for name, tensor in held.items()]
-    recipes = [recipe for recipe in found if recipe is not None]
-    return recipes[0] if len(recipes) == 1 else None
 
 
 def _version(name: str) -> tuple[int, ...]:

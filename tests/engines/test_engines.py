@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,26 @@ def test_weights_are_replaced_without_building_or_loading(engine: Engine, net: n
     after = engine.run(net_inputs(2))
     assert torch.allclose(after, other(**net_inputs(2)), atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-2)
+
+
+def test_every_batch_of_one_engine_is_checked_and_shares_its_weights(net: nn.Module, tmp_path: Path) -> None:
+    compiler = get_compiler("eager")
+    spec = compiler.plan(replace(net_request(net, batch=4), batches=(4, 1)))
+    assert spec.batches == (1, 4) and spec.title == "denoiser 64x64 batch 1, 4"
+    engine, _ = load(tmp_path, build_engine(compiler, EngineStore(tmp_path), net, spec), net)
+    one = engine.at(1)
+    assert (engine.batch, one.batch, engine.at(4)) == (4, 1, engine)
+    assert torch.allclose(one.run(net_inputs(1)), net(**net_inputs(1)), atol=1e-5)
+    with pytest.raises(EngineError, match="runs at batch 4, not 2"):
+        engine.at(2)
+    other = Net(seed=3).eval().requires_grad_(False)
+    engine.refit(dict(other.named_parameters()))
+    assert torch.allclose(one.run(net_inputs(1)), other(**net_inputs(1)), atol=1e-5)
+
+
+def test_inputs_of_another_batch_than_the_widest_profile_are_refused(net: nn.Module) -> None:
+    with pytest.raises(EngineError, match="have batch 2, the widest profile 4"):
+        get_compiler("eager").plan(replace(net_request(net, batch=2), batches=(1, 4)))
 
 
 def test_an_engine_that_is_unloaded_says_so(engine: Engine) -> None:

@@ -21,7 +21,7 @@ from engines.errors import (
     NotEnoughMemory,
 )
 from engines.manifest import MANIFEST, Manifest
-from engines.memory import MemoryPlan, workspace_bytes
+from engines.memory import MemoryPlan, weight_bytes, workspace_bytes
 from engines.planning import CheckpointPlan, EngineOptions
 from engines.runner import EngineExecutor
 from engines.spec import EngineSpec
@@ -45,7 +45,9 @@ def executor_of(net: nn.Module, buckets: dict[int, float | None], padded: bool =
     compiler = get_compiler("eager")
     engines = {}
     for batch, seconds in buckets.items():
-        manifest = compiler.build(net, net_spec(net, "eager", batch), Path()).updated(latency_seconds=seconds)
+        manifest = compiler.build(net, net_spec(net, "eager", batch), Path()).updated(
+            latency_seconds={batch: seconds} if seconds else {}
+        )
         engines[batch] = compiler.load(manifest, Path(), bank)
     return EngineExecutor({("denoiser", "64x64"): engines}, {"denoiser": bank}, "eager", padded)
 
@@ -124,14 +126,36 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(net: nn.Module) -> No
 
 
 def test_a_plan_covers_all_sizes_and_components(tiny_checkpoint: Path) -> None:
-    plan = plan_checkpoint(tiny_checkpoint, "eager", dtype="float32", buckets=(4, 1, 2, 2))
+    plan = plan_checkpoint(tiny_checkpoint, "inductor", dtype="float32", buckets=(4, 1, 2, 2))
     titles = {engine.spec.title for engine in plan.engines}
     assert {f"denoiser {size} batch {batch}" for size in ("32x32", "64x64") for batch in (1, 2, 4)} <= titles
     assert {"decoder 64x64 batch 1", "decoder 64x64 batch 4", "decoder 32x32 batch 1"} <= titles
-    assert {f"{name} batch 1" for name in ("text_encoder", "text_encoder_2", "text_encoder_3")} <= titles
+    assert {f"{name} batch 4" for name in ("text_encoder", "text_encoder_2", "text_encoder_3")} <= titles
     assert len({engine.spec.key for engine in plan.engines}) == len(plan.engines)
     with pytest.raises(EngineError, match="unknown component 'unet'; this model has denoiser, decoder"):
         plan.spec("unet", None, 1)
+
+
+def test_one_engine_serves_all_batches_of_a_size_where_the_backend_has_profiles(tiny_checkpoint: Path) -> None:
+    options = EngineOptions("eager", "cpu", "float32", (1, 2, 4))
+    plan = CheckpointPlan.read(tiny_checkpoint, options)
+    titles = [engine.spec.title for engine in plan.engines]
+    assert len(set(titles)) == len(titles) == 2 + 2 + 3  # denoiser and decoder at two sizes, three text encoders
+    assert {"denoiser 64x64 batch 1, 2, 4", "decoder 32x32 batch 1, 4", "text_encoder batch 1, 4"} <= set(titles)
+    inputs = next(engine.spec.inputs for engine in plan.engines if engine.spec.title.startswith("denoiser 64x64"))
+    assert {spec.shape[0] for spec in inputs} == {4}
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_tensorrt_weights_are_counted_once_a_size(tiny_checkpoint: Path, backend: str) -> None:
+    def weights(*buckets: int) -> int:
+        return CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", buckets=buckets)).memory().weights[
+            "denoiser"
+        ]  # fmt: skip
+
+    plan = CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", buckets=(1,)))
+    module = plan.modules["denoiser"]
+    assert weights(1) == weights(1, 2, 4, 8) == 2 * weight_bytes(module)
 
 
 def test_a_plan_without_weights_has_the_keys_of_the_loaded_model(tiny_checkpoint: Path) -> None:
@@ -271,7 +295,7 @@ def test_a_build_goes_on_where_it_stopped_and_reports(tiny_checkpoint: Path, eag
     # As a build leaves it that is interrupted before it times what it has built.
     untimed = store.get(plan.engines[2].spec.key)
     assert untimed is not None
-    store.update(untimed.updated(latency_seconds=None))
+    store.update(untimed.updated(latency_seconds={}))
     assert build_checkpoint(tiny_checkpoint, store, "eager", dtype="float32", buckets=(1, 2)).built == ()
     timed = store.get(untimed.key)
     assert timed is not None and timed.latency_seconds

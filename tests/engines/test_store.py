@@ -232,9 +232,9 @@ def test_an_engine_that_another_prune_took_meanwhile_is_no_error(net: nn.Module,
 
 def test_measurements_are_replaced_and_files_are_not(store: tuple[EngineStore, Manifest]) -> None:
     engines, manifest = store
-    engines.update(manifest.updated(latency_seconds=0.5))
+    engines.update(manifest.updated(latency_seconds={2: 0.5}))
     again = engines.get(manifest.key)
-    assert again is not None and again.latency_seconds == 0.5 and again.files == manifest.files
+    assert again is not None and again.latency_seconds == {2: 0.5} and again.files == manifest.files
     assert engines.verify(HERE) == []
     with pytest.raises(EngineError, match="is not in"):
         EngineStore(engines.root / "other").update(manifest)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engines.compilers.tensorrt import TensorRTEngine, _only_recipe
+from engines.compilers.tensorrt import TensorRTEngine
+from engines.compilers.tensorrt_conversion import only_recipe
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.rewrites import gelu_tanh, rewrite, rewriting
@@ -107,8 +108,8 @@ def test_a_tied_parameter_may_come_under_any_of_its_names() -> None:
 
 def test_a_plan_whose_equal_weights_cannot_be_told_apart_is_not_refitted(net: nn.Module) -> None:
     weights = {"a": torch.zeros(8), "b": torch.zeros(8), "c": torch.randn(8)}
-    assert _only_recipe(torch.zeros(8), weights) is None
-    assert _only_recipe(weights["c"].clone(), weights) == Recipe(("c",))
+    assert only_recipe(torch.zeros(8), weights) is None
+    assert only_recipe(weights["c"].clone(), weights) == Recipe(("c",))
     spec = net_spec(net, "tensorrt")
     constants = {name: Recipe((name,)).to_dict() for name in ("up.weight", "down.weight", "down.bias")}
     engine = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU there is no plan to load
