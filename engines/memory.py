@@ -55,7 +55,8 @@ class MemoryPlan:
         if needed > self.available:
             raise NotEnoughMemory(
                 f"the engines need {needed / _MIB:.0f} MiB and {self.device} has {self.available / _MIB:.0f} MiB free; "
-                f"build smaller buckets (--buckets 1,2), or free memory"
+                f"build smaller buckets (--buckets 1,2), free memory, or, where engines hold their weights "
+                f"themselves (tensorrt), use --backend inductor"
             )
 
 

@@ -3,6 +3,8 @@
 # 3.12, torch 2.11 or newer with CUDA, diffusers, safetensors, numpy. transformers is used where it is installed.
 #
 #   scripts/gpu_bench.sh list                 the steps
+#   scripts/gpu_bench.sh probe                which engine backends work here: built, run, replayed, refitted (a minute);
+#                                             wheels in $WHEELS (torch-tensorrt, ...) are installed first, without an index
 #   scripts/gpu_bench.sh check                versions, the tiny rehearsal of every family on this GPU
 #   scripts/gpu_bench.sh sdxl|pixart|sd3      one full-size backbone with random weights, eager, batches 1 to 16
 #   scripts/gpu_bench.sh compiled-sdxl        (or -pixart, -sd3) through torch.compile, batches 1 and 4
@@ -31,7 +33,14 @@ bench() { # a report of one backbone; the log is named after the step, further a
 step() {
   local failed=0
   case $1 in
-    list) sed -n '2,17s/^# \{0,1\}//p' "$0" ;;
+    list) sed -n '2,19s/^# \{0,1\}//p' "$0" ;;
+    probe)
+      if [ -n "${WHEELS:-}" ]; then
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile "$WHEELS"/*.whl || return
+      fi
+      timeout 300 "$PYTHON" -m engines.benchmark.probe --device cuda --out "$OUT" || failed=$?
+      return $failed
+      ;;
     check)
       nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || true
       "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)' \

@@ -70,8 +70,8 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     """The command as typed, with the program's name alone."""
     words = list(sys.argv if argv is None else argv)
     program = Path(words[0]).name if words else "rmd"
-    if program == "speedup.py":
-        program = "python -m engines.benchmark.speedup"
+    if program in ("speedup.py", "probe.py"):
+        program = f"python -m engines.benchmark.{program.removesuffix('.py')}"
     return " ".join([program, *words[1:]])
 
 

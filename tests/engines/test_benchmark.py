@@ -32,6 +32,18 @@ CPU = torch.device("cpu")
 LOW, FULL = Size.square(32), Size.square(64)
 
 
+def test_the_probe_tells_what_works_and_why_the_rest_does_not(tmp_path: Path) -> None:
+    # In a process of its own: the module is also run on machines that have little more than torch.
+    command = [sys.executable, "-m", "engines.benchmark.probe", "--device", "cpu", "--backends", "tensorrt,eager"]
+    subprocess.run([*command, "--dtype", "float32", "--out", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    content = json.loads((tmp_path / "probe-cpu.json").read_text())
+    absent, eager = content["rows"]
+    assert (absent["works"], absent["reason"]) == (False, "tensorrt engines run on NVIDIA GPUs, not on the cpu")
+    assert eager["works"] and set(eager["batches"]) == {"1", "2", "4"} and eager["refit"] == 0.0
+    assert all(entry["relative_l2"] < 1e-6 and entry["milliseconds"] > 0 for entry in eager["batches"].values())
+    assert "| eager | module |" in (tmp_path / "probe-cpu.md").read_text()
+
+
 def _timing(seconds: float) -> Timing:
     return Timing.of([seconds])
 
