@@ -24,6 +24,10 @@ def command(
     rows: Annotated[str, typer.Option(help="teacher, student-<schedule>, naive-<schedule>; comma-separated.")] = (
         "teacher,student-2+2,naive-2+2,naive-0+4"
     ),
+    sets: Annotated[
+        str,
+        typer.Option(help="unseen_pair, unseen_concept; or train, to choose among checkpoints without the test sets."),
+    ] = "unseen_pair,unseen_concept",
     seeds: Annotated[str, typer.Option(help="Sampling seeds, comma-separated; the teacher takes the first.")] = "0,1,2",
     limit: Annotated[int, typer.Option(min=4, help="Pictures of each set.")] = 512,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="Instead of the teacher's own number.")] = None,
@@ -66,7 +70,8 @@ def command(
         data=data,
         out=out,
         cache=cache,
-        rows=tuple(part.strip() for part in rows.split(",") if part.strip()),
+        sets=_parts(sets),
+        rows=_parts(rows),
         seeds=whole_numbers("--seeds", seeds, least=0),
         limit=limit,
         teacher_steps=teacher_steps,
@@ -98,6 +103,10 @@ def command(
             written = [out / "quality.json", out / "quality.md"]
     for path in written:
         console.print(str(path))
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _engines(checkpoint: Path, store: Path, backend: str, device: str) -> Callable[[Path], Executor]:

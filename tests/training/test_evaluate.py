@@ -309,7 +309,21 @@ def test_a_second_run_reads_its_pictures_from_the_cache(
     assert {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*.npy")} == before
 
 
-def test_unknown_rows_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_checkpoints_can_be_compared_on_training_pictures(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    rows = ("student-2+2",)
+    content = evaluate(_settings(checkpoint, data, tmp_path, sets=("train",), rows=rows, seeds=(0,)))
+    assert [entry["set"] for entry in content["sets"]] == ["train"]
+    assert "for choosing among checkpoints, not a test" in markdown(content)
+    pictures = PictureSet.load(data)
+    test = held_out_set(pictures, "train", 8)
+    assert {record.split for record in test.records} == {"train"}
+    assert set(same_style_mix(pictures, test)).isdisjoint(test.indices)
+
+
+def test_unknown_rows_and_sets_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    for sets in ((), ("valid",), ("train", "train")):
+        with pytest.raises(ValueError, match="give some of unseen_pair, unseen_concept, train, each once"):
+            evaluate(_settings(checkpoint, data, tmp_path, sets=sets))
     with pytest.raises(ValueError, match=r"unknown row 'student-9\+9'"):
         evaluate(_settings(checkpoint, data, tmp_path, rows=("student-9+9",)))
 

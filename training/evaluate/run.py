@@ -22,7 +22,7 @@ from training.evaluate.features import WEIGHTS_SHA256, extract_features, load_ef
 from training.evaluate.measure import RowResult, SetMeasurer, reference_rows, style_counts
 from training.evaluate.report import command_line, environment, set_report, write_report
 from training.evaluate.rows import DEFAULT_ROWS, PictureCache, Pictures, Row, build_rows, generate, psnr, reconstruct
-from training.evaluate.sets import LARGEST_SET, TEST_SETS, HeldOutSet, composites, concept_text, held_out_set
+from training.evaluate.sets import LARGEST_SET, SETS, TEST_SETS, HeldOutSet, composites, concept_text, held_out_set
 
 Report = Callable[[str, float], None]
 
@@ -37,6 +37,7 @@ class EvaluationSettings:
         data: the picture cache.
         out: folder of the report.
         cache: folder of generated pictures and features, kept between runs.
+        sets: splits to measure on. "train" is there to choose among checkpoints without looking at the test sets.
         rows: see :func:`training.evaluate.rows.build_rows`.
         seeds: sampling seeds; the teacher takes the first.
         limit: pictures of each set.
@@ -55,6 +56,7 @@ class EvaluationSettings:
     data: Path = Path("data")
     out: Path = Path("benchmarks/quality")
     cache: Path = Path("runs/evaluate")
+    sets: tuple[str, ...] = TEST_SETS
     rows: tuple[str, ...] = DEFAULT_ROWS
     seeds: tuple[int, ...] = (0, 1, 2)
     limit: int = LARGEST_SET
@@ -182,8 +184,11 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
 
     Raises:
         FileNotFoundError: a folder, the picture cache or the feature network is missing.
-        ValueError: an unknown row, or a set that is too small.
+        ValueError: an unknown row or set, or a set that is too small.
     """
+    names = [name for name in SETS if name in settings.sets]
+    if not names or len(names) != len(settings.sets):
+        raise ValueError(f"sets {', '.join(settings.sets)}: give some of {', '.join(SETS)}, each once")
     models = Models(settings)
     pictures = PictureSet.load(settings.data)
     cache = PictureCache(settings.cache)
@@ -197,7 +202,7 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
         teacher_steps=settings.teacher_steps,
         overrides=settings.overrides,
     )
-    tests = [held_out_set(pictures, name, settings.limit) for name in TEST_SETS]
+    tests = [held_out_set(pictures, name, settings.limit) for name in names]
     train = pictures.indices("train")
     train_features = store.of_set(pictures, train)
     position = {index: row for row, index in enumerate(train)}

@@ -13,9 +13,11 @@ from training.data.dataset import PictureSet, Record, caption
 from training.data.split import Split, style_family, unit_hash
 
 TEST_SETS: tuple[Split, ...] = ("unseen_pair", "unseen_concept")
+SETS: tuple[Split, ...] = (*TEST_SETS, "train")
 TITLES: dict[str, str] = {
     "unseen_pair": "Unseen pairs (a concept known in other styles)",
     "unseen_concept": "Unseen concepts (never trained on in any style)",
+    "train": "Training pictures (for choosing among checkpoints, not a test)",
 }
 LARGEST_SET = 512
 
@@ -87,9 +89,11 @@ def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) ->
 def same_style_mix(pictures: PictureSet, test: HeldOutSet) -> list[int]:
     """As many training pictures, of the same styles, in hash order: the other side of the real-against-real floor."""
     wanted = Counter(record.style for record in test.records)
+    measured = set(test.indices)
+    train = [i for i in pictures.indices("train") if i not in measured]
     chosen: list[int] = []
     for style, count in sorted(wanted.items()):
-        of_style = [i for i in pictures.indices("train") if pictures.records[i].style == style]
+        of_style = [i for i in train if pictures.records[i].style == style]
         chosen += hash_order(pictures, of_style, "floor")[:count]
     return chosen
 
