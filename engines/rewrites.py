@@ -125,7 +125,8 @@ class JoinedSD3(nn.Module):
         """One linear layer with the outputs of ``linears`` side by side."""
         for parameter in ("weight", "bias"):
             names = tuple(f"{self._names[id(linear)]}.{parameter}" for linear in linears)
-            self.sources[f"{path}.{parameter}"] = Recipe(names)
+            kernel = getattr(linears[0], parameter).dim() > 2
+            self.sources[f"{path}.{parameter}"] = Recipe(names, layout="matrix" if kernel else "plain")
         weight = torch.cat([linear.weight.detach().flatten(1) for linear in linears])
         with torch.device("meta"):
             joined = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)

@@ -25,9 +25,10 @@ class Recipe:
 
     Attributes:
         sources: names of the component's parameters or buffers.
-        layout: "plain" (as is), "transposed", "blocked" ((N / n, K, n) blocks of the transposed matrix, columns padded
-            with zeros), or "vnni" (the same, pairs of rows interleaved, as matrix tiles read them).
-        block: n; 0 for "plain" and "transposed".
+        layout: "plain" (as is), "matrix" (a convolution's kernel (N, C, p, p) as (N, C p p)), "transposed", "blocked"
+            ((N / n, K, n) blocks of the transposed matrix, columns padded with zeros), or "vnni" (the same, pairs of
+            rows interleaved, as matrix tiles read them).
+        block: n; 0 for the layouts without blocks.
         crop: (h, w): the middle of a square table of positions (1, S S, D), as (1, h w, D).
     """
 
@@ -69,7 +70,7 @@ class Recipe:
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.crop is not None:
             joined = _middle(joined, *self.crop)
-        # A patch embedding's kernel (N, C, p, p) serves as a matrix (N, C p p).
+        # A patch embedding's kernel serves as a matrix in every other layout.
         return lay_out(joined if self.layout == "plain" else joined.flatten(1), self.layout, self.block)
 
 
@@ -79,7 +80,7 @@ def lay_out(weight: Tensor, layout: str, block: int) -> Tensor:
     Raises:
         ValueError: unknown layout.
     """
-    if layout == "plain":
+    if layout in ("plain", "matrix"):
         return weight
     if layout == "transposed":
         return weight.t()
@@ -114,7 +115,8 @@ def find_recipe(constant: Tensor, candidates: Mapping[str, Tensor], sources: Map
             continue
         for layout, block in _possible(constant, tensor):
             if torch.equal(lay_out(tensor, layout, block), constant):
-                return replace(sources.get(name, Recipe((name,))), layout=layout, block=block)
+                base = sources.get(name, Recipe((name,)))
+                return base if layout == "plain" else replace(base, layout=layout, block=block)
     return None
 
 

@@ -21,7 +21,13 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
-from engines.compilers.packing import EAGER_ROUNDING, UnexplainedConstantError, compile_packed, packed_settings
+from engines.compilers.packing import (
+    EAGER_ROUNDING,
+    UnexplainedConstantError,
+    compile_packed,
+    own_kernels,
+    packed_settings,
+)
 from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.rewrites import rewriting
@@ -72,7 +78,8 @@ class InductorCompiler(Compiler):
         if request.dtype == "float32":
             settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         if self.weights_mode(request) == "packed":
-            settings |= packed_settings() | {"rewriting": rewriting(request.module)}
+            own = own_kernels(request.dtype, request.target.instruction_set)
+            settings |= packed_settings(own) | {"rewriting": rewriting(request.module)}
         return settings
 
     def weights_mode(self, request: EngineRequest) -> str:
@@ -94,7 +101,8 @@ class InductorCompiler(Compiler):
         note = ""
         if spec.weights_mode == "packed":
             try:
-                names, output, recipes, fixed = compile_packed(module, inputs, folder / PACKAGE)
+                own = own_kernels(spec.dtype, spec.target.instruction_set)
+                names, output, recipes, fixed = compile_packed(module, inputs, folder / PACKAGE, own)
                 _save(fixed, folder)
                 return self._manifest(spec, names, output, "packed", recipes, watch)
             except UnexplainedConstantError as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engines.build import build_engine, relative_l2
 from engines.compilers import BACKENDS, choose_backend, get_compiler
 from engines.compilers.base import Engine
+from engines.compilers.packing import own_kernels
 from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, EngineInputError
 from engines.manifest import Manifest
 from engines.planning import CheckpointPlan, EngineOptions, load_backbone
@@ -55,8 +56,17 @@ def test_one_row_of_a_wider_tensor_is_taken(tmp_path: Path, net: nn.Module) -> N
     assert torch.equal(engine.run({**inputs, "latents": row}), engine.run(inputs))
 
 
-@pytest.mark.parametrize("component", ["denoiser", "decoder"])
-def test_the_batch_does_not_change_a_bit_of_a_row(tmp_path: Path, component: str) -> None:
+def test_own_matrix_kernels_are_for_tiles_or_for_no_bf16_instructions_at_all() -> None:
+    xeon, epyc, laptop = "amx_bf16 amx_tile avx512_bf16", "avx512_bf16 avx512f", "avx2 fma"
+    assert [own_kernels("bfloat16", cpu) for cpu in (xeon, epyc, laptop)] == [True, False, True]
+    assert own_kernels("float32", epyc)
+
+
+@pytest.mark.parametrize(("component", "own"), [("denoiser", True), ("denoiser", False), ("decoder", True)])
+def test_the_batch_does_not_change_a_bit_of_a_row(
+    tmp_path: Path, component: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.compilers.inductor.own_kernels", lambda dtype, cpu: own)
     folder = write_tiny_folder("embedded", tmp_path / "embedded")
     plan = CheckpointPlan.read(folder, EngineOptions.resolve("inductor", dtype="bfloat16", buckets=(1, 2, 3))[0])
     plan = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))
@@ -66,6 +76,9 @@ def test_the_batch_does_not_change_a_bit_of_a_row(tmp_path: Path, component: str
     outputs: list[Tensor] = []
     for batch in (1, 3):
         manifest = build_engine(plan.compiler, store, module, plan.spec(component, full, batch))
+        if component == "denoiser":
+            assert manifest.weights_mode == "packed" and not manifest.note
+            assert any(recipe["layout"] == "vnni" for recipe in manifest.constants.values()) <= own
         engine = plan.compiler.load(manifest, store.folder(manifest.key), WeightBank(module))
         rows = [{name: value[i : i + batch] for name, value in inputs.items()} for i in range(0, 3, batch)]
         outputs.append(torch.cat([engine.run(row) for row in rows]))
