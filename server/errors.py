@@ -36,6 +36,7 @@ class Fault(Enum):
     BAD_KEY = FaultKind(401, "authentication_error", "invalid_api_key", "unauthorized", False)
     NOT_FOUND = FaultKind(404, "invalid_request_error", "not_found", "not_found", False)
     WRONG_METHOD = FaultKind(405, "invalid_request_error", "method_not_allowed", "bad_request", False)
+    SLOW_BODY = FaultKind(408, "invalid_request_error", "body_timeout", "bad_request", True)
     CONFLICT = FaultKind(409, "invalid_request_error", "conflict", "conflict", False)
     TOO_LARGE = FaultKind(413, "invalid_request_error", "too_large", "too_large", False)
     QUEUE_FULL = FaultKind(429, "rate_limit_error", "queue_full", "queue_full", True)
@@ -107,6 +108,7 @@ def fault_for_status(status: int) -> Fault:
         401: Fault.BAD_KEY,
         404: Fault.NOT_FOUND,
         405: Fault.WRONG_METHOD,
+        408: Fault.SLOW_BODY,
         409: Fault.CONFLICT,
         413: Fault.TOO_LARGE,
         429: Fault.QUEUE_FULL,

@@ -45,7 +45,12 @@ class IdempotencyStore:
         self._kept: OrderedDict[tuple[bytes, str], _Kept] = OrderedDict()
 
     async def run(
-        self, owner: bytes, key: str, body_digest: bytes, make: Callable[[], Awaitable[Reply]]
+        self,
+        owner: bytes,
+        key: str,
+        body_digest: bytes,
+        make: Callable[[], Awaitable[Reply]],
+        usable: Callable[[Reply], bool] = lambda reply: True,
     ) -> tuple[Reply, bool]:
         """Return the reply for ``key`` and whether it was made for an earlier request.
 
@@ -54,6 +59,7 @@ class IdempotencyStore:
             key: the header's value.
             body_digest: digest of the request's body.
             make: makes the reply; runs at most once at a time a key.
+            usable: whether a stored reply can still be given; one that cannot is made anew.
 
         Raises:
             ApiError: 409 where the key was used with another body; whatever ``make`` raises.
@@ -68,6 +74,8 @@ class IdempotencyStore:
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
             )
+        if kept is not None and kept.task.done() and not usable(kept.task.result()):
+            kept = None
         replayed = kept is not None
         if kept is None:
             kept = _Kept(body_digest, asyncio.ensure_future(_as_coroutine(make)), self._clock())
@@ -85,6 +93,8 @@ class IdempotencyStore:
             del self._kept[slot]
             return
         kept.size = sum(len(picture.get("b64_json") or "") for picture in task.result().get("data", ()))
+        if kept.size > self._max_bytes:
+            del self._kept[slot]
         self._prune()
 
     def _prune(self) -> None:

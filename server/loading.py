@@ -205,14 +205,18 @@ def _timings(
     work: Callable[[], object], device: torch.device, repeats: int = _REPEATS, patience: float = _PATIENCE_SECONDS
 ) -> list[float]:
     """Run once to warm up, then time some runs; slow work is timed less often."""
-    work()
-    seconds: list[float] = []
-    while len(seconds) < repeats and sum(seconds) < patience:
+
+    def seconds_of_one() -> float:
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    seconds_of_one()
+    seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) < patience:
+        seconds.append(seconds_of_one())
     return seconds
 
 

@@ -5,6 +5,8 @@ Plain ASGI, no buffering of replies: streams and disconnects pass straight throu
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import uuid
 
@@ -18,6 +20,9 @@ from server.metrics import Metrics
 log = logging.getLogger("rmd.server")
 
 OUTCOME = "rmd.outcome"
+REQUEST_ID = "request_id"
+CLIENT_PATIENCE_SECONDS = 30.0
+"""How long a client may take over its body, or over reading one event: a connection must not hold memory for ever."""
 _MOST_DISCARDED = 32 * 1024 * 1024
 _ROUTES = ("/v1/images/generations", "/v1/models", "/health/live", "/health/ready", "/metrics", "/docs", "/files")
 
@@ -45,8 +50,15 @@ class Accounting:
             await send(message)
 
         state = scope.setdefault("state", {})
+        state[REQUEST_ID] = request_id
         try:
             await self.app(scope, receive, watched_send)
+        except asyncio.CancelledError:  # the server stops and waits no longer
+            state[OUTCOME] = Fault.DRAINING.value.outcome
+            if not status:
+                stopping = ApiError(Fault.DRAINING, "The server is stopping.", retry_after=5)
+                await stopping.response()(scope, receive, watched_send)
+            raise
         except Exception:
             log.exception("request %s raised", request_id)
             state[OUTCOME] = Fault.INTERNAL.value.outcome
@@ -100,13 +112,19 @@ class BoundBody:
         body = b""
         too_long = declared.isdecimal() and int(declared[:18]) > self.max_bytes
         more = True
-        while more and not too_long:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = bool(message.get("more_body"))
-            too_long = len(body) > self.max_bytes
+        try:
+            async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
+                while more and not too_long:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    more = bool(message.get("more_body"))
+                    too_long = len(body) > self.max_bytes
+        except TimeoutError:
+            text = f"The body did not arrive within {CLIENT_PATIENCE_SECONDS:g} seconds."
+            await ApiError(Fault.SLOW_BODY, text).response()(scope, receive, send)
+            return
         if too_long:
             if more:
                 await _discard(receive)
@@ -131,13 +149,15 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def _discard(receive: Receive) -> None:
-    """Read and drop what the client is still sending, up to a bound."""
+    """Read and drop what the client is still sending, up to a bound in bytes and in time."""
     dropped = 0
-    while dropped < _MOST_DISCARDED:
-        message = await receive()
-        dropped += len(message.get("body", b""))
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
+            while dropped < _MOST_DISCARDED:
+                message = await receive()
+                dropped += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
 
 
 def _route(path: str) -> str:

@@ -21,7 +21,7 @@ class DrainingServer(uvicorn.Server):
     """On the first SIGTERM or Ctrl-C: refuse new requests (503), finish the accepted ones, then stop.
 
     uvicorn alone would close its listening socket at once, so that a load balancer sees refused connections where
-    it should see 503 and a failing readiness probe. A second signal stops without waiting.
+    it should see 503 and a failing readiness probe. A second signal gives up what is not finished (503).
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -32,6 +32,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal; called on the main thread."""
         if self._draining:
+            threading.Thread(target=self._service.stop, name="rmd-stop", daemon=True).start()
             super().handle_exit(sig, frame)
             return
         self._draining = True

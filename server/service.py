@@ -144,7 +144,7 @@ class Service:
             _ = self.model
             raise ApiError(Fault.NOT_READY, "The server's device thread has ended; see /health/ready.", retry_after=5)
 
-    def submit(self, spec: GenerationSpec, sink: Callable[[Event], None]) -> Generation:
+    def submit(self, spec: GenerationSpec, sink: Callable[[Event], None], request_id: str = "") -> Generation:
         """Admit one request and queue it; its events go to ``sink`` from other threads.
 
         Raises:
@@ -154,7 +154,8 @@ class Service:
         permit = self.admission.acquire(len(spec.seeds), len(spec.seeds) * spec.cascade.full_size.pixels)
         try:
             deadline = time.monotonic() + self.settings.deadline_seconds
-            generation = Generation(spec, permit, deadline, sink, self.model.costs(spec.cascade, spec.lane))
+            costs = self.model.costs(spec.cascade, spec.lane)
+            generation = Generation(spec, permit, deadline, sink, costs, request_id)
             self._executor.submit(generation)
         except BaseException:
             permit.release()

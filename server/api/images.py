@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,6 +17,7 @@ from server.api.resolve import resolve
 from server.api.schemas import ErrorReply, ImageReply, ImageRequest
 from server.api.streaming import ImageEventStream, client_gone, until_disconnected
 from server.errors import ApiError, Fault
+from server.middleware import REQUEST_ID
 from server.scheduling.request import FinishedPicture, GenerationSpec
 from server.service import Service
 
@@ -34,6 +36,7 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
     service.check_accepting()
     spec = resolve(body, service.model, service.settings)
     key = request.headers.get("idempotency-key")
+    request_id = str(request.scope["state"][REQUEST_ID])
     if body.stream:
         if key is not None:
             raise ApiError(
@@ -42,24 +45,36 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
                 param="Idempotency-Key",
             )
         channel = EventChannel()
-        return ImageEventStream(service, body, service.submit(spec, channel.send), channel)
+        return ImageEventStream(service, body, service.submit(spec, channel.send, request_id), channel)
     base_url = service.settings.public_url or str(request.base_url)
+
+    def draw() -> Coroutine[Any, Any, dict[str, Any]]:
+        return _draw(service, body, spec, base_url, request_id)
+
     if key is None:
-        return JSONResponse(await _while_connected(request, _draw(service, body, spec, base_url)))
+        return JSONResponse(await _while_connected(request, draw()))
     if not 0 < len(key) <= _LONGEST_KEY:
         raise ApiError(
             Fault.BAD_FIELD, f"Idempotency-Key must have 1 to {_LONGEST_KEY} characters.", param="Idempotency-Key"
         )
     owner = hashlib.sha256(request.headers.get("authorization", "").encode()).digest()
     digest = hashlib.sha256(await request.body()).digest()
-    reply, replayed = await service.replies.run(owner, key, digest, lambda: _draw(service, body, spec, base_url))
+    reply, replayed = await service.replies.run(owner, key, digest, draw, lambda stored: _at_hand(service, stored))
     return JSONResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)
 
 
-async def _draw(service: Service, body: ImageRequest, spec: GenerationSpec, base_url: str) -> dict[str, Any]:
+def _at_hand(service: Service, reply: dict[str, Any]) -> bool:
+    """Whether every file that a reply links to can still be fetched."""
+    urls = [picture["url"] for picture in reply["data"] if picture.get("url")]
+    return all(service.files.get(url.rpartition("/")[2]) is not None for url in urls)
+
+
+async def _draw(
+    service: Service, body: ImageRequest, spec: GenerationSpec, base_url: str, request_id: str
+) -> dict[str, Any]:
     """Admit, wait and reply. However this ends, nothing of the request stays in the queues."""
     channel = EventChannel()
-    generation = service.submit(spec, channel.send)
+    generation = service.submit(spec, channel.send, request_id)
     pictures: list[FinishedPicture] = []
     try:
         while len(pictures) < len(spec.seeds):

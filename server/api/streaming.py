@@ -15,7 +15,7 @@ from server.api.channel import EventChannel, next_event
 from server.api.replies import completed_event, partial_event
 from server.api.schemas import ImageRequest
 from server.errors import ApiError, Fault
-from server.middleware import OUTCOME
+from server.middleware import CLIENT_PATIENCE_SECONDS, OUTCOME
 from server.scheduling.request import FinishedPicture, Generation, PartialPicture
 from server.service import Service
 
@@ -54,13 +54,12 @@ class ImageEventStream(Response):
         """Run the stream."""
         state: dict[str, Any] = scope.setdefault("state", {})
         gone = asyncio.ensure_future(until_disconnected(receive))
-        sending = asyncio.ensure_future(self._send_events(send))
+        sending = asyncio.ensure_future(self._send_events(_impatient(send)))
         try:
             await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                state[OUTCOME] = sending.result()
-            else:
-                state[OUTCOME] = Fault.CLIENT_GONE.value.outcome
+            state[OUTCOME] = sending.result() if sending.done() else Fault.CLIENT_GONE.value.outcome
+        except TimeoutError:  # it does not read: its connection is closed, and its pictures are let go
+            state[OUTCOME] = Fault.CLIENT_GONE.value.outcome
         finally:
             gone.cancel()
             sending.cancel()
@@ -90,6 +89,16 @@ class ImageEventStream(Response):
         await send(_chunk(b"data: [DONE]\n\n"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return outcome
+
+
+def _impatient(send: Send) -> Send:
+    """Return a send that raises TimeoutError where the client does not take a message in time."""
+
+    async def bounded(message: Message) -> None:
+        async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
+            await send(message)
+
+    return bounded
 
 
 def _event(payload: Mapping[str, Any], name: str | None = None) -> Message:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from server.errors import ApiError, Fault
 
 _REMEMBERED = 32  # departures that the drain rate is taken over
-_LONGEST_RETRY = 600
+_LONGEST_RETRY = 120  # the official client does not come back after longer ones
 
 
 class Permit:

@@ -36,6 +36,7 @@ from server.scheduling.steps import StageRunner
 log = logging.getLogger("rmd.server")
 
 PACKAGE = "package"
+_HOPELESS = 0.5  # of the expected work: with less time left than that, a picture cannot be ready by its deadline
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,10 @@ class DeviceExecutor:
                 self._changed.wait()
         return None
 
-    def _run(self, runner: StageRunner, model: ServedModel, station: Station, entries: list[Entry]) -> None:
-        """Run one batch. Where it raises, every entry is tried alone, and only the guilty fail.
+    def _run(
+        self, runner: StageRunner, model: ServedModel, station: Station, entries: list[Entry], again: bool = False
+    ) -> None:
+        """Run one batch. Where it raises, every entry is tried once more, alone, and only the guilty fail.
 
         Raises:
             torch.AcceleratorError: the device itself is broken (a sticky CUDA error): no later batch can succeed, so
@@ -180,10 +183,12 @@ class DeviceExecutor:
                 self._fail(entry, error)
             raise
         except Exception as error:
-            if len(entries) == 1:
+            if again:
                 self._fail(entries[0], error)
                 return
             log.warning("a batch of %d at %s raised (%s); trying each alone", len(entries), station.key.label, error)
+            if isinstance(error, torch.OutOfMemoryError):
+                model.latencies.narrow(station.key, _rows(station.key, entries))
         else:
             self._account(model, station.key, entries, done)
             self._hand_on(station.key, entries, done)
@@ -193,13 +198,17 @@ class DeviceExecutor:
         if model.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
         for entry in entries:
-            self._run(runner, model, station, [entry])
+            with self._changed:
+                if entry.generation.failed:  # by a sibling of this batch, its client or its deadline
+                    self._leave(entry)
+                    continue
+            self._run(runner, model, station, [entry], again=True)
 
     def _work(self, runner: StageRunner, model: ServedModel, key: StationKey, entries: Sequence[Entry]) -> _Done:
         """Do one batch's work on the device. Raises whatever the network raises, before any entry is changed."""
         started = time.perf_counter()
         items = [entry for entry in entries if isinstance(entry, Item)]
-        rows = sum(item.rows for item in items) if key.kind == "denoise" else len(entries)
+        rows = _rows(key, entries)
         previews: list[Preview] = []
         pictures: list[Pixels] = []
         if key.kind == "encode":
@@ -228,17 +237,19 @@ class DeviceExecutor:
             self._packaging += len(done.pictures)
         if key.kind == "decode":
             for entry, pixels in zip(entries, done.pictures, strict=True):
+                entry.joined = time.monotonic()
                 self._pool.submit(self._package, entry, pixels, key)
                 self._running.remove(entry)
 
     def _account(self, model: ServedModel, key: StationKey, entries: Sequence[Entry], done: _Done) -> None:
         """Write one batch into the metrics, the latency table and its items' own records."""
         if not done.rows:
-            return  # prompts that an earlier batch of the same request had encoded
+            return  # a prompt that an earlier picture of the same request had encoded, in a batch that was tried again
         label, rows, seconds = key.label, done.rows, done.seconds
         items = [entry for entry in entries if isinstance(entry, Item)]
         model.latencies.observe(key, rows, seconds)
-        self._metrics.batch_size.labels(label).observe(rows if key.kind == "encode" else len(entries))
+        company = rows if key.kind == "encode" else len(entries)
+        self._metrics.batch_size.labels(label).observe(company)
         self._metrics.step_seconds.labels(label).observe(seconds)
         self._metrics.device_busy_seconds.inc(seconds)
         if key.kind == "denoise" and key.size is not None:
@@ -246,7 +257,7 @@ class DeviceExecutor:
             self._metrics.tokens.labels(label).inc(rows * model.lanes[key.lane].tokens(key.size))
         for item in items:
             record = item.record
-            record.batches.setdefault(label, []).append(len(entries))
+            record.batches.setdefault(label, []).append(company)
             if key.kind == "encode":
                 record.encode += seconds
             elif key.kind == "decode":
@@ -258,28 +269,30 @@ class DeviceExecutor:
 
     def _package(self, entry: Entry, pixels: Pixels, key: StationKey) -> None:
         """Compress one picture and send it; runs beside the device."""
+        with self._changed:
+            self._packaging -= 1
         try:
             self._package_one(entry, pixels, key)
         except Exception as error:
             self._fail(entry, error)
         finally:
             with self._changed:
-                self._packaging -= 1
                 self._leave(entry)
 
     def _package_one(self, entry: Entry, pixels: Pixels, key: StationKey) -> None:
         generation, spec = entry.generation, entry.generation.spec
         if generation.failed:
             return
-        started = time.perf_counter()
+        started = time.monotonic()
         metadata = dict(spec.metadata)
         if isinstance(entry, Item):
+            entry.record.queue += started - entry.joined
             metadata["rmd:seed"] = str(entry.seed)
         content = encode_picture(pixels, spec.output_format, spec.output_compression, metadata)
         if isinstance(entry, Preview) and key.size is not None:
             generation.sink(PartialPicture(entry.item.index, entry.partial_index, key.size, content))
         elif isinstance(entry, Item):
-            entry.record.package = time.perf_counter() - started
+            entry.record.package = time.monotonic() - started
             with self._changed:
                 if generation.failed:
                     return  # it ended while its picture was being compressed
@@ -299,20 +312,21 @@ class DeviceExecutor:
     # -- endings ---------------------------------------------------------------------------------------------------
 
     def _drop_late(self) -> None:
-        """Fail every generation whose deadline has passed (504), wherever it waits. Called with the lock held."""
+        """Fail (504) what waits and has missed its deadline, or is bound to. Called with the lock held."""
         now = time.monotonic()
         late = {
             id(entry.generation): entry.generation
             for s in self._stations
             for entry in s.entries
-            if entry.generation.deadline <= now
+            if entry.generation.deadline - now <= _HOPELESS * entry.remaining_seconds
         }
         for generation in late.values():
             self._settle(generation, deadline_error())
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         """Fail one entry's generation with 500; the reason goes to the log, not to the client."""
-        log.error("one request failed: %s: %s", type(error).__name__, error, exc_info=error)
+        request = entry.generation.request_id
+        log.error("request %s failed: %s: %s", request, type(error).__name__, error, exc_info=error)
         with self._changed:
             if isinstance(entry, Preview):
                 return  # a partial picture is a courtesy; the picture itself goes on
@@ -345,6 +359,11 @@ class DeviceExecutor:
             entry.left = True
             entry.generation.remaining_items -= 1
             entry.generation.permit.leave(finished=not entry.generation.failed)
+
+
+def _rows(key: StationKey, entries: Sequence[Entry]) -> int:
+    """Return the rows of a batch: a guided picture takes two of a denoiser's."""
+    return sum(entry.rows for entry in entries) if key.kind == "denoise" else len(entries)
 
 
 def deadline_error() -> ApiError:

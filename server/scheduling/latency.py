@@ -5,8 +5,10 @@ Both the batch widths and the estimates behind the policy and ``Retry-After`` co
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from rmd.size import Size
@@ -18,7 +20,7 @@ TEACHER = "teacher"
 MIN_GAIN = 1.10
 """A wider batch must serve at least this many times more rows a second than the narrower one."""
 
-_SMOOTHING = 0.1
+_REMEMBERED = 9  # batches whose median tells how far a station is from its measured latency
 _FALLBACK_SECONDS = 0.05
 
 
@@ -50,7 +52,7 @@ class LatencyTable:
 
     def __init__(self, measured: Mapping[StationKey, Mapping[int, float]]) -> None:
         self._measured = {key: dict(sorted(buckets.items())) for key, buckets in measured.items() if buckets}
-        self._drift: dict[StationKey, float] = {}
+        self._ratios: dict[StationKey, deque[float]] = {}  # real over expected seconds of the latest batches
 
     def buckets(self, key: StationKey) -> tuple[int, ...]:
         """Return the station's known batch sizes, ascending; (1,) where nothing was measured."""
@@ -58,16 +60,24 @@ class LatencyTable:
 
     def seconds(self, key: StationKey, rows: int) -> float:
         """Return the expected seconds of one batch of ``rows`` rows."""
-        return self._base(key, rows) * self._drift.get(key, 1.0)
+        return self._base(key, rows) * median(self._ratios.get(key, (1.0,)))
 
     def observe(self, key: StationKey, rows: int, seconds: float) -> None:
-        """Correct the station's estimate by one real batch (exponential smoothing of real over expected)."""
+        """Correct the station's estimate by one real batch.
+
+        The correction is a median, so that one stalled batch (a page fault, a busy neighbour) moves nothing and a
+        lasting change is followed after a few batches.
+        """
         if key not in self._measured:
             self._measured[key] = {rows: seconds}
             return
-        ratio = seconds / max(self._base(key, rows), 1e-9)
-        old = self._drift.get(key, 1.0)
-        self._drift[key] = old + _SMOOTHING * (ratio - old)
+        ratios = self._ratios.setdefault(key, deque([1.0] * _REMEMBERED, maxlen=_REMEMBERED))
+        ratios.append(seconds / max(self._base(key, rows), 1e-9))
+
+    def narrow(self, key: StationKey, rows: int) -> None:
+        """Forget the buckets of ``rows`` rows and more, which ran out of memory; the smallest bucket stays."""
+        buckets = self._measured.get(key, {})
+        self._measured[key] = {b: s for b, s in buckets.items() if b < rows} or dict(list(buckets.items())[:1])
 
     def width(self, key: StationKey) -> int:
         """Return the widest batch (rows) worth waiting entries being served together."""

@@ -95,6 +95,7 @@ class Generation:
         sink: called with each event, from any thread; must not block.
         costs: ``costs[k]`` is the expected seconds from the start of step k to the finished picture; one entry
             more than there are steps (the last: decoding alone).
+        request_id: names the request in the log.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Generation:
         deadline: float,
         sink: Callable[[Event], None],
         costs: Sequence[float],
+        request_id: str = "",
     ) -> None:
         self.spec = spec
         self.permit = permit
@@ -111,6 +113,7 @@ class Generation:
         self.deadline = deadline
         self.sink = sink
         self.costs = tuple(costs)
+        self.request_id = request_id
         self.conditioning: Conditioning | None = None
         self.unconditional: Conditioning | None = None
         self.text_tokens = 0

@@ -68,6 +68,24 @@ def test_estimates_follow_what_the_machine_does() -> None:
     assert table.width(LOW) == 4
 
 
+def test_one_stalled_batch_bends_no_estimate() -> None:
+    table = LatencyTable({LOW: {1: 0.1}})
+    table.observe(LOW, 1, 30.0)
+    assert table.seconds(LOW, 1) == pytest.approx(0.1)
+    for _ in range(20):
+        table.observe(LOW, 1, 0.2)
+    table.observe(LOW, 1, 30.0)
+    assert table.seconds(LOW, 1) == pytest.approx(0.2)
+
+
+def test_buckets_that_ran_out_of_memory_are_not_asked_for_again() -> None:
+    table = LatencyTable({LOW: {1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2}})
+    table.narrow(LOW, 5)
+    assert table.buckets(LOW) == (1, 2, 4) and table.best_count(LOW, [1] * 8) == 4
+    table.narrow(LOW, 1)
+    assert table.buckets(LOW) == (1,), "the smallest stays: there is nothing else to try"
+
+
 def generation(cost: float, arrived: float, steps: int = 4, seeds: int = 1) -> Generation:
     cascade = preset("embedded")
     spec = GenerationSpec("a", "2+2", cascade, "student", tuple(range(seeds)))
@@ -104,6 +122,31 @@ def test_what_is_nearly_done_goes_first_and_waiting_always_wins_in_the_end() -> 
             break
     else:
         pytest.fail("a steady stream of short requests starves the long one")
+
+
+def test_what_is_about_to_miss_its_deadline_goes_before_everything_else() -> None:
+    """Short requests that keep coming have the higher ratio, but only until the long one's time runs out."""
+    policy, stations = StagePolicy(LatencyTable({LOW: {1: 0.1}})), Stations()
+    long = generation(50.0, arrived=0.0).items[0]
+    long.generation.deadline = 120.0
+    shorts = [generation(0.1, arrived=float(now)).items[0] for now in range(0, 120, 10)]
+    for item in (long, *shorts):
+        stations.join(item.station(), item)
+    first = [(policy.choose(stations, now) or pytest.fail())[1][0] for now in (19.0, 21.0)]
+    assert first[0] in shorts and first[1] is long, "100 seconds are twice its work"
+
+
+def test_pictures_of_one_prompt_count_once_where_prompts_are_encoded() -> None:
+    encode = StationKey("encode")
+    policy, stations = StagePolicy(LatencyTable({encode: {1: 1.0, 2: 1.0, 4: 1.0}})), Stations()
+    requests = [generation(1.0, arrived=float(i), seeds=8) for i in range(5)]
+    for request in requests:
+        request.conditioning = None
+        for item in request.items:
+            stations.join(encode, item)
+    chosen = policy.choose(stations, now=10.0)
+    assert chosen is not None
+    assert {id(item.generation) for item in chosen[1]} == set(map(id, requests[:4])) and len(chosen[1]) == 32
 
 
 def test_nothing_queued_means_nothing_to_run() -> None:
@@ -296,6 +339,23 @@ def test_idempotent_replies_stay_within_their_memory() -> None:
         assert not await replayed("third", 40)
         assert await replayed("second", 60) and await replayed("third", 40)
         assert not await replayed("first", 40), "the oldest left first"
+        assert not await replayed("huge", 200) and not await replayed("huge", 200), "larger than the store: not kept"
+        assert await replayed("third", 40) and await replayed("first", 40), "and it pushed nothing out"
+
+    asyncio.run(scenario())
+
+
+def test_an_idempotent_reply_that_can_no_longer_be_given_is_made_anew() -> None:
+    async def scenario() -> None:
+        store, made = IdempotencyStore(max_replies=10, max_bytes=100, life_seconds=5, clock=Clock()), list[int]()
+
+        async def make() -> dict[str, Any]:
+            made.append(len(made))
+            return {"made": made[-1]}
+
+        for usable, expected in ((True, (0, False)), (True, (0, True)), (False, (1, False)), (True, (1, True))):
+            reply, replayed = await store.run(b"me", "k", b"body", make, lambda _reply, usable=usable: usable)
+            assert (reply["made"], replayed) == expected
 
     asyncio.run(scenario())
 

@@ -187,6 +187,46 @@ def test_a_client_that_leaves_while_its_step_runs_is_dropped_at_the_next(house: 
     assert house.metric("rmd_steps_total") == 0
 
 
+def test_a_failure_that_passes_fails_nobody(house: House) -> None:
+    failed: list[str] = []
+
+    def stumble(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+        if component == "denoiser" and not failed:
+            failed.append(component)
+            raise RuntimeError("once")
+
+    house.gate.before = stumble
+    assert house.draw().status_code == 200
+    assert failed and house.metric("rmd_retried_batches_total") == 1
+
+
+def test_a_request_that_fails_is_tried_no_further_and_named_in_the_log(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+        if component == "denoiser":
+            raise RuntimeError("no")
+
+    house.gate.before = refuse
+    reply = house.draw(n=4)
+    assert reply.status_code == 500
+    house.until_idle()
+    tries = [batch for component, _, batch in house.gate.calls if component == "denoiser"]
+    assert tries == [4, 1], "its other pictures are not drawn for nobody"
+    assert caplog.text.count(f"request {reply.headers['x-request-id']} failed") == 1
+
+
+def test_a_batch_that_ran_out_of_memory_is_not_tried_as_wide_again(house: House) -> None:
+    def limited(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+        if component == "denoiser" and len(next(iter(inputs.values()))) > 2:
+            raise torch.OutOfMemoryError("too wide")
+
+    house.gate.before = limited
+    for _ in range(3):
+        assert len(house.draw(n=4).json()["data"]) == 4
+    assert [batch for component, _, batch in house.gate.calls if component == "denoiser" and batch > 2] == [4]
+
+
 def test_a_failure_within_a_stream_reaches_the_official_client(house: House) -> None:
     def refuse(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
         if component == "decoder" and size == max(house.model.sizes):
@@ -207,7 +247,7 @@ def test_a_full_queue_answers_429_with_the_time_to_come_back(checkpoint: Path, m
             house.until_waiting(3)
             refused = house.draw()
             assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
-            assert 1 <= int(refused.headers["retry-after"]) <= 600
+            assert 1 <= int(refused.headers["retry-after"]) <= 120
             assert "x-should-retry" not in refused.headers
             with pytest.raises(openai.RateLimitError):
                 OpenAI(base_url=f"{house.url}/v1", api_key="none", max_retries=0).images.generate(prompt="a")
@@ -269,6 +309,22 @@ def test_a_drain_that_takes_too_long_gives_up(checkpoint: Path, model: ServedMod
         time.sleep(0.3)
         house.gate.open()
         assert {running.result().status_code, waiting.result().status_code} == {503}
+
+
+def test_a_second_signal_gives_up_at_once_and_says_so(checkpoint: Path, model: ServedModel) -> None:
+    with serving(model, make_settings(checkpoint)) as house:
+        house.gate.close()
+        running = house.in_background(lambda: house.draw("running", schedule="teacher"))
+        house.until_waiting(1)
+        waiting = house.in_background(lambda: house.draw("waiting"))
+        house.until_waiting(2)
+        for _ in range(2):
+            house.server.handle_exit(signal.SIGTERM, None)
+        house.until(lambda: house.server.should_exit, "the end")
+        house.gate.open()
+        replies = [running.result(), waiting.result()]
+    assert [reply.status_code for reply in replies] == [503, 503]
+    assert {reply.json()["error"]["code"] for reply in replies} == {"draining"}
 
 
 def lone_executor(model: ServedModel) -> DeviceExecutor:
