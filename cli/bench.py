@@ -29,7 +29,9 @@ def speedup(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="The embedded model's networks without its weights.")
     ] = False,
-    engines: Annotated[Path | None, typer.Option(help="Built engines of the checkpoint, measured as well.")] = None,
+    engines: Annotated[
+        Path | None, typer.Option(help="Built engines of the checkpoint, measured as well; engines-cache if complete.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Of those engines.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="Of those engines, as they were built.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the networks.")] = "bfloat16",
@@ -52,9 +54,12 @@ def speedup(
     from engines.benchmark.speedup import SpeedupSettings, run_speedup
 
     console = Console()
+    measured = None if backbone or random_weights else checkpoint
+    if engines is None and measured is not None:
+        engines = _engines_at_hand(measured, backend, device, dtype, buckets_option(buckets))
     settings = SpeedupSettings(
         backbone=backbone or "embedded",
-        checkpoint=None if backbone or random_weights else checkpoint,
+        checkpoint=measured,
         engines=engines,
         backend=backend,
         buckets=buckets_option(buckets),
@@ -108,3 +113,18 @@ def engines_command(
     with console.status("measuring") as status:
         content = run_engines(settings, lambda what: status.update(what))
     console.print(engines_markdown(content), markup=False, soft_wrap=True)
+
+
+def _engines_at_hand(
+    checkpoint: Path, backend: str, device: str, dtype: str, buckets: tuple[int, ...] | None
+) -> Path | None:
+    """The usual folder, where it holds all the checkpoint's engines; else None, and the command that builds them."""
+    from engines.build import missing_engines, plan_checkpoint
+    from engines.store import EngineStore
+
+    store = EngineStore("engines-cache")
+    plan = plan_checkpoint(checkpoint, backend, device, dtype, buckets)
+    if plan.options.backend != "eager" and not missing_engines(plan, store):
+        return store.root
+    typer.echo(f"without engines, which are not built: {plan.command(store.root)}", err=True)
+    return None

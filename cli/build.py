@@ -17,8 +17,8 @@ def command(
     buckets: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,2,4,8 (default 1,2,4,8).")] = None,
     device: Annotated[str, typer.Option(help="Torch device, cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    workers: Annotated[int | None, typer.Option(help="Compilers at once (default: as many as fit).")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads that the CPU engines will run on.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Compilers at once (default: as many as fit).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that the CPU engines will run on.")] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="List the engines and the memory they need, build none.")
     ] = False,
@@ -37,8 +37,6 @@ def command(
     from engines.store import EngineStore
 
     sizes = buckets_option(buckets)
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers {workers}: must be at least 1")
     if threads is not None:
         torch.set_num_threads(threads)
     store = EngineStore(engines)
@@ -50,6 +48,8 @@ def command(
                 f"{engine.spec.key[:12]}  {'missing' if engine.spec.key in missing else 'built  '}  {engine.spec.title}"
             )
         typer.echo(plan.memory().describe())
+        if missing:
+            plan.memory().check()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}")) as bar:

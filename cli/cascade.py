@@ -1,7 +1,8 @@
-"""`rmd cascade show`: a cascade's steps, from a preset, without loading a model."""
+"""`rmd cascade`: show a preset's steps without loading a model, or write it into a folder."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +42,31 @@ def show(
         typer.echo(json_module.dumps({"steps": rows}))
         return
     _print_table(cascade, rows)
+
+
+@app.command()
+def write(
+    folder: Annotated[Path, typer.Argument(help="A diffusers folder, such as a public few-step student's.")],
+    preset: Annotated[str, typer.Option(help="Its cascade, such as sdxl-turbo or lightning-sdxl.")],
+) -> None:
+    """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it."""
+    from rmd.cascade import preset as named
+    from rmd.cascade import preset_backbone
+    from rmd.checkpoint import CASCADE_FILE, check_weights, write_cascade_json
+
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} has no model_index.json; give a diffusers folder")
+    if (folder / CASCADE_FILE).exists():
+        raise ValueError(f"{folder / CASCADE_FILE} is there already; remove it to write another")
+    cascade = named(preset)
+    check_weights(folder)
+    written = write_cascade_json(
+        folder,
+        backbone=preset_backbone(preset),
+        cascades={cascade.schedule_name: cascade},
+        default=cascade.schedule_name,
+    )
+    typer.echo(str(written))
 
 
 def _numbers(text: str | None) -> list[float] | None:

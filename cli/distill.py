@@ -25,7 +25,9 @@ def command(
         Path | None, typer.Option(help="A text file, one prompt a line; by default the training captions of --data.")
     ] = None,
     data: Annotated[Path, typer.Option(help="The cache folder that `rmd data` wrote.")] = Path("data"),
-    max_prompts: Annotated[int | None, typer.Option(help="Use only so many prompts, drawn by --set seed.")] = None,
+    max_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many prompts, drawn by --set seed.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags win.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as name=value; may be given often.")
@@ -109,6 +111,12 @@ def _run(
         raise ValueError(f"{run} already holds checkpoints; --resume goes on with them, another --run starts anew")
     if export_only and not checkpoints(run / "checkpoints"):
         raise ValueError(f"{run} holds no checkpoint to export")
+    initial = settings.initial_student
+    if settings.lora_rank and initial is not None and Path(initial).resolve() == out.resolve():
+        raise ValueError(
+            f"--out {out} is also initial_student, and this run's checkpoints hold adapters of it (lora_rank): "
+            f"an export would take their base away; give another --out"
+        )
     if settings.iterations is None and settings.minutes is None and not export_only:
         raise ValueError("the run has no end: give --minutes or --iterations")
     place = Accelerator(cpu=device == "cpu").device if device in ("auto", "cpu") else torch.device(device)

@@ -66,9 +66,9 @@ def prune(
     from engines.target import this_machine
 
     store = EngineStore(engines)
-    if not (broken or foreign or everything or keys):
-        raise ValueError("nothing to prune: give --broken, --foreign, --key KEY or --all")
     known = store.keys()
+    if known and not (broken or foreign or everything or keys):
+        raise ValueError("nothing to prune: give --broken, --foreign, --key KEY or --all")
     chosen = set(known) if everything else set()
     for prefix in keys or []:
         matching = [manifest_key for manifest_key in known if manifest_key.startswith(prefix)]

@@ -42,7 +42,7 @@ def command(
     from training.teacher_run import TeacherRun
 
     job = TeacherRun(data, run, models, text_encoder=text_encoder, threads=threads, sheets=sheets, log=typer.echo)
-    job.prepare(autoencoder_minutes=autoencoder_minutes, seed=seed)
+    job.prepare(autoencoder_minutes=autoencoder_minutes, initial=initial, seed=seed)
     trainer = job.train(
         minutes=minutes,
         batch=batch,

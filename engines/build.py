@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from engines.compilers.base import Compiler, Engine, Stopwatch, example_tensors
 from engines.errors import BackendUnavailable, EngineAccuracyError
 from engines.manifest import Manifest
-from engines.memory import MemoryPlan, weight_bytes
+from engines.memory import MemoryPlan, available_bytes, weight_bytes
 from engines.planning import DEFAULT_BUCKETS, CheckpointPlan, EngineOptions, PlannedEngine, load_backbone
 from engines.spec import EngineSpec
 from engines.store import EngineStore
@@ -193,7 +192,7 @@ def _workers(plan: CheckpointPlan, engines: int, asked: int | None) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     each = 3 * max(weight_bytes(module) for module in plan.modules.values()) + (1 << 30)
-    fitting = int(psutil.virtual_memory().available // each)
+    fitting = available_bytes("cpu") // each
     return max(1, min(asked or cores, engines, fitting))
 
 

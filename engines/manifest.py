@@ -116,6 +116,11 @@ class Manifest:
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
+    @property
+    def holds_weights(self) -> bool:
+        """The weights lie within the engine's own files, not beside it."""
+        return self.weights_mode in ("embedded", "refittable")
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read ``manifest.json`` of an engine's folder.

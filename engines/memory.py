@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -78,16 +79,33 @@ def weight_bytes(module: nn.Module) -> int:
 def workspace_bytes(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Largest sum of live intermediate tensors in one forward pass, found on the meta device (no memory, no time).
 
-    Compiled code fuses and reuses, so that this is an upper estimate for it. A network that cannot run on meta tensors
-    gets 64 times its largest input.
+    Compiled code fuses and reuses, so that this is an upper estimate for it; attention counts as its output alone,
+    since no fused kernel writes its scores out. A network that cannot run on meta tensors gets 64 times its largest
+    input.
     """
     meta = {name: tensor.to("meta") for name, tensor in inputs.items()}
     try:
-        with torch.no_grad(), _LiveBytes() as live:
+        with torch.no_grad(), _FusedAttention(), _LiveBytes() as live:
             module(**meta)
     except (RuntimeError, TypeError, ValueError):
         return 64 * max(tensor.nbytes for tensor in inputs.values())
     return int(live.peak)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Answers attention with an empty output: the meta device would take it apart into its (N, N) scores."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, _, value = _attention_inputs(*args, **(kwargs or {}))
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query, key, value
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -23,6 +23,9 @@ from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
 
 DEFAULT_BUCKETS = (1, 2, 4, 8)
+# Of the largest component, beside the loaded model: on the CPU each worker holds the model, a copy with random weights
+# and the packed constants.
+_BUILDING_COPIES = {"cpu": 3, "cuda": 1}
 _PROMPTS = ("a red rocket", "a blue fish under water", "two green trees", "a smiling face", "a yellow star")
 
 
@@ -212,8 +215,7 @@ class CheckpointPlan:
         return MemoryPlan(
             weights=weights,
             workspace=sum(workspaces) if on_gpu else max(workspaces, default=0),
-            # Each worker holds the model, a copy with random weights and the packed constants.
-            building=workers * 3 * largest if self.options.backend != "eager" else 0,
+            building=workers * _BUILDING_COPIES[self.target.device] * largest if self.options.backend != "eager" else 0,
             available=available_bytes(self.options.device),
             device=self.options.device,
         )

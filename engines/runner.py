@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engines.build import as_it_runs, loadable_options
 from engines.compilers.base import Engine
-from engines.errors import EngineError, EngineInputError, EngineMissing
+from engines.errors import EngineError, EngineInputError, EngineMismatch, EngineMissing
 from engines.manifest import Manifest
 from engines.planning import CheckpointPlan, EngineOptions, load_backbone
 from engines.spec import EngineSpec
@@ -42,6 +42,8 @@ class EngineExecutor:
         self._banks = dict(banks)
         self._padded = padded
         self._splits: dict[tuple[Place, int], tuple[int, ...]] = {}
+        # What the engines that hold their weights hold now, by component; a digest, None where it is not known.
+        self._held = {m.spec.component: m.spec.weights for m in self.manifests() if m.holds_weights}
 
     @classmethod
     def open(
@@ -64,13 +66,13 @@ class EngineExecutor:
             backend: a backend's name or "auto".
             device, dtype, buckets: as they were built with.
             weights_from: another folder of the same architecture, such as the teacher's; engines do not depend on
-                weights that they do not hold, so they serve both.
+                weights that they do not hold, so they serve both. Those that do hold them are refused.
             cuda_graphs: replay each engine as one CUDA graph (on CUDA).
 
         Raises:
             BackendUnavailable: see :func:`~engines.build.loadable_options`.
             EngineMissing: engines are not built; the message holds the command that builds them.
-            EngineMismatch, EngineCorrupt: an engine is not for this machine, or damaged.
+            EngineMismatch, EngineCorrupt: an engine is not for this machine, or damaged, or holds other weights.
         """
         store = store if isinstance(store, EngineStore) else EngineStore(store)
         folder = CheckpointFolder.read(checkpoint)
@@ -83,11 +85,18 @@ class EngineExecutor:
             kind = get_backbone(folder.backbone_name)
             backbone = kind.load(Path(weights_from), dtype=getattr(torch, dtype), device=device)
         plan = CheckpointPlan(folder, options, backbone)
-        return cls.from_plan(plan, store, cuda_graphs=cuda_graphs)
+        foreign = weights_from is not None and Path(weights_from).resolve() != folder.path.resolve()
+        return cls.from_plan(plan, store, cuda_graphs=cuda_graphs, foreign=foreign)
 
     @classmethod
-    def from_plan(cls, plan: CheckpointPlan, store: EngineStore, *, cuda_graphs: bool = True) -> EngineExecutor:
-        """As :meth:`open`, for a plan whose backbone has its weights; those weights may be taken apart here."""
+    def from_plan(
+        cls, plan: CheckpointPlan, store: EngineStore, *, cuda_graphs: bool = True, foreign: bool = False
+    ) -> EngineExecutor:
+        """As :meth:`open`, for a plan whose backbone has its weights; those weights may be taken apart here.
+
+        Args:
+            foreign: those weights are not the checkpoint's own.
+        """
         command = plan.command(store.root)
         manifests: list[Manifest] = []
         missing: list[EngineSpec] = []
@@ -101,15 +110,27 @@ class EngineExecutor:
             raise EngineMissing(_missing_message(missing, store, plan, command))
         for manifest in manifests:
             store.check(manifest, plan.target, command)
+        holding = {manifest.spec.component for manifest in manifests if manifest.holds_weights}
+        if foreign and holding:
+            raise EngineMismatch(
+                f"{plan.options.backend} engines hold the weights of {plan.checkpoint.path} "
+                f"({', '.join(sorted(holding))}) and cannot run another folder's; take --backend inductor, whose "
+                f"engines hold none, or build that folder's own engines"
+            )
         banks = {name: WeightBank(module) for name, module in plan.modules.items()}
+        for component in holding:  # the network's own copy goes before the plans come: both may not fit
+            banks[component].release(())
+        _free_memory()
         engines: dict[Place, dict[int, Engine]] = {}
         for manifest in manifests:
             spec = manifest.spec
             loaded = plan.compiler.load(manifest, store.folder(spec.key), banks[spec.component])
             for batch in spec.batches:
-                engine = as_it_runs(loaded.at(batch), cuda_graphs)
-                engine.warmup(1)
-                engines.setdefault((spec.component, spec.size), {})[batch] = engine
+                place = engines.setdefault((spec.component, spec.size), {})
+                engine = _warm(loaded, batch, cuda_graphs, needed=not place)
+                if engine is None:
+                    break
+                place[batch] = engine
         if plan.options.backend != "eager":
             for name, bank in banks.items():
                 own = [manifest for manifest in manifests if manifest.spec.component == name]
@@ -137,9 +158,7 @@ class EngineExecutor:
                 if not self._drop_largest(place, rows):
                     raise
                 log.warning("%s: out of memory at %d rows, falling back to smaller batches", component, rows)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                _free_memory()
 
     def _run(self, place: Place, rows: int, inputs: Mapping[str, Tensor]) -> Tensor:
         outputs = []
@@ -222,35 +241,48 @@ class EngineExecutor:
             weights: a checkpoint folder of the same architecture, or component -> parameters by name.
 
         Raises:
-            EngineError: the weights do not fit. Components are checked before they are changed, one by one.
+            EngineError: the weights do not fit. All components are checked before any is changed.
         """
         states = self._states(weights)
-        for component in states:
+        for component, state in states.items():
             if component not in self._banks:
                 raise EngineError(f"unknown component {component!r}; this model has {', '.join(self._banks)}")
+            for engine in self._holding(component):
+                engine.check_refit(state)
+            self._banks[component].check(state)
+        folder = CheckpointFolder.read(weights) if isinstance(weights, Path | str) else None
         for component, state in states.items():
-            own = [engine for place, by in self._engines.items() if place[0] == component for engine in by.values()]
-            if any(engine.manifest.weights_mode in ("refittable", "embedded") for engine in own):
-                for engine in {engine.manifest.key: engine for engine in own}.values():
-                    engine.refit(state)
-                for engine in own:
-                    engine.on_refit()
-            else:
+            if component not in self._held:
                 self._banks[component].refit(state)
+                continue
+            self._held[component] = None  # until all of its plans have the new ones
+            for engine in self._holding(component):
+                engine.refit(state)
+            for (name, _), by_batch in self._engines.items():
+                for engine in by_batch.values() if name == component else ():
+                    engine.on_refit()
+            self._held[component] = None if folder is None else _digest(folder, component)
+
+    def _holding(self, component: str) -> list[Engine]:
+        """One engine of every plan of a component that holds its weights."""
+        own = [engine for place, by in self._engines.items() if place[0] == component for engine in by.values()]
+        return list({engine.manifest.key: engine for engine in own if engine.manifest.holds_weights}.values())
 
     def _states(self, weights: Path | str | Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         if not isinstance(weights, Path | str):
             return {component: dict(state) for component, state in weights.items()}
         folder = CheckpointFolder.read(weights)
-        some = next(engine for by_batch in self._engines.values() for engine in by_batch.values())
-        options = EngineOptions(self.kind, str(some.device), _dtype(self._engines))
+        # Plans whose weights are the folder's already are left alone: text encoders and decoder, nearly always.
+        same = {name for name, held in self._held.items() if held is not None and held == _digest(folder, name)}
+        # On the CPU: a second model on the device may not fit beside the first.
+        options = EngineOptions(self.kind, "cpu", _dtype(self._engines))
         modules: dict[str, nn.Module] = load_backbone(folder, options).component_modules()
         return {
             name: dict(
                 [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
             )
             for name, module in modules.items()
-            if name in self._banks
+            if name in self._banks and name not in same
         }
 
     def unload(self) -> None:
@@ -270,6 +302,33 @@ class EngineExecutor:
             sizes = sorted(str(other) for name, other in self._engines if name == component)
             raise EngineMissing(f"no engine of {component!r} at size {place[1]}; there are {', '.join(sizes)}")
         return place
+
+
+def _warm(loaded: Engine, batch: int, cuda_graphs: bool, needed: bool) -> Engine | None:
+    """The engine at one of its batches, run once; None where that is out of memory and a smaller one is there."""
+    try:
+        engine = as_it_runs(loaded.at(batch), cuda_graphs)
+        engine.warmup(1)
+        return engine
+    except RuntimeError as error:
+        if needed or not _is_out_of_memory(error):
+            raise
+    log.warning("%s: no memory for batch %d, smaller ones are used", loaded.manifest.spec.title, batch)
+    _free_memory()
+    return None
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _digest(folder: CheckpointFolder, component: str) -> str | None:
+    try:
+        return folder.digest(component)
+    except FileNotFoundError:
+        return None
 
 
 def _missing_message(missing: list[EngineSpec], store: EngineStore, plan: CheckpointPlan, command: str) -> str:

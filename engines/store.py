@@ -44,6 +44,8 @@ class EngineStore:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        if self.root.exists() and not self.root.is_dir():
+            raise EngineError(f"{self.root} is a file; give the folder of built engines")
 
     def folder(self, key: str) -> Path:
         """Where the engine ``key`` lies, built or not."""

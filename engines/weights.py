@@ -201,33 +201,18 @@ class WeightBank:
                 may be left out.
 
         Raises:
-            EngineError: a parameter is missing, or has another shape. Nothing was changed then.
+            EngineError: see :meth:`check`. Nothing was changed then.
         """
-        for name, (shape, _) in self._shapes.items():
-            if name in state and tuple(state[name].shape) != shape:
-                raise EngineError(
-                    f"refit: {name!r} has shape {tuple(state[name].shape)}, the engines were built for {shape}"
-                )
+        self.check(state)
         cast = {
             name: tensor.detach().to(self._device, self._shapes[name][1])
             for name, tensor in state.items()
             if name in self._shapes
         }
-        lacking = []
         for tied in self.parameters:
-            given = next((name for name in tied if name in cast), None)
-            if given is None:
-                lacking.append(tied[0])
-            else:
-                cast |= {name: cast[given] for name in tied if name not in cast}
-        if lacking:
-            raise EngineError(f"refit: the new weights lack {lacking[0]!r} ({len(lacking)} in all)")
-        made = {}
-        for recipe in list(self._made):
-            absent = [name for name in recipe.sources if name not in cast and name not in self._tensors]
-            if absent:
-                raise EngineError(f"refit: the new weights lack {absent[0]!r}")
-            made[recipe] = recipe.make({**self._tensors, **cast})
+            given = next(name for name in tied if name in cast)
+            cast |= {name: cast[given] for name in tied if name not in cast}
+        made = {recipe: recipe.make({**self._tensors, **cast}) for recipe in list(self._made)}
         with torch.no_grad():
             for recipe, value in made.items():
                 current = self._made.get(recipe)
@@ -236,6 +221,26 @@ class WeightBank:
             for name, tensor in self._tensors.items():
                 if name in cast:
                     tensor.copy_(cast[name])
+
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Whether ``state`` can be taken (:meth:`refit`).
+
+        Raises:
+            EngineError: a parameter is missing, or has another shape.
+        """
+        for name, (shape, _) in self._shapes.items():
+            if name in state and tuple(state[name].shape) != shape:
+                raise EngineError(
+                    f"refit: {name!r} has shape {tuple(state[name].shape)}, the engines were built for {shape}"
+                )
+        lacking = [tied[0] for tied in self.parameters if state.keys().isdisjoint(tied)]
+        if lacking:
+            raise EngineError(f"refit: the new weights lack {lacking[0]!r} ({len(lacking)} in all)")
+        tied_to = {name for tied in self.parameters for name in tied}
+        for recipe in list(self._made):
+            absent = [n for n in recipe.sources if n not in tied_to and n not in state and n not in self._tensors]
+            if absent:
+                raise EngineError(f"refit: the new weights lack {absent[0]!r}")
 
     def memory(self) -> int:
         """Bytes of everything held, each storage counted once."""

@@ -384,8 +384,8 @@ def preset(
     return PRESETS[name](thresholds=thresholds, resolution_map=resolution_map, schedule=schedule)
 
 
-def preset_noise_schedule(name: str) -> NoiseSchedule:
-    """The noise schedule of the backbone that a preset is made for.
+def preset_backbone(name: str) -> str:
+    """The backbone that a preset is made for, a key of ``PROFILES``.
 
     Raises:
         ValueError: an unknown name.
@@ -394,4 +394,13 @@ def preset_noise_schedule(name: str) -> NoiseSchedule:
         name = STEP_LISTS[name].backbone
     if name not in PROFILES:
         raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return PROFILES[name].noise_schedule()
+    return name
+
+
+def preset_noise_schedule(name: str) -> NoiseSchedule:
+    """The noise schedule of the backbone that a preset is made for.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return PROFILES[preset_backbone(name)].noise_schedule()

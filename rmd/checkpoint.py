@@ -102,7 +102,9 @@ class CheckpointFolder:
 
     @classmethod
     def read(cls, folder: Path | str) -> CheckpointFolder:
-        """Read and check a folder: `cascade.json`, no pickled weights, every safetensors file complete.
+        """Read and check a folder: `cascade.json`, no pickled weights, every safetensors file complete and unaltered.
+
+        Unaltered: of the sha256 that `cascade.json` records under "weights", where it does.
 
         Raises:
             FileNotFoundError: the folder, `cascade.json` or a weight file that an index lists does not exist.
@@ -115,11 +117,14 @@ class CheckpointFolder:
         path = folder / CASCADE_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist; a checkpoint folder needs one, as distillation writes it "
-                f"(rmd.checkpoint.write_cascade_json)"
+                f"{path} does not exist; distillation writes one, and `rmd cascade write --preset NAME {folder}` does "
+                f"for a public few-step student's folder"
             )
         try:
-            return cls(path=folder, **_parse(read_json(path)))
+            data = mapping(read_json(path))
+            read = cls(path=folder, **_parse(data))
+            _check_digests(folder, field_of(data, "weights", mapping) if "weights" in data else {})
+            return read
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
@@ -140,6 +145,29 @@ class CheckpointFolder:
                 lines = "".join(f"{file.name} {file_digest(file)}\n" for file in files)
                 return hashlib.sha256(lines.encode()).hexdigest()
         raise FileNotFoundError(f"{self.path} holds no safetensors weights of component {component!r}")
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every safetensors file below a folder, by its relative path."""
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in _files(folder)
+        if path.suffix == ".safetensors"
+    }
+
+
+def _check_digests(folder: Path, recorded: Mapping[str, Any]) -> None:
+    if not recorded:
+        return
+    there = weight_digests(folder)
+    for name in sorted(recorded.keys() | there.keys()):
+        if name not in there:
+            raise FileNotFoundError(f"{folder / name} is recorded in {CASCADE_FILE} and is not there; copy it again")
+        if recorded.get(name) != there[name]:
+            raise ValueError(
+                f"{folder / name} is not the file that {CASCADE_FILE} records (field 'weights'): it was altered or "
+                f"damaged; copy it again, or, if you changed it yourself, remove that field"
+            )
 
 
 def _positive_integer(value: Any) -> int:
@@ -225,7 +253,7 @@ def check_weights(folder: Path) -> None:
                 if not (path.parent / str(name)).is_file():
                     raise FileNotFoundError(f"{path} lists {name}, which is not there; fetch or copy it again")
     if not found:
-        raise ValueError(f"{folder} holds no safetensors weights")
+        raise ValueError(f"{folder} holds no safetensors weights; give a diffusers folder with a {CASCADE_FILE}")
 
 
 def check_safetensors(path: Path) -> None:
@@ -280,7 +308,7 @@ def write_cascade_json(
     teacher: TeacherSpec | None = None,
     distillation: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a folder's `cascade.json` atomically and return its path.
+    """Write a folder's `cascade.json` atomically and return its path; the weights at hand are recorded in it.
 
     Raises:
         ValueError: the default is not one of the cascades, or there is none.
@@ -294,6 +322,7 @@ def write_cascade_json(
         "schedules": {name: cascade.to_dict() for name, cascade in cascades.items()},
         "teacher": None if teacher is None else asdict(teacher),
         "distillation": dict(distillation or {}),
+        "weights": weight_digests(Path(folder)),
     }
     path = Path(folder) / CASCADE_FILE
     content = json.dumps(data, indent=2, allow_nan=False) + "\n"

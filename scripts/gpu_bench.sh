@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in steps of under ten minutes each, on a bare machine: this repository, Python 3.11 or
-# 3.12, torch 2.11 or newer with CUDA, diffusers, safetensors, numpy. transformers is used where it is installed.
+# 3.12, torch 2.11 or newer with CUDA, diffusers 0.42.1, safetensors, numpy; for probe psutil and filelock too, for the
+# engines-* steps also typer, rich and transformers 5.23.0. What the machine lacks goes into $WHEELS as wheels, which are
+# installed first, without an index. DEVICE=cpu rehearses check and probe without a GPU.
 #
 #   scripts/gpu_bench.sh list                 the steps
-#   scripts/gpu_bench.sh probe                which engine backends work here: built, run, replayed, refitted (a minute);
-#                                             wheels in $WHEELS (torch-tensorrt, ...) are installed first, without an index
+#   scripts/gpu_bench.sh probe                which engine backends work here: built, run, replayed, refitted (a minute)
 #   scripts/gpu_bench.sh check                versions, the tiny rehearsal of every family on this GPU
 #   scripts/gpu_bench.sh sdxl|pixart|sd3      one full-size backbone with random weights, eager, batches 1 to 16
 #   scripts/gpu_bench.sh compiled-sdxl        (or -pixart, -sd3) through torch.compile, batches 1 and 4
@@ -21,24 +22,21 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/gpu}
 MINUTES=${MINUTES:-8}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-mkdir -p "$OUT"
+DEVICE=${DEVICE:-cuda}
 
 bench() { # a report of one backbone; the log is named after the step, further arguments go to the bench
   local log=$1 backbone=$2
   shift 2
-  timeout $((MINUTES * 60 + 60)) "$PYTHON" -m engines.benchmark.speedup \
+  timeout -k 20 $((MINUTES * 60 + 60)) "$PYTHON" -m engines.benchmark.speedup \
     --device cuda --backbone "$backbone" --minutes "$MINUTES" --out "$OUT" "$@" 2>&1 | tee "$OUT/$log.log"
 }
 
 step() {
   local failed=0
   case $1 in
-    list) sed -n '2,19s/^# \{0,1\}//p' "$0" ;;
+    list) sed -n '2,20s/^# \{0,1\}//p' "$0" ;;
     probe)
-      if [ -n "${WHEELS:-}" ]; then
-        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile "$WHEELS"/*.whl || return
-      fi
-      timeout 300 "$PYTHON" -m engines.benchmark.probe --device cuda --out "$OUT" || failed=$?
+      timeout -k 20 300 "$PYTHON" -m engines.benchmark.probe --device "$DEVICE" --out "$OUT" || failed=$?
       return $failed
       ;;
     check)
@@ -46,7 +44,7 @@ step() {
       "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)' \
         || failed=$?
       for backbone in sdxl pixart sd3 wan-14b; do
-        timeout 120 "$PYTHON" -m engines.benchmark.speedup --device cuda --backbone "$backbone" --scale tiny \
+        timeout -k 20 120 "$PYTHON" -m engines.benchmark.speedup --device "$DEVICE" --backbone "$backbone" --scale tiny \
           --batches 1,2 --repeats 3 --variants eager,eager+graphs --out "$OUT/rehearsal" \
           || { failed=$?; echo "rehearsal of $backbone failed"; }
       done
@@ -64,10 +62,10 @@ step() {
         --variants eager,tensorrt+graphs --no-stock --out "$OUT/tensorrt"
       ;;
     engines-build)
-      timeout 580 "$PYTHON" -m cli.main build --checkpoint models/embedded --device cuda --engines engines-cache-gpu
+      timeout -k 15 580 "$PYTHON" -m cli.main build --checkpoint models/embedded --device cuda --engines engines-cache-gpu
       ;;
     engines-bench)
-      timeout 580 "$PYTHON" -m cli.main bench engines --checkpoint models/embedded --device cuda \
+      timeout -k 15 580 "$PYTHON" -m cli.main bench engines --checkpoint models/embedded --device cuda \
         --engines engines-cache-gpu --out "$OUT"
       ;;
     *)
@@ -78,6 +76,12 @@ step() {
 }
 
 [ $# -gt 0 ] || set -- list
+if [ "$*" != list ]; then
+  mkdir -p "$OUT"
+  if [ -n "${WHEELS:-}" ]; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile "$WHEELS"/*.whl || exit
+  fi
+fi
 status=0
 for name in "$@"; do
   step "$name" || status=$?

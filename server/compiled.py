@@ -71,14 +71,22 @@ def build_missing(
 
 
 def attach_engines(
-    settings: ServerSettings, options: EngineOptions, checkpoint: CheckpointFolder, backbone: Backbone
+    settings: ServerSettings,
+    options: EngineOptions,
+    checkpoint: CheckpointFolder,
+    backbone: Backbone,
+    foreign: bool = False,
 ) -> EngineExecutor:
     """Let a loaded backbone run through the built engines; its weights move into them, no second copy is held.
+
+    Args:
+        foreign: the backbone's weights are not the checkpoint's own, such as the teacher's.
 
     Raises:
         EngineMissing: some are not built; the message holds the command that builds them.
         EngineError: they do not fit this machine or these weights.
     """
-    executor = EngineExecutor.from_plan(CheckpointPlan(checkpoint, options, backbone), EngineStore(settings.engines))
+    plan = CheckpointPlan(checkpoint, options, backbone)
+    executor = EngineExecutor.from_plan(plan, EngineStore(settings.engines), foreign=foreign)
     backbone.executor = executor
     return executor

@@ -119,7 +119,7 @@ def _attach_teacher(
 ) -> dict[str, int]:
     """Run the teacher through the student's engines, which hold no weights of their own, where they allow it."""
     try:
-        executor = attach_engines(settings, options, checkpoint, teacher)
+        executor = attach_engines(settings, options, checkpoint, teacher, foreign=True)
     except EngineError as error:
         log.warning("the teacher runs eager: %s", error)
         return {}

@@ -128,7 +128,8 @@ class BoundBody:
         if too_long:
             if more:
                 await _discard(receive)
-            error = ApiError(Fault.TOO_LARGE, f"The body is longer than {self.max_bytes} bytes; shorten the prompt.")
+            text = f"The body is longer than {self.max_bytes} bytes; shorten the prompt."
+            error = ApiError(Fault.TOO_LARGE, text, param="prompt")
             await error.response()(scope, receive, send)
             return
         await self.app(scope, _replay(body, receive), send)

@@ -36,9 +36,12 @@ def save_checkpoint(
         save_tensors(tensors, partial / f"{role}.safetensors")
     write_json(partial / "state.json", {"format": FORMAT, "iteration": iteration, "roles": list(roles), **state})
     _sync(partial)
-    if final.exists():  # the same iteration saved again, after a resumption
-        shutil.rmtree(final)
+    former = folder / f".{final.name}-former"
+    if final.exists():  # the same iteration saved again: at a run's end, or after a resumption
+        shutil.rmtree(former, ignore_errors=True)
+        os.replace(final, former)
     os.replace(partial, final)
+    shutil.rmtree(former, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final

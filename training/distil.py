@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rmd.backbones.base import Backbone
+from rmd.backbones.family import DiffusersBackbone
+from rmd.backbones.folder import HUB_PREFIX, DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.cascade import Cascade, preset
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
@@ -69,6 +71,12 @@ class Teacher:
         Raises:
             ValueError: the backbone cannot be told from the folder.
         """
+        if str(folder).startswith(HUB_PREFIX):  # fetched once: the export copies from the same place
+            if name is None:
+                raise ValueError(f"--teacher {folder}: give --backbone, one of {', '.join(BACKBONES)}")
+            kind = get_backbone(name)
+            assert issubclass(kind, DiffusersBackbone)
+            folder = DiffusersFolder.open(str(folder), (*kind.components, *kind.tokenizers, "scheduler")).path
         checkpoint = CheckpointFolder.read(folder) if (folder / CASCADE_FILE).is_file() else None
         if name is None:
             name = checkpoint.backbone_name if checkpoint else backbone_of(folder)
@@ -130,8 +138,16 @@ def _cascade_named(teacher: Teacher, settings: DistillSettings, schedule: str | 
     stored = teacher.cascades.get(schedule or str(teacher.default))
     if stored is not None and stored.guidance_scale == 1.0 and settings.resolution_map in (None, stored.resolution_map):
         return stored
+    if schedule is None and settings.resolution_map is None:
+        return teacher.backbone.default_cascade()
     profile = str(getattr(teacher.backbone, "profile", teacher.backbone.name))
-    return preset(profile, schedule=schedule, resolution_map=settings.resolution_map)
+    cascade = preset(profile, schedule=schedule, resolution_map=settings.resolution_map)
+    if cascade.full_size != teacher.backbone.default_cascade().full_size:
+        raise ValueError(
+            f"{teacher.backbone.name} has no presets at its own sizes: leave schedule and resolution_map out, or put "
+            f"the cascade into the teacher's cascade.json"
+        )
+    return cascade
 
 
 def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:

@@ -113,10 +113,8 @@ class MasterAdamW:
             by_name.setdefault(name, {})[field] = value
         for name, master in zip(self.names, self.masters, strict=True):
             if name in by_name:
-                self.adamw.state[master] = {
-                    field: value.clone() if field == "step" else value.to(master).clone()
-                    for field, value in by_name[name].items()
-                }
+                # The counters too: fused AdamW wants them on the weights' device.
+                self.adamw.state[master] = {field: value.to(master).clone() for field, value in by_name[name].items()}
 
 
 class AveragedWeights:

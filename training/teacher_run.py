@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,20 @@ class TeacherRun:
         """The trained autoencoder."""
         return self.run / "autoencoder" / "model"
 
-    def prepare(self, *, autoencoder_minutes: float, seed: int = 0) -> None:
-        """Trains the autoencoder and encodes the training set, unless the run has them."""
+    def prepare(self, *, autoencoder_minutes: float, initial: Path | None = None, seed: int = 0) -> None:
+        """Gets the autoencoder and encodes the training set, unless the run has them.
+
+        Args:
+            autoencoder_minutes: for training one.
+            initial: a teacher's folder whose transformer goes on; it knows its own autoencoder's latents, so that one
+                is taken.
+        """
+        if initial is not None and not self.autoencoder_folder.is_dir():
+            self.autoencoder_folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self.autoencoder_folder.with_name(".model-partial")
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.copytree(initial / "vae", scratch)
+            scratch.rename(self.autoencoder_folder)
         if not (self.autoencoder_folder / "config.json").is_file():
             self.log(f"no autoencoder in {self.autoencoder_folder}: training one for {autoencoder_minutes:g} minutes")
             config = AutoencoderConfig(minutes=autoencoder_minutes, seed=seed)

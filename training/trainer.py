@@ -97,7 +97,7 @@ class Trainer:
         self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **options)  # type: ignore[arg-type]
         self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
         self.progress = Progress()
-        self._stop = False
+        self._stop = self._stop_wanted = False
 
     # ---- one update -------------------------------------------------------------------------------------------------
 
@@ -269,14 +269,15 @@ class Trainer:
     def _agree(self) -> None:
         """Processes take the mean time and any wish to stop, so that they cool down and leave together."""
         if self.accelerator.num_processes == 1:
+            self._stop = self._stop_wanted
             return
-        state = torch.tensor([self.progress.seconds, float(self._stop)], device=self.accelerator.device)
+        state = torch.tensor([self.progress.seconds, float(self._stop_wanted)], device=self.accelerator.device)
         seconds, stop = self.accelerator.reduce(state, reduction="mean").tolist()
         self.progress.seconds, self._stop = seconds, stop > 0
 
     def stop(self) -> None:
-        """Ask the loop to save and return after the update it is in."""
-        self._stop = True
+        """Ask the loop to save and return after the update it is in, or the next one."""
+        self._stop_wanted = True
 
     # ---- records ----------------------------------------------------------------------------------------------------
 

@@ -147,8 +147,8 @@ def make_executor(
 def variants_for(device: torch.device, asked: Sequence[str] | None = None) -> list[str]:
     """The variants to try on a device; unavailable ones are recorded, not raised.
 
-    TensorRT's come first: building moves the weights to the CPU and back, and graphs recorded before would read the
-    addresses that they had.
+    The baseline comes first, then TensorRT's: building moves the weights to the CPU and back, and graphs recorded
+    before would read the addresses that they had.
     """
     if asked:
         chosen = list(asked)
@@ -156,4 +156,4 @@ def variants_for(device: torch.device, asked: Sequence[str] | None = None) -> li
         chosen = ["eager", "eager+graphs", "compiled", "compiled+graphs", "tensorrt", "tensorrt+graphs"]
     else:
         chosen = ["eager"]
-    return sorted(chosen, key=lambda variant: not variant.startswith("tensorrt"))
+    return sorted(chosen, key=lambda variant: (variant != "eager", not variant.startswith("tensorrt")))

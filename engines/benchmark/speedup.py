@@ -98,30 +98,31 @@ def run_speedup(settings: SpeedupSettings, progress: Callable[[str], None] = lam
     )
     runners, unavailable = _runners(settings, subject, device)
     measured, notes = Measured(), [subject.note] if subject.note else []
+    content: dict[str, Any] = {}
     for batch in settings.batches:
         if time.monotonic() - began > 60 * settings.minutes:
             notes.append(f"batch {batch} was not begun: the {settings.minutes:g} minutes of --minutes were over")
-            continue
-        _measure_batch(settings, subject, runners, batch, began + 60 * settings.minutes, measured, progress)
-    content = _content(settings, subject, measured, unavailable, notes, device)
-    write_speedup(settings.out, content)
+        else:
+            _measure_batch(settings, subject, runners, batch, began + 60 * settings.minutes, measured, progress)
+        content = _content(settings, subject, measured, unavailable, notes, device)
+        write_speedup(settings.out, content)  # after every batch: whoever ends the process early keeps these
     return content
 
 
 def _runners(
     settings: SpeedupSettings, subject: Subject, device: torch.device
-) -> tuple[dict[str, tuple[Runner, Runner]], dict[str, str]]:
-    """By variant, the runner of students and the one of the teacher; and why other variants are not there."""
-    runners: dict[str, tuple[Runner, Runner]] = {}
+) -> tuple[dict[str, Runner], dict[str, str]]:
+    """By variant, what runs student and teacher; and why other variants are not there."""
+    runners: dict[str, Runner] = {}
     unavailable: dict[str, str] = {}
     shared: dict[str, Any] = {}
     for variant in variants_for(device, settings.variants):
         try:
-            runner = Runner(subject, make_executor(variant, subject.backbone, device, settings.dtype, shared))
+            executor = make_executor(variant, subject.backbone, device, settings.dtype, shared)
         except (ValueError, ImportError) as error:
             unavailable[variant] = str(error)
             continue
-        runners[variant] = runner, runner
+        runners[variant] = Runner(subject, executor)
     if settings.engines is not None:
         if settings.checkpoint is None:
             raise ValueError("--engines needs the --checkpoint that they were built for")
@@ -137,8 +138,7 @@ def _runners(
         )
         # The teacher has the same architecture: its time through the same engines does not depend on whose weights
         # they hold.
-        runner = Runner(subject, executor)
-        runners["engines"] = runner, runner
+        runners["engines"] = Runner(subject, executor)
     if not runners:
         raise ValueError("no variant can run here: " + "; ".join(f"{k}: {v}" for k, v in unavailable.items()))
     return runners, unavailable
@@ -147,7 +147,7 @@ def _runners(
 def _measure_batch(
     settings: SpeedupSettings,
     subject: Subject,
-    runners: Mapping[str, tuple[Runner, Runner]],
+    runners: Mapping[str, Runner],
     batch: int,
     deadline: float,
     measured: Measured,
@@ -158,36 +158,35 @@ def _measure_batch(
         torch.cuda.reset_peak_memory_stats(device)
     guidance = subject.teacher.guidance_scale
     cases: dict[tuple[str, int, Any], Callable[[], Any]] = {}
-    for variant, (student, teacher) in runners.items():
+    for variant, runner in runners.items():
         for size in subject.sizes:
-            cases[variant, batch, step_key(size, False)] = student.step(size, batch, 1.0)
+            cases[variant, batch, step_key(size, False)] = runner.step(size, batch, 1.0)
         full = subject.teacher.full_size
-        cases[variant, batch, step_key(full, True)] = teacher.step(full, batch, guidance)
+        cases[variant, batch, step_key(full, True)] = runner.step(full, batch, guidance)
         if "decoder" in subject.backbone.component_modules():
-            cases[variant, batch, "decode"] = student.decode(full, batch)
-        text = student.text(batch)
+            cases[variant, batch, "decode"] = runner.decode(full, batch)
+        text = runner.text(batch)
         if text is not None:
             cases[variant, batch, "text"] = text
     _time(cases, settings, deadline, measured, progress, f"batch {batch}, steps")
     whole: dict[tuple[str, int, Any], Callable[[], Any]] = {}
-    for variant, (student, teacher) in runners.items():
+    for variant, runner in runners.items():
         for name, cascade in (("teacher", subject.teacher), *subject.students.items()):
             estimate = schedule_seconds(measured, variant, batch, name, cascade)
             if estimate is not None and estimate[0] < settings.whole_limit:
-                runner = teacher if name == "teacher" else student
                 whole[variant, batch, name] = runner.schedule(cascade, batch)
     stock = measured.seconds("eager", batch, step_key(subject.teacher.full_size, True))
     if settings.stock and stock is not None and stock * subject.teacher.num_steps < settings.whole_limit:
-        whole[STOCK, batch, "teacher"] = runners["eager"][1].diffusers_loop(subject.teacher, batch)
+        whole[STOCK, batch, "teacher"] = runners["eager"].diffusers_loop(subject.teacher, batch)
     _time(whole, settings, deadline, measured, progress, f"batch {batch}, schedules")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         outside = max(0, total - free - torch.cuda.memory_reserved(device))  # TensorRT's own, and the context
         peak = torch.cuda.max_memory_allocated(device) + outside
         measured.timings[STOCK, batch, "peak_bytes"] = Timing.of([float(peak)])
-    for student, _ in runners.values():
-        if hasattr(student.executor, "release") and device.type == "cuda":
-            student.executor.release()
+    for runner in runners.values():
+        if hasattr(runner.executor, "release") and device.type == "cuda":
+            runner.executor.release()
 
 
 def _time(

@@ -84,6 +84,7 @@ class Engine(ABC):
     def __init__(self, manifest: Manifest, batch: int | None = None) -> None:
         self.manifest = manifest
         self.batch = manifest.spec.batch if batch is None else batch
+        self._device_type = manifest.spec.target.device
         self._names = frozenset(spec.name for spec in manifest.inputs)
         self._expected = tuple((spec.name, (self.batch, *spec.shape[1:]), spec.torch_dtype) for spec in manifest.inputs)
 
@@ -131,10 +132,10 @@ class Engine(ABC):
             raise EngineInputError(f"engine {self.manifest.spec.title} {' and '.join(said)}")
         for name, shape, dtype in self._expected:
             given = inputs[name]
-            if given.shape != shape or given.dtype != dtype:
+            if given.shape != shape or given.dtype != dtype or given.device.type != self._device_type:
                 raise EngineInputError(
-                    f"engine {self.manifest.spec.title}: input {name!r} is {tuple(given.shape)} {given.dtype}, "
-                    f"expected {shape} {dtype}"
+                    f"engine {self.manifest.spec.title}: input {name!r} is {tuple(given.shape)} {given.dtype} on "
+                    f"{given.device.type}, expected {shape} {dtype} on {self._device_type}"
                 )
 
     def warmup(self, runs: int = 2) -> None:
@@ -161,6 +162,9 @@ class Engine(ABC):
         Raises:
             EngineError: this engine cannot, or the weights do not fit.
         """
+
+    def check_refit(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027  -- engines without weights have no say
+        """Raises :class:`EngineError` where :meth:`refit` would, before anything is changed."""
 
     def on_refit(self) -> None:  # noqa: B027  -- most engines need not know
         """Told when the weights that this engine reads were replaced, by it or by another that shares them."""

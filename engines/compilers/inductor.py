@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.cpp_extension import CUDA_HOME
 
 from engines.compilers.base import (
     Capabilities,
@@ -68,6 +70,8 @@ class InductorCompiler(Compiler):
             return Capabilities(False, f"no C++ compiler ({' or '.join(compilers)}) is installed", modes)
         if device == "cuda" and not torch.cuda.is_available():
             return Capabilities(False, "torch sees no CUDA device", modes)
+        if device == "cuda" and CUDA_HOME is None:
+            return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)", modes)
         return Capabilities(True, "", modes, parallel=device == "cpu")
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
@@ -217,13 +221,11 @@ def package(program: Any, path: Path, configuration: Mapping[str, Any]) -> None:
         OSError: the disk is full.
         EngineError: it does not compile; the message holds the compiler's own.
     """
-    import errno
-
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(configuration))
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         text = str(error)
         if "No space left on device" in text:
             raise OSError(errno.ENOSPC, "No space left on device") from error

@@ -27,11 +27,15 @@ from engines.compilers.base import (
     example_tensors,
 )
 from engines.compilers.tensorrt_conversion import (
+    changed_fixed,
     export_batches,
     input_ranges,
     only_recipe,
     profile_per_batch,
+    read_rest,
     recorded_weights,
+    save_rest,
+    used_parameters,
 )
 from engines.errors import BackendUnavailable, EngineError, EngineMismatch
 from engines.manifest import Manifest
@@ -80,6 +84,7 @@ class TensorRTCompiler(Compiler):
             "offload_module_to_cpu": True,
             # float16 products accumulate in float16 otherwise.
             "use_fp32_acc": request.dtype == "float16",
+            "disable_tf32": request.dtype == "float32",  # its products keep 10 bits of the mantissa
             # Older versions leave attention to eager execution unless it is taken apart.
             "decompose_attention": _version("torch") < (2, 13),
         }
@@ -114,6 +119,12 @@ class TensorRTCompiler(Compiler):
         (folder / PLAN).write_bytes(plan)
         held = dict([*module.named_parameters(), *module.named_buffers()])
         recipes = {name: only_recipe(weight.to(device), held) for name, weight in recorded.items()}
+        traced = {source for recipe in recipes.values() if recipe is not None for source in recipe.sources}
+        save_rest(
+            folder,
+            {name: weight for name, weight in recorded.items() if recipes[name] is None},
+            {name: held[name] for name in used_parameters(program) if name in held and name not in traced},
+        )
         by_name = {item.name: item for item in spec.inputs}
         return Manifest(
             spec,
@@ -147,13 +158,14 @@ class TensorRTCompiler(Compiler):
         problem = self._obstacle("cuda")
         if problem:
             raise BackendUnavailable(f"a {self.name} engine cannot be loaded: {problem}")
-        return TensorRTEngine(manifest, _Plan(manifest, folder), weights)
+        return TensorRTEngine(manifest, _Plan(manifest, folder))
 
 
 class _Plan:
     """A loaded plan with its weights, shared by the engines of all its batches."""
 
     def __init__(self, manifest: Manifest, folder: Path) -> None:
+        self.folder = folder
         tensorrt = importlib.import_module("torch_tensorrt._TensorRTProxyModule") and importlib.import_module(
             "tensorrt"
         )
@@ -175,15 +187,16 @@ class _Plan:
 class TensorRTEngine(Engine):
     """One profile of a plan and its execution context, on torch's current stream."""
 
-    def __init__(self, manifest: Manifest, plan: _Plan, weights: WeightBank, batch: int | None = None) -> None:
+    def __init__(self, manifest: Manifest, plan: _Plan, batch: int | None = None) -> None:
         super().__init__(manifest, batch)
         self._plan: _Plan | None = plan
         self._tensorrt, self._logger, self._engine = plan.tensorrt, plan.logger, plan.engine
-        self._weights = weights
         self._profile = manifest.spec.batches.index(self.batch)
         # The context's memory is that of its own profile, not of the widest one.
         strategy = self._tensorrt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         self._context: Any = self._engine.create_execution_context(strategy)
+        if self._context is None:
+            raise torch.OutOfMemoryError(f"out of memory: no execution context for {manifest.spec.title}")
         modes = {name: self._engine.get_tensor_mode(name) for name in self._tensor_names()}
         self._outputs = [name for name, mode in modes.items() if mode == self._tensorrt.TensorIOMode.OUTPUT]
         self._inputs = [name for name, mode in modes.items() if mode == self._tensorrt.TensorIOMode.INPUT]
@@ -196,7 +209,7 @@ class TensorRTEngine(Engine):
         """See :meth:`Engine.at`."""
         if batch == self.batch or batch not in self.manifest.spec.batches or self._plan is None:
             return super().at(batch)
-        return TensorRTEngine(self.manifest, self._plan, self._weights, batch)
+        return TensorRTEngine(self.manifest, self._plan, batch)
 
     def _choose_profile(self) -> None:
         stream = torch.cuda.current_stream()
@@ -229,28 +242,41 @@ class TensorRTEngine(Engine):
             raise EngineError(f"TensorRT could not run {self.manifest.spec.title}")
         return output
 
+    def check_refit(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Engine.check_refit`.
+
+        Raises:
+            EngineError: the plan holds its weights for good; or a parameter changes whose place in the plan is not
+                known, since it was equal to another or computed with when the plan was built.
+        """
+        if self.manifest.weights_mode != "refittable" or self._plan is None:
+            raise EngineError(
+                f"engine {self.manifest.spec.title} holds its weights for good; build it for the new ones (rmd build)"
+            )
+        for recipe in self.manifest.constants.values():
+            Recipe.from_dict(recipe).make(state)
+        # TensorRT itself would keep the old values of these without a word.
+        changed = changed_fixed(self._plan.folder, state)
+        if changed:
+            raise EngineError(
+                f"refit of {self.manifest.spec.title}: {changed[0]!r} changes ({len(changed)} in all), whose place in "
+                f"the plan is not known; build the engine again"
+            )
+
     def refit(self, state: Mapping[str, Tensor]) -> None:
         """See :meth:`Engine.refit`.
 
         Raises:
-            EngineError: the plan does not take the weights, or a parameter was not told apart from an equal one when
-                it was built; the old ones stay in use.
+            EngineError: see :meth:`check_refit`; nothing was changed then. Or TensorRT refuses, after which the plan
+                may hold some old weights and some new ones: load it again.
         """
-        if self.manifest.weights_mode != "refittable":
-            raise EngineError(
-                f"engine {self.manifest.spec.title} holds its weights for good; build it for the new ones (rmd build)"
-            )
-        recipes = {name: Recipe.from_dict(recipe) for name, recipe in self.manifest.constants.items()}
-        # TensorRT itself would keep the old values of these without a word.
-        traced = {source for recipe in recipes.values() for source in recipe.sources}
-        untraced = [tied[0] for tied in self._weights.parameters if traced.isdisjoint(tied)]
-        if untraced:
-            raise EngineError(
-                f"refit of {self.manifest.spec.title} lacks {untraced[0]!r} ({len(untraced)} in all), whose place in "
-                f"the plan is not known; build the engine again"
-            )
+        self.check_refit(state)
+        assert self._plan is not None
+        torch.cuda.synchronize()  # a refit beside pending work is undefined
         refitter = self._tensorrt.Refitter(self._engine, self._logger)
+        recipes = {name: Recipe.from_dict(recipe) for name, recipe in self.manifest.constants.items()}
         made = {name: recipe.make(state).detach().to(self.device).contiguous() for name, recipe in recipes.items()}
+        made |= read_rest(self._plan.folder, self.device)
         for name, tensor in made.items():
             kind = getattr(self._tensorrt, _TYPES[tensor.dtype])
             holder = self._tensorrt.Weights(kind, tensor.data_ptr(), tensor.numel())

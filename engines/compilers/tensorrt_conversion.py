@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +110,65 @@ def recorded_weights() -> Iterator[dict[str, Tensor]]:
 
 def only_recipe(weight: Tensor, held: Mapping[str, Tensor]) -> Recipe | None:
     """How ``weight`` comes from one of ``held``; None where several are equal (zero biases, norms of ones)."""
-    found = [find_recipe(weight, {name: tensor}, {}) for name, tensor in held.items()]
+    found = [find_recipe(_shaped(weight, tensor), {name: tensor}, {}) for name, tensor in held.items()]
     recipes = [recipe for recipe in found if recipe is not None]
     return recipes[0] if len(recipes) == 1 else None
+
+
+def _shaped(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight that differs from a parameter by sides of 1 (a table of modulations, say) in the parameter's shape."""
+    same = [side for side in weight.shape if side != 1] == [side for side in like.shape if side != 1]
+    return weight.reshape(like.shape) if same else weight
+
+
+# ---- what a refit needs beside the traced parameters -----------------------------------------------------------------
+
+REST = "rest.safetensors"
+FIXED = "fixed.json"
+
+
+def used_parameters(program: Any) -> list[str]:
+    """Parameters that an exported program computes with; a decoder's folder also holds its encoder, for one."""
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    return [name for node, name in program.graph_signature.inputs_to_parameters.items() if node in used]
+
+
+def save_rest(folder: Path, constants: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> None:
+    """Keep beside a plan what a refit has to give it back, and what must not change.
+
+    Args:
+        constants: weights of the plan that are none of the network's parameters, by the plan's names. A refit has to
+            name every weight of a plan.
+        fixed: parameters whose place in the plan is not known.
+    """
+    from safetensors.torch import save_file
+
+    if constants:
+        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in constants.items()}, folder / REST)
+    kept = {name: [_name(tensor.dtype), _digest(tensor)] for name, tensor in sorted(fixed.items())}
+    (folder / FIXED).write_text(json.dumps(kept, indent=1))
+
+
+def read_rest(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """The constants that :func:`save_rest` kept."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / REST, device=str(device)) if (folder / REST).is_file() else {}
+
+
+def changed_fixed(folder: Path, state: Mapping[str, Tensor]) -> list[str]:
+    """The parameters whose place is not known and that ``state`` has with another value."""
+    return [
+        name
+        for name, (dtype, digest) in json.loads((folder / FIXED).read_text()).items()
+        if name in state and _digest(state[name].to(getattr(torch, dtype))) != digest
+    ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(content.tobytes()).hexdigest()

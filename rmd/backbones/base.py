@@ -58,6 +58,21 @@ class BackboneError(ValueError):
     """A folder, size or request that a backbone cannot serve; the message says which and what to do."""
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, if this torch can use it.
+
+    Raises:
+        BackboneError: an unknown device, or CUDA where torch sees none.
+    """
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise BackboneError(f"unknown device {str(device)!r}; use cpu, cuda or cuda:N") from None
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise BackboneError(f"device {str(device)!r}: torch sees no CUDA device; use cpu")
+    return parsed
+
+
 class Backbone(ABC):
     """A text-to-image or text-to-video diffusion model behind one interface.
 
@@ -253,7 +268,8 @@ class Backbone(ABC):
         if denoiser is None:
             output = self.run("denoiser", size, self.denoiser_inputs(latents, t, conditioning, size))
         else:
-            dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), self.dtype)
+            # Of its largest weight: small ones may stay float32 (Wan's modulation tables).
+            dtype = max(denoiser.parameters(), key=Tensor.numel).dtype
             output = denoiser(**self.denoiser_inputs(latents, t, conditioning, size, dtype))
         return output.float()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Conditioning
+from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Conditioning, usable_device
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.random_weights import build_random
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
@@ -82,10 +82,10 @@ class DiffusersBackbone(Backbone):
         weights: bool = True,
     ) -> Self:
         """See :meth:`Backbone.load`; ``hub:<owner>/<name>[@<revision>]`` is fetched first."""
+        place = usable_device(device)
         source = DiffusersFolder.open(folder, (*cls.components, *cls.tokenizers, "scheduler"))
         present = [name for name in cls.components if name not in cls.optional or source.has(name)]
         source.require(*present, "scheduler")
-        place = torch.device(device)
         raw: dict[str, Any] = {}
         for name in present:
             wanted_dtype = cls.component_dtype(name, source.config(name), dtype)
@@ -114,10 +114,9 @@ class DiffusersBackbone(Backbone):
         for name in (cls.denoiser_folder, "scheduler"):
             if name not in config:
                 raise BackboneError(f"{cls.name}: the configuration lacks {name!r}")
+        place = usable_device(device)
         raw = {
-            name: build_random(
-                target, config[name], cls.component_dtype(name, config[name], dtype), torch.device(device)
-            )
+            name: build_random(target, config[name], cls.component_dtype(name, config[name], dtype), place)
             for name, target in cls.components.items()
             if name in config
         }

@@ -16,7 +16,7 @@ import torch
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
-from rmd.checkpoint import PICKLE_SUFFIXES, read_json
+from rmd.checkpoint import PICKLE_SUFFIXES, check_safetensors, read_json
 
 HUB_PREFIX = "hub:"
 _HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
@@ -46,7 +46,9 @@ class DiffusersFolder:
         if not path.is_dir():
             raise BackboneError(f"{path} is not a folder; to fetch from the hub write {HUB_PREFIX}<owner>/<name>")
         if not index_file.is_file():
-            raise BackboneError(f"{path} is not a diffusers folder: it has no model_index.json")
+            raise BackboneError(
+                f"{path} is not a diffusers folder: it has no model_index.json; give what save_pretrained wrote"
+            )
         return cls(path, _read_object(index_file))
 
     def has(self, component: str) -> bool:
@@ -59,7 +61,8 @@ class DiffusersFolder:
         for component in components:
             if not self.has(component) or not (self.path / component).is_dir():
                 raise BackboneError(
-                    f"{self.path} lacks the component {component!r} (folder and model_index.json entry)"
+                    f"{self.path} lacks the component {component!r} (folder and model_index.json entry); copy the "
+                    f"whole diffusers folder again"
                 )
 
     def config(self, component: str) -> dict[str, Any]:
@@ -84,6 +87,11 @@ class DiffusersFolder:
             return build_random(target, self.config(component), dtype, torch.device("meta"))
         folder = self.path / component
         variant = self._variant(folder, component)
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                check_safetensors(file)
+            except ValueError as error:
+                raise BackboneError(str(error)) from None
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
         from_transformers = target.startswith("transformers:")
         options["dtype" if from_transformers else "torch_dtype"] = dtype
@@ -91,8 +99,8 @@ class DiffusersFolder:
             import_module("transformers.utils.logging").disable_progress_bar()
         try:
             model = resolve(target).from_pretrained(str(folder), **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackboneError(f"{folder} could not be loaded as {target.split(':')[1]}: {reason}") from error
         return model.to(device)
 

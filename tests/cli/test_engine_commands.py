@@ -26,7 +26,15 @@ def test_a_broken_engine_is_reported_and_pruned(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["verify", "--engines", str(tmp_path)]).exit_code == 0
 
 
+def test_an_engine_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["list", "--engines", str(tmp_path / "file")])
+    assert isinstance(result.exception, ValueError) and "is a file" in str(result.exception)
+
+
 def test_prune_needs_to_be_told_what(tmp_path: Path) -> None:
+    assert "0 engines removed" in CliRunner().invoke(app, ["prune", "--engines", str(tmp_path)]).output
+    (tmp_path / ("0" * 32)).mkdir()
     result = CliRunner().invoke(app, ["prune", "--engines", str(tmp_path)])
     assert isinstance(result.exception, ValueError) and "nothing to prune" in str(result.exception)
     result = CliRunner().invoke(app, ["prune", "--key", "abc", "--engines", str(tmp_path)])

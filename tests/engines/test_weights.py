@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from engines.compilers.tensorrt import TensorRTEngine
-from engines.compilers.tensorrt_conversion import only_recipe
+from engines.compilers.tensorrt_conversion import only_recipe, read_rest, save_rest, used_parameters
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.rewrites import gelu_tanh, rewrite, rewriting
@@ -106,17 +109,38 @@ def test_a_tied_parameter_may_come_under_any_of_its_names() -> None:
     assert torch.equal(packed, recipe.make({"b.weight": new}))
 
 
-def test_a_plan_whose_equal_weights_cannot_be_told_apart_is_not_refitted(net: nn.Module) -> None:
-    weights = {"a": torch.zeros(8), "b": torch.zeros(8), "c": torch.randn(8)}
+def test_a_plans_weights_are_traced_by_value_alone() -> None:
+    weights = {"a": torch.zeros(8), "b": torch.zeros(8), "c": torch.randn(8), "table": torch.randn(3, 8)}
     assert only_recipe(torch.zeros(8), weights) is None
     assert only_recipe(weights["c"].clone(), weights) == Recipe(("c",))
-    spec = net_spec(net, "tensorrt")
+    assert only_recipe(weights["table"][None], weights) == Recipe(("table",)), "sides of 1 do not matter to a plan"
+
+
+def test_a_plan_takes_no_new_value_for_a_parameter_whose_place_is_not_known(net: nn.Module, tmp_path: Path) -> None:
+    spec, held = net_spec(net, "tensorrt"), dict(net.named_parameters())
     constants = {name: Recipe((name,)).to_dict() for name in ("up.weight", "down.weight", "down.bias")}
+    save_rest(tmp_path, {"norm": torch.ones(1)}, {"up.bias": held["up.bias"]})
     engine = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU there is no plan to load
-    engine.manifest = Manifest(spec, {}, spec.inputs, spec.inputs[0], spec.weights_mode, constants=constants)
-    engine._weights = WeightBank(net)
-    with pytest.raises(EngineError, match=r"lacks 'up.bias' \(1 in all\).*build the engine again"):
-        engine.refit(dict(Net(seed=7).named_parameters()))
+    engine.manifest = Manifest(spec, {}, spec.inputs, spec.inputs[0], "refittable", constants=constants)
+    engine._plan = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
+    other = dict(Net(seed=7).named_parameters())
+    engine.check_refit({**other, "up.bias": held["up.bias"].clone()})
+    with pytest.raises(EngineError, match=r"'up.bias' changes \(1 in all\).*build the engine again"):
+        engine.check_refit({**other, "up.bias": held["up.bias"] + 1})
+    assert read_rest(tmp_path, torch.device("cpu")).keys() == {"norm"}
+    program = torch.export.export(Unused(), (torch.ones(1, 4),))
+    assert used_parameters(program) == ["used.weight"]
+
+
+class Unused(nn.Module):
+    """Holds more than it computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 2, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
 
 
 def sd3(**overrides: object) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from rmd.backbones.tiny import write_tiny_folder
 from training.data.dataset import PictureSet, Record
-from training.data.split import unit_hash
+from training.data.split import twin_of, unit_hash
 from training.evaluate.alignment import _fit, fit_projection
 from training.evaluate.features import (
     FEATURE_WIDTH,
@@ -108,23 +109,27 @@ def test_ranks_count_what_stands_above() -> None:
     assert ranks_of_target(scores, [2, 0]).tolist() == [1, 0]
 
 
-def test_recall_over_seeds_has_the_standard_error_over_prompts() -> None:
+def test_recall_over_seeds_has_the_standard_error_over_concepts() -> None:
     ranks = [torch.tensor([0.0, 9, 0, 9]), torch.tensor([0.0, 9, 0, 9])]
-    found = recall(ranks, 1)
+    found = recall(ranks, 1, torch.arange(4))
     assert found.value == 0.5
     assert found.deviation == pytest.approx(0.25), "seeds that agree do not make up for few prompts"
-    apart = recall([torch.zeros(100), torch.full((100,), 9.0)], 1)
+    twice = recall(ranks, 1, torch.tensor([7, 3, 7, 3]))
+    assert twice.deviation == pytest.approx(math.sqrt(0.125)), "two styles of a concept that hit together are one draw"
+    apart = recall([torch.zeros(100), torch.full((100,), 9.0)], 1, torch.arange(100))
     assert apart.deviation == pytest.approx(math.sqrt(0.5)) and apart.over == "2 seeds"
 
 
 def test_ratio_of_a_row_to_itself_is_one_without_doubt() -> None:
     ranks = [torch.tensor([0.0, 7, 2, 9, 1])]
-    found = recall_ratio(ranks, ranks, 5)
+    found = recall_ratio(ranks, ranks, 5, torch.arange(5))
     assert found is not None and found.value == 1 and found.deviation == 0
-    assert recall_ratio(ranks, [torch.full((5,), 9.0)], 5) is None
-    half = recall_ratio([torch.tensor([0.0, 9] * 50)], [torch.zeros(100)], 5)
+    assert recall_ratio(ranks, [torch.full((5,), 9.0)], 5, torch.arange(5)) is None
+    half = recall_ratio([torch.tensor([0.0, 9] * 50)], [torch.zeros(100)], 5, torch.arange(100))
     assert half is not None and half.value == 0.5
     assert half.deviation == pytest.approx(0.05, abs=0.01), "the binomial error of 100 prompts"
+    pairs = recall_ratio([torch.tensor([0.0, 0, 9, 9] * 25)], [torch.zeros(100)], 5, torch.arange(100) // 2)
+    assert pairs is not None and pairs.deviation == pytest.approx(0.0707, abs=0.012), "of 50 concepts"
 
 
 def test_over_seeds_takes_the_larger_deviation() -> None:
@@ -243,6 +248,23 @@ def test_held_out_sets_are_prefixes_with_a_gallery_of_distinct_concepts(data: Pa
     assert whole.seeds(0) != whole.seeds(1)
     with pytest.raises(ValueError, match="raise the limit"):
         held_out_set(pictures, "unseen_pair", 1)
+
+
+def test_pictures_with_a_twin_in_training_are_no_test(data: Path) -> None:
+    pictures = PictureSet.load(data)
+    test = held_out_set(pictures, "unseen_concept")
+    held = test.records[0]
+    trained = next(r for r in pictures.records if r.split == "train" and r.style == held.style)
+    twin = replace(held, base_hexcode=f"{trained.base_hexcode}-200d-2640-fe0f")
+    changed = PictureSet([twin if record is held else record for record in pictures.records], pictures.rgba)
+    smaller = held_out_set(changed, "unseen_concept")
+    assert len(smaller.records) == len(test.records) - 1 and twin not in smaller.records
+
+
+def test_twins_differ_in_gender_and_direction_only() -> None:
+    runners = ["1f3c3", "1f3c3-200d-2640-fe0f", "1f3c3-200d-2642-fe0f-200d-27a1-fe0f"]
+    assert {twin_of(code) for code in runners} == {"1f3c3"}
+    assert twin_of("1f468-200d-1f692") == twin_of("1f469-200d-1f692") != twin_of("1f469-200d-1f33e")
 
 
 def test_the_floor_has_the_sets_styles_and_other_styles_are_of_the_same_concept(data: Path) -> None:

@@ -31,6 +31,16 @@ def style_family(style: str) -> str:
     return "fluent" if style.startswith("fluent") else style
 
 
+_TWIN_SIGNS = frozenset({"200d", "fe0f", "2640", "2642", "27a1"})  # joiners, gender signs, "facing right"
+_PERSONS = {"1f468": "1f9d1", "1f469": "1f9d1"}  # man, woman -> person
+
+
+def twin_of(base_hexcode: str) -> str:
+    """What a concept shares with its twins, which look nearly alike: its code without gender and direction."""
+    parts = base_hexcode.lower().split("-")
+    return "-".join(_PERSONS.get(part, part) for part in parts if part not in _TWIN_SIGNS)
+
+
 def assign_splits(pictures: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Split]:
     """The split of each picture.
 

@@ -19,6 +19,7 @@ from training.evaluate.metrics import (
     over_seeds,
     ranks_of_target,
     recall,
+    recall_at,
     unit_rows,
 )
 from training.evaluate.sets import HeldOutSet, other_style_pictures, same_style_mix
@@ -36,6 +37,7 @@ class RowResult:
         metrics: name -> estimate.
         by_seed: name -> one value a sampling seed.
         ranks: name of the retrieval -> ranks (N,), one a seed; for ratios, not written out.
+        concepts: (N,) the concept of each picture; likewise.
         note: what else to know.
     """
 
@@ -45,6 +47,7 @@ class RowResult:
     metrics: dict[str, Estimate] = field(default_factory=dict)
     by_seed: dict[str, list[float]] = field(default_factory=dict)
     ranks: dict[str, list[Tensor]] = field(default_factory=dict)
+    concepts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,8 +91,8 @@ class SetMeasurer:
         result.metrics["frechet"] = over_seeds(frechet)
         result.by_seed["kid"] = [value.value for value in distances]
         result.by_seed["frechet"] = [value.value for value in frechet]
-        self._retrieve(result, "text", [self.text_ranks(row) for row in features])
-        self._retrieve(result, "picture", [self.picture_ranks(row) for row in features])
+        self._retrieve(result, "text", [self.text_ranks(row) for row in features], self.targets)
+        self._retrieve(result, "picture", [self.picture_ranks(row) for row in features], self.targets)
         nearest = torch.stack([(unit_rows(row) @ self.train.T).max(1).values for row in features])
         result.metrics["nearest_training_cosine"] = Estimate(
             float(nearest.mean()), float(nearest.mean(0).std(correction=0)), "pictures (spread, not an error)"
@@ -110,12 +113,12 @@ class SetMeasurer:
         result = RowResult(key, title)
         targets = self.targets[torch.tensor(rows)]
         scores = self.projection.scores(features, self.concept_texts)
-        self._retrieve(result, "text", [ranks_of_target(scores, targets)])
+        self._retrieve(result, "text", [ranks_of_target(scores, targets)], targets)
         similarity = unit_rows(features) @ unit_rows(self.real).T
         for row, place in enumerate(own):
             if place >= 0:
                 similarity[row, place] = -torch.inf
-        self._retrieve(result, "picture", [ranks_of_target(self._by_concept(similarity), targets)])
+        self._retrieve(result, "picture", [ranks_of_target(self._by_concept(similarity), targets)], targets)
         return result
 
     def text_ranks(self, features: Tensor) -> Tensor:
@@ -132,11 +135,11 @@ class SetMeasurer:
         columns = self.targets.expand(len(similarity), -1)
         return scores.scatter_reduce(1, columns, similarity, "amax")
 
-    def _retrieve(self, result: RowResult, name: str, ranks: list[Tensor]) -> None:
-        result.ranks[name] = ranks
+    def _retrieve(self, result: RowResult, name: str, ranks: list[Tensor], concepts: Tensor) -> None:
+        result.ranks[name], result.concepts = ranks, concepts
         for k in RECALLS:
-            result.metrics[f"{name}_r{k}"] = recall(ranks, k)
-            result.by_seed[f"{name}_r{k}"] = [recall([seed], k).value for seed in ranks]
+            result.metrics[f"{name}_r{k}"] = recall(ranks, k, concepts)
+            result.by_seed[f"{name}_r{k}"] = [recall_at(k, seed) for seed in ranks]
 
     def chance(self) -> dict[str, float]:
         """Recall of a guess."""
@@ -161,7 +164,7 @@ def reference_rows(
         "frechet": Estimate(frechet_distance(mix, measurer.real), 0.0, "one sampling"),
     }
     real = RowResult("real", "held-out originals (the ceiling of text R@k)")
-    measurer._retrieve(real, "text", [measurer.text_ranks(measurer.real)])
+    measurer._retrieve(real, "text", [measurer.text_ranks(measurer.real)], measurer.targets)
     nearest = (unit_rows(measurer.real) @ measurer.train.T).max(1).values
     real.metrics["nearest_training_cosine"] = Estimate(
         float(nearest.mean()), float(nearest.std(correction=0)), "pictures (spread, not an error)"

@@ -130,21 +130,30 @@ def recall_at(k: int, ranks: Tensor) -> float:
     return float((ranks < k).double().mean())
 
 
-def recall(ranks: Sequence[Tensor], k: int) -> Estimate:
+def recall(ranks: Sequence[Tensor], k: int, concepts: Tensor) -> Estimate:
     """Recall at ``k``, averaged over sampling seeds.
 
-    The deviation is the larger of the standard error over prompts (of each prompt's mean over seeds: seeds share
-    their prompts, so more of them cannot make up for few prompts) and the standard deviation over seeds.
+    The deviation is the larger of the standard error over concepts (pictures of one concept in several styles hit or
+    miss together; seeds share their prompts, so more of them cannot make up for few) and the standard deviation over
+    seeds.
 
     Args:
         ranks: one tensor (N,) a seed, in the same order of prompts.
+        concepts: (N,) the concept of each prompt.
     """
     hits = torch.stack([(seed < k).double() for seed in ranks])
-    prompts = hits.shape[1]
-    error = float(hits.mean(0).std(correction=0)) / math.sqrt(max(1, prompts))
+    # The cluster-robust error of a mean: residuals are summed within a concept before they are squared.
+    residuals = _concept_sums(hits.mean(0) - hits.mean(), concepts)
+    error = float(residuals.square().sum().sqrt()) / hits.shape[1]
     between = float(hits.mean(1).std(correction=1)) if len(ranks) > 1 else 0.0
-    over = f"{len(ranks)} seeds" if between > error else f"{prompts} prompts (standard error)"
+    over = f"{len(ranks)} seeds" if between > error else f"{len(residuals)} concepts (standard error)"
     return Estimate(float(hits.mean()), max(error, between), over)
+
+
+def _concept_sums(values: Tensor, concepts: Tensor) -> Tensor:
+    """(N,) -> (number of distinct concepts,)."""
+    _, column = torch.unique(concepts, return_inverse=True)
+    return torch.zeros(int(column.max()) + 1, dtype=values.dtype).index_add(0, column, values)
 
 
 def over_seeds(values: Sequence[Estimate]) -> Estimate:
@@ -165,11 +174,19 @@ def over_seeds(values: Sequence[Estimate]) -> Estimate:
 
 
 def recall_ratio(
-    ranks: Sequence[Tensor], reference: Sequence[Tensor], k: int, resamples: int = 2000, seed: int = 0
+    ranks: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    k: int,
+    concepts: Tensor,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate | None:
-    """Recall at ``k`` of one row over that of another on the same prompts, with a bootstrap over prompts.
+    """Recall at ``k`` of one row over that of another on the same prompts, with a bootstrap over their concepts.
 
-    Prompts are drawn together for both rows, which keeps their correlation: a hard prompt is hard for both.
+    Concepts are drawn together for both rows, which keeps their correlation: a hard one is hard for both.
+
+    Args:
+        concepts: (N,) the concept of each prompt.
 
     Returns:
         None when the reference never hits.
@@ -179,9 +196,10 @@ def recall_ratio(
     if not bool(theirs.sum() > 0):
         return None
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(ours), (resamples, len(ours)), generator=generator)
-    below = theirs[rows].mean(1)
-    ratios = (ours[rows].mean(1) / below)[below > 0]
+    above, below = _concept_sums(ours, concepts), _concept_sums(theirs, concepts)
+    drawn = torch.randint(len(above), (resamples, len(above)), generator=generator)
+    sums = below[drawn].sum(1)
+    ratios = (above[drawn].sum(1) / sums)[sums > 0]
     return Estimate(
-        float(ours.mean() / theirs.mean()), float(ratios.std(correction=0)), f"bootstrap over {len(ours)} prompts"
+        float(ours.mean() / theirs.mean()), float(ratios.std(correction=0)), f"bootstrap over {len(above)} concepts"
     )

@@ -70,7 +70,7 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 
 
 def ratios(rows: Sequence[RowResult], reference: str = "teacher") -> dict[str, dict[str, dict[str, Any]]]:
-    """Recall of every generated row over the reference's, with a bootstrap over prompts: row -> metric -> estimate."""
+    """Recall of every generated row over the reference's, with a bootstrap over concepts: row -> metric -> estimate."""
     base = next((row for row in rows if row.key == reference), None)
     if base is None:
         return {}
@@ -79,7 +79,7 @@ def ratios(rows: Sequence[RowResult], reference: str = "teacher") -> dict[str, d
         if row is base or row.evaluations is None:
             continue
         for name in ("text", "picture"):
-            estimate = recall_ratio(row.ranks[name], base.ranks[name], 5)
+            estimate = recall_ratio(row.ranks[name], base.ranks[name], 5, base.concepts)
             if estimate is not None:
                 found.setdefault(row.key, {})[f"{name}_r5"] = estimate.to_dict()
     return found

@@ -190,6 +190,12 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
     if not names or len(names) != len(settings.sets):
         raise ValueError(f"sets {', '.join(settings.sets)}: give some of {', '.join(SETS)}, each once")
     models = Models(settings)
+    backbone = models.load("teacher").name
+    if backbone != "embedded":
+        raise ValueError(
+            f"{settings.checkpoint} is of backbone {backbone!r}, and the data set, its autoencoder row and the text "
+            f"projection are the embedded model's; only its checkpoints are measured here"
+        )
     pictures = PictureSet.load(settings.data)
     cache = PictureCache(settings.cache)
     store = FeatureStore(cache, settings, report)

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.dataset import PictureSet, Record, caption
-from training.data.split import Split, style_family, unit_hash
+from training.data.split import Split, style_family, twin_of, unit_hash
 
 TEST_SETS: tuple[Split, ...] = ("unseen_pair", "unseen_concept")
 SETS: tuple[Split, ...] = (*TEST_SETS, "train")
 TITLES: dict[str, str] = {
     "unseen_pair": "Unseen pairs (a concept known in other styles)",
-    "unseen_concept": "Unseen concepts (never trained on in any style)",
+    "unseen_concept": "Unseen concepts (never trained on in any style, nor a twin of theirs in the same one)",
     "train": "Training pictures (for choosing among checkpoints, not a test)",
 }
 LARGEST_SET = 512
@@ -66,10 +66,16 @@ def hash_order(pictures: PictureSet, indices: Sequence[int], salt: str) -> list[
 def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) -> HeldOutSet:
     """The first ``limit`` pictures of a split in hash order.
 
+    A test set leaves out what has a twin in training: "woman swimming" is nearly the "man swimming" of the same style.
+
     Raises:
         ValueError: the split has fewer than two concepts within the limit.
     """
-    indices = hash_order(pictures, pictures.indices(name), "test")[:limit]
+    chosen = pictures.indices(name)
+    if name in TEST_SETS:
+        trained = {_drawing(pictures.records[i]) for i in pictures.indices("train")}
+        chosen = [i for i in chosen if _drawing(pictures.records[i]) not in trained]
+    indices = hash_order(pictures, chosen, "test")[:limit]
     records = tuple(pictures.records[i] for i in indices)
     text_of = {record.base_hexcode: concept_text(record) for record in records}
     concepts = tuple(sorted(text_of))
@@ -84,6 +90,10 @@ def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) ->
         texts=tuple(text_of[concept] for concept in concepts),
         targets=tuple(column[record.base_hexcode] for record in records),
     )
+
+
+def _drawing(record: Record) -> tuple[str, str]:
+    return twin_of(record.base_hexcode), style_family(record.style)
 
 
 def same_style_mix(pictures: PictureSet, test: HeldOutSet) -> list[int]:
