@@ -73,7 +73,7 @@ def _numbers(text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--thresholds {text!r} is not a list of numbers such as -6,-2.5") from None
 

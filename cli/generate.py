@@ -80,6 +80,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if (prompt is None) == (file is None):
         raise ValueError('give either one prompt ("a red fox") or --prompts FILE')
     if prompt is not None:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
         return [prompt]
     assert file is not None
     if not file.is_file():

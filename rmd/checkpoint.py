@@ -122,12 +122,13 @@ class CheckpointFolder:
             )
         try:
             data = mapping(read_json(path))
-            read = cls(path=folder, **_parse(data))
-            _check_digests(folder, field_of(data, "weights", mapping) if "weights" in data else {})
-            return read
+            parsed = _parse(data)
+            recorded: Mapping[str, Any] = field_of(data, "weights", mapping) if "weights" in data else {}
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+        _check_digests(folder, recorded)
+        return cls(path=folder, **parsed)
 
     def digest(self, component: str) -> str:
         """sha256 of a component's weights: its folder's name, or its role ("denoiser", "decoder").
@@ -157,13 +158,10 @@ def weight_digests(folder: Path) -> dict[str, str]:
 
 
 def _check_digests(folder: Path, recorded: Mapping[str, Any]) -> None:
-    if not recorded:
-        return
-    there = weight_digests(folder)
-    for name in sorted(recorded.keys() | there.keys()):
-        if name not in there:
+    for name, digest in recorded.items():
+        if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is recorded in {CASCADE_FILE} and is not there; copy it again")
-        if recorded.get(name) != there[name]:
+        if file_digest(folder / name) != digest:
             raise ValueError(
                 f"{folder / name} is not the file that {CASCADE_FILE} records (field 'weights'): it was altered or "
                 f"damaged; copy it again, or, if you changed it yourself, remove that field"

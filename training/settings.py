@@ -172,6 +172,8 @@ class DistillSettings(BaseSettings):
                 raise ValueError(f"{file} must hold a mapping of settings")
             values.update(loaded)
         values.update({key: value for key, value in (flags or {}).items() if value is not None})
+        if unknown := sorted(values.keys() - cls.model_fields.keys()):
+            raise ValueError(f"unknown setting {unknown[0]!r}; there are {', '.join(cls.model_fields)}")
         try:
             return cls(**values)
         except ValidationError as error:

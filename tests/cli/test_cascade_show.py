@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.cascade import app
+from rmd.backbones.tiny import write_tiny_folder
+from rmd.cascade import preset
+from rmd.checkpoint import CheckpointFolder
 
 
 def show(*arguments: str) -> dict[str, Any]:
@@ -16,6 +20,19 @@ def show(*arguments: str) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     data: dict[str, Any] = json.loads(result.stdout)
     return data
+
+
+def test_a_public_students_cascade_is_written_into_its_folder(tmp_path: Path) -> None:
+    folder = write_tiny_folder("sdxl", tmp_path / "turbo")
+    (folder / "cascade.json").unlink()
+    with pytest.raises(FileNotFoundError, match="rmd cascade write --preset NAME"):
+        CheckpointFolder.read(folder)
+    written = CliRunner().invoke(app, ["write", str(folder), "--preset", "sdxl-turbo"])
+    assert written.exit_code == 0, written.output
+    checkpoint = CheckpointFolder.read(folder)
+    assert checkpoint.backbone_name == "sdxl" and checkpoint.default_cascade == preset("sdxl-turbo")
+    again = CliRunner().invoke(app, ["write", str(folder), "--preset", "sdxl-turbo"])
+    assert isinstance(again.exception, ValueError) and "is there already" in str(again.exception)
 
 
 def test_json_has_every_field() -> None:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from engines.build import build_checkpoint, loadable_options, measure, missing_engines, plan_checkpoint
 from engines.compilers import get_compiler
+from engines.compilers.eager import EagerEngine
 from engines.errors import (
     BackendUnavailable,
     EngineCorrupt,
     EngineError,
     EngineInputError,
+    EngineMismatch,
     EngineMissing,
     NotEnoughMemory,
 )
@@ -225,6 +227,36 @@ def test_the_teachers_weights_run_through_the_same_engines(
     assert torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-5)
 
 
+def test_engines_that_hold_weights_refuse_anothers(
+    tiny_checkpoint: Path, eager_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT's plans do: the teacher must not be drawn with the student's weights without a word."""
+    teacher = write_tiny_folder("sd3", tmp_path / "teacher", seed=2)
+    monkeypatch.setattr(Manifest, "holds_weights", property(lambda manifest: manifest.spec.component == "denoiser"))
+    with pytest.raises(EngineMismatch, match=r"hold the weights of .* \(denoiser\) and cannot run another folder's"):
+        EngineExecutor.open(
+            tiny_checkpoint, eager_store, "eager", dtype="float32", buckets=(1, 2), weights_from=teacher
+        )
+
+
+def test_a_bucket_that_does_not_fit_at_the_start_is_left_out(
+    tiny_checkpoint: Path, eager_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmup = EagerEngine.warmup
+
+    def limited(engine: EagerEngine, runs: int = 2) -> None:
+        if engine.manifest.spec.component == "denoiser" and engine.batch > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        warmup(engine, runs)
+
+    monkeypatch.setattr(EagerEngine, "warmup", limited)
+    executor = EngineExecutor.open(tiny_checkpoint, eager_store, "eager", dtype="float32", buckets=(1, 2))
+    assert executor.buckets("denoiser", SIZE) == (1,)
+    backbone, _ = load_checkpoint(tiny_checkpoint, dtype=torch.float32)
+    inputs = backbone.example_inputs("denoiser", SIZE, 2)
+    assert torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-5)
+
+
 def test_missing_and_damaged_engines_name_the_command(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
     command = (
         rf"rmd build --checkpoint {tiny_checkpoint} --engines .* --backend eager .*--buckets 1,2 "
@@ -323,6 +355,16 @@ def test_a_memory_plan_that_does_not_fit_is_refused() -> None:
     assert plan.total == 5 << 20 and "loaded: 5 MiB, while building 1 MiB more" in plan.describe()
     with pytest.raises(NotEnoughMemory, match=r"need 6 MiB and cuda:0 has 5 MiB free; build smaller buckets"):
         replace(plan, available=5 << 20).check()
+
+
+def test_workspace_does_not_count_the_scores_of_attention() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, value=x)
+
+    heads, tokens = 8, 1000
+    counted = workspace_bytes(Attention(), {"x": torch.zeros(1, heads, tokens, 4)})
+    assert counted < heads * tokens * tokens, "its scores alone would be four times that"
 
 
 def test_workspace_counts_what_lives_at_once() -> None:

@@ -164,6 +164,22 @@ def test_broken_weights_are_refused(folder: Path, content: Callable[[bytes], byt
     assert str(path) in str(caught.value)
 
 
+def test_altered_weights_are_refused_by_their_digest(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"vae/diffusion.*altered or damaged; copy it again, or, .* remove that field"):
+        CheckpointFolder.read(folder)
+    edit(folder, lambda data: data.pop("weights"))
+    CheckpointFolder.read(folder)
+    edit(folder, lambda data: data.update(weights={"unet/model.safetensors": "0"}))
+    with pytest.raises(
+        FileNotFoundError, match=r"unet/model\.safetensors is recorded in cascade\.json and is not there"
+    ):
+        CheckpointFolder.read(folder)
+
+
 def test_missing_weights_are_refused(folder: Path) -> None:
     index = {"weight_map": {"weight": "model-00001-of-00002.safetensors"}}
     (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))

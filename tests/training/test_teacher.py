@@ -329,6 +329,12 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044 == 0o044
     assert not (models / "embedded" / "transformer").exists()
 
+    fresh = TeacherRun(cache, run.with_name("fresh"), models, sheets=False, **options)
+    fresh.prepare(autoencoder_minutes=1.0, initial=folder)
+    assert not any("training one" in line for line in lines), "a teacher goes on with its own autoencoder"
+    file = "diffusion_pytorch_model.safetensors"
+    assert (fresh.autoencoder_folder / file).read_bytes() == (folder / "vae" / file).read_bytes()
+
     backbone, checkpoint = load_checkpoint(folder)
     assert checkpoint.teacher is not None
     assert (checkpoint.teacher.steps, checkpoint.teacher.guidance_scale) == (50, 3.0)

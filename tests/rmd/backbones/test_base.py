@@ -248,6 +248,25 @@ def test_load_without_weights(tiny_folder, tiny_backbone) -> None:
         assert torch.equal(given[name], value)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_in_bfloat16_is_called_in_bfloat16(tiny_folder, name: str) -> None:
+    """As training does; some families keep single weights in float32."""
+    backbone = get_backbone(name).load(tiny_folder(name), dtype=torch.bfloat16)
+    size, denoiser = tiny_sizes(name)[0], backbone.component_modules()["denoiser"]
+    latents = torch.randn(1, *backbone.latent_shape(size))
+    t = torch.full((1,), 0.5, dtype=torch.float64)
+    x0 = backbone.predict_x0(latents, t, backbone.random_conditioning(1), size, denoiser)
+    assert x0.dtype == torch.float32 and bool(torch.isfinite(x0).all())
+
+
+@pytest.mark.parametrize(("device", "message"), [("foo", "unknown device"), ("cuda", "sees no CUDA device; use cpu")])
+def test_a_device_that_is_not_there_is_named(tiny_folder, device: str, message: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(BackboneError, match=message):
+        get_backbone("sd3").load(tiny_folder("sd3"), device=device)
+
+
 def test_gradients_flow_through_a_given_denoiser(tiny_backbone) -> None:
     backbone, size = tiny_backbone("sd3"), Size(32, 32)
     denoiser = backbone.component_modules()["denoiser"]
