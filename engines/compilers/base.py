@@ -182,8 +182,8 @@ class Compiler(ABC):
     """One backend."""
 
     name: ClassVar[str]
-    packages: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
-    """Distributions whose versions are part of the key."""
+    packages: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers")
+    """Distributions whose versions are part of the key: masks and attention of the text encoders are transformers'."""
 
     @abstractmethod
     def capabilities(self, device: str) -> Capabilities:

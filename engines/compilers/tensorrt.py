@@ -49,7 +49,7 @@ class TensorRTCompiler(Compiler):
     """Strongly typed, no shape but the batch varies; the network is in its precision before it comes here."""
 
     name: ClassVar[str] = "tensorrt"
-    packages = ("torch", "diffusers", "torch-tensorrt", "tensorrt")
+    packages = (*Compiler.packages, "torch-tensorrt", "tensorrt")
     extra: ClassVar[str] = "gpu"
     rtx: ClassVar[bool] = False
 
@@ -67,7 +67,7 @@ class TensorRTCompiler(Compiler):
         if device != "cuda":
             return f"{self.name} engines run on NVIDIA GPUs, not on the {device}"
         if importlib.util.find_spec("torch_tensorrt") is None:
-            return f"{self.packages[2]} is not installed (pip install 'rmd[{self.extra}]')"
+            return f"{self.packages[3]} is not installed (pip install 'rmd[{self.extra}]')"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
         return _import_problem(self.rtx)

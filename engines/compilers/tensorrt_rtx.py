@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from engines.compilers.base import Compiler
 from engines.compilers.tensorrt import TensorRTCompiler
 
 
@@ -11,6 +12,6 @@ class TensorRTRTXCompiler(TensorRTCompiler):
     """Plans are finished for the GPU at hand when they are loaded."""
 
     name: ClassVar[str] = "tensorrt_rtx"
-    packages = ("torch", "diffusers", "torch-tensorrt-rtx", "tensorrt-rtx-cu13-libs")
+    packages = (*Compiler.packages, "torch-tensorrt-rtx", "tensorrt-rtx-cu13-libs")
     extra: ClassVar[str] = "gpu-rtx"
     rtx: ClassVar[bool] = True

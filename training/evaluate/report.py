@@ -33,7 +33,7 @@ _READING = (
     "k nearest texts of the set's concepts (projection fitted on training concepts only). *Picture R@k*: the same "
     "by the nearest real picture of each concept in the set, so it also rewards the right style, and the "
     "autoencoder's ceiling is near 1. *Nearest training picture*: mean cosine; a row far above the originals' "
-    "would be copying. ± is the larger of the standard error over prompts (for KID the spread over subsets) and "
+    "would be copying. ± is the larger of the standard error over concepts (for KID the spread over subsets) and "
     "the standard deviation over sampling seeds."
 )
 
