@@ -269,15 +269,17 @@ class Trainer:
     def _agree(self) -> None:
         """Processes take the mean time and any wish to stop, so that they cool down and leave together."""
         if self.accelerator.num_processes == 1:
-            self._stop = self._stop_wanted
             return
         state = torch.tensor([self.progress.seconds, float(self._stop_wanted)], device=self.accelerator.device)
         seconds, stop = self.accelerator.reduce(state, reduction="mean").tolist()
         self.progress.seconds, self._stop = seconds, stop > 0
 
     def stop(self) -> None:
-        """Ask the loop to save and return after the update it is in, or the next one."""
+        """Ask the loop to save and return after the update it is in; several processes leave together, one later."""
         self._stop_wanted = True
+        # Of several, one that left on its own would wait for the others at the save, and they for it at a reduction.
+        if self.accelerator.num_processes == 1:
+            self._stop = True
 
     # ---- records ----------------------------------------------------------------------------------------------------
 

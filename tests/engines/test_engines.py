@@ -90,7 +90,7 @@ def test_the_batch_does_not_change_a_bit_of_a_row(
     [
         ({"latents": torch.zeros(2, 8, 17)}, r"'latents' is \(2, 8, 17\) .*expected \(2, 8, 16\)"),
         ({"latents": torch.zeros(2, 7, 16)}, r"'latents' is \(2, 7, 16\)"),
-        ({"latents": torch.zeros(2, 8, 16, dtype=torch.bfloat16)}, r"'latents' is .* torch.bfloat16, expected"),
+        ({"latents": torch.zeros(2, 8, 16, dtype=torch.bfloat16)}, r"'latents' is .* torch.bfloat16 on cpu, expected"),
         ({"timestep": torch.zeros(2, dtype=torch.float64)}, r"'timestep' is \(2,\) torch.float64"),
         ({"prompt": torch.zeros(2)}, "does not take prompt"),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -108,7 +110,7 @@ def test_a_body_of_another_type(open_house: House) -> None:
 
 
 def test_a_ten_megabyte_prompt(open_house: House) -> None:
-    check_error(open_house.client.post(URL, json={"prompt": "x" * 10_000_000}), 413, None)
+    check_error(open_house.client.post(URL, json={"prompt": "x" * 10_000_000}), 413, "prompt")
 
 
 def test_a_ten_megabyte_body_in_chunks_of_undeclared_length(open_house: House) -> None:
@@ -116,7 +118,15 @@ def test_a_ten_megabyte_body_in_chunks_of_undeclared_length(open_house: House) -
         for _ in range(160):
             yield b"x" * 65_536
 
-    check_error(open_house.client.post(URL, content=chunks()), 413, None)
+    check_error(open_house.client.post(URL, content=chunks()), 413, "prompt")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(open_house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.middleware.CLIENT_PATIENCE_SECONDS", 0.1)
+    address = urlsplit(open_house.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall(f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_wrong_methods_and_unknown_routes(open_house: House) -> None:
