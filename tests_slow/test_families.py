@@ -53,7 +53,7 @@ def test_the_gpu_script_runs_on_the_cpu(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(script), "probe", "check"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     reports = {path.name for path in (tmp_path / "out" / "rehearsal").glob("*.json")}
-    assert {f"speedup-{name}-cpu.json" for name in ("sdxl", "pixart", "sd3", "wan-14b")} <= reports
+    assert {f"speedup-{name}-cpu-tiny.json" for name in ("sdxl", "pixart", "sd3", "wan-14b")} <= reports
     listed = subprocess.run(
         ["bash", str(script), "list"], env={**os.environ, "OUT": str(tmp_path / "none")}, check=True
     )
