@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.build import as_it_runs, loadable_options
-from engines.compilers.base import Engine
+from engines.compilers.base import Engine, EngineMemory
 from engines.errors import EngineError, EngineInputError, EngineMismatch, EngineMissing
 from engines.manifest import Manifest
 from engines.planning import CheckpointPlan, EngineOptions, load_backbone
@@ -217,6 +217,10 @@ class EngineExecutor:
     def buckets(self, component: str, size: Size | None) -> tuple[int, ...]:
         """Batch sizes that have an engine, ascending."""
         return tuple(self._engines[self._place(component, size)])
+
+    def engine_memory(self, component: str, size: Size | None, batch: int) -> EngineMemory:
+        """Bytes of one loaded engine: its own, and the weights that it shares with others."""
+        return self._engines[self._place(component, size)][batch].memory()
 
     def manifests(self) -> list[Manifest]:
         """Of the loaded engines, once each."""

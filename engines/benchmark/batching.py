@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engines.benchmark.pictures import picture_rows
+from engines.benchmark.plots import plot_engines
 from engines.benchmark.report import (
     command_line,
     engines_markdown,
@@ -57,7 +58,7 @@ class EngineBenchSettings:
 
 
 def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] = lambda _what: None) -> dict[str, Any]:
-    """Measure and write ``engines-<device>.json`` and ``.md``.
+    """Measure and write ``engines-<device>.json``, ``.md`` and (with matplotlib) ``.png``.
 
     Returns:
         the content of the JSON file.
@@ -91,6 +92,11 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     exact = checkpoint_subject(settings.checkpoint, torch.float32, device).backbone
     pictures = picture_rows(subject, exact, executors, _default(subject), settings.buckets or DEFAULT_BUCKETS)
     rows = engine_rows(found, loaded)
+    for row in rows:
+        if row["backend"] in opened:
+            where = None if row["size"] is None else Size.parse(row["size"])
+            held = opened[row["backend"]].engine_memory(row["component"], where, row["batch"])
+            row |= {"private_bytes": held.private, "shared_bytes": held.shared}
     content = {
         "format": 1,
         "kind": "engines",
@@ -110,6 +116,7 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
         "failures": [{"case": list(case), "reason": why} for case, why in {**found.failures, **loops.failures}.items()],
     }
     write_report(settings.out, f"engines-{device.type}", content, engines_markdown(content))
+    plot_engines(content, settings.out / f"engines-{device.type}.png")
     return content
 
 

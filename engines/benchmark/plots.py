@@ -1,4 +1,4 @@
-"""The plot of a speed-up report; skipped where matplotlib is not installed."""
+"""The plots of the reports; skipped where matplotlib is not installed."""
 
 from __future__ import annotations
 
@@ -43,6 +43,45 @@ def plot_speedup(content: Mapping[str, Any], path: Path) -> Path | None:
     panels[0][0].legend(frameon=False, fontsize=8)
     title = f"{content['backbone']}, {content['device']['name']}, weights: {content['weights']}"
     figure.suptitle(title, fontsize=10)
+    return _saved(figure, path)
+
+
+def plot_engines(content: Mapping[str, Any], path: Path) -> Path | None:
+    """Lines: rows a second by batch and backend, one panel a component and size.
+
+    Returns:
+        ``path``, or None where matplotlib is missing or there is nothing to show.
+    """
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in content["engines"]:
+        title = " ".join(part for part in (row["component"], row["size"]) if part)
+        lines = panels.setdefault(title, {})
+        lines.setdefault(row["backend"], []).append((row["batch"], row["rows_per_second"]))
+    if importlib.util.find_spec("matplotlib") is None or not panels:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.0 * len(panels), 3.2), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for number, (backend, points) in enumerate(lines.items()):
+            batches, rates = zip(*sorted(points), strict=True)
+            axis.plot(batches, rates, marker="o", label=backend, color=_COLOURS[number % len(_COLOURS)])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("batch")
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("rows a second")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{content['checkpoint']}, {content['device']['name']}", fontsize=10)
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")

@@ -199,14 +199,17 @@ def engines_markdown(content: Mapping[str, Any]) -> str:
         "",
         _provenance(content),
         "",
-        "Medians of interleaved repeats in one run; *over eager* above 1 means faster.",
+        "Medians of interleaved repeats in one run; *over eager* above 1 means faster. *Own* is what an engine holds",
+        "for itself once loaded, *weights* what it reads and shares with the other engines of its component.",
         "",
-        "| component | size | batch | backend | ms | rows/s | over eager | files, MiB | relative L2 |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|",
+        "| component | size | batch | backend | ms | rows/s | over eager | files, MiB | own, MiB "
+        "| weights, MiB | relative L2 |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in content["engines"]:
         over = _times(row["over_eager"])
-        files = "" if row["file_bytes"] is None else f"{row['file_bytes'] / 2**20:.1f}"
+        sizes = [row.get(name) for name in ("file_bytes", "private_bytes", "shared_bytes")]
+        files = " | ".join("" if size is None else f"{size / 2**20:.1f}" for size in sizes)
         error = "" if row["relative_l2"] is None else f"{row['relative_l2']:.1e}"
         lines.append(
             f"| {row['component']} | {row['size'] or ''} | {row['batch']} | {row['backend']} | "
@@ -239,7 +242,7 @@ def engines_markdown(content: Mapping[str, Any]) -> str:
     lines += ["", "## Memory", ""]
     for backend, held in content["memory"].items():
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in held.items())
-        lines.append(f"- {backend}: {sum(held.values()) / 2**20:.1f} MiB, weights counted once ({parts})")
+        lines.append(f"- {backend}: {sum(held.values()) / 2**20:.1f} MiB, each copy of weights counted once ({parts})")
     return "\n".join(lines) + "\n"
 
 
