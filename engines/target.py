@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from engines.errors import BackendUnavailable
+from rmd.backbones.base import BackboneError, usable_device
 
 # Compilers are told -march=native, so every extension that they may use is part of the target.
 _EXTENSIONS = re.compile(r"(avx|amx|fma|f16c|bmi|vnni|gfni|vaes|vpclmul|neon|asimd|sve|sme|bf16|i8mm|fp16).*")
@@ -79,19 +80,16 @@ def parse_device(device: torch.device | str) -> torch.device:
         BackendUnavailable: an unknown device, one without engines, no CUDA, or another GPU than the first.
     """
     try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        raise BackendUnavailable(f"unknown device {str(device)!r}; use cpu or cuda") from None
+        parsed = usable_device(device)
+    except BackboneError as error:
+        raise BackendUnavailable(str(error)) from None
     if parsed.type not in ("cpu", "cuda"):
         raise BackendUnavailable(f"no backend builds engines for device {str(device)!r}; use cpu or cuda")
-    if parsed.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BackendUnavailable(f"device {str(device)!r}: torch sees no CUDA device; use --device cpu")
-        if parsed.index:
-            raise BackendUnavailable(
-                f"device {str(device)!r}: engines use the first GPU; "
-                f"set CUDA_VISIBLE_DEVICES={parsed.index} and --device cuda"
-            )
+    if parsed.type == "cuda" and parsed.index:
+        raise BackendUnavailable(
+            f"device {str(device)!r}: engines use the first GPU; "
+            f"set CUDA_VISIBLE_DEVICES={parsed.index} and --device cuda"
+        )
     return parsed
 
 

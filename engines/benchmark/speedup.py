@@ -30,6 +30,7 @@ from engines.benchmark.subjects import (
     random_subject,
 )
 from engines.benchmark.timing import Timing, time_interleaved
+from rmd.backbones.base import usable_device
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ def run_speedup(settings: SpeedupSettings, progress: Callable[[str], None] = lam
     Raises:
         ValueError: unknown backbone, dtype or variant, or engines without a checkpoint.
     """
-    device = torch.device(settings.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    device = usable_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dtype = getattr(torch, settings.dtype, None)

@@ -67,9 +67,9 @@ def usable_device(device: torch.device | str) -> torch.device:
     try:
         parsed = torch.device(device)
     except RuntimeError:
-        raise BackboneError(f"unknown device {str(device)!r}; use cpu, cuda or cuda:N") from None
+        raise BackboneError(f"unknown device {str(device)!r}; use cpu or cuda, or cuda:N of several") from None
     if parsed.type == "cuda" and not torch.cuda.is_available():
-        raise BackboneError(f"device {str(device)!r}: torch sees no CUDA device; use cpu")
+        raise BackboneError(f"device {str(device)!r}: torch sees no CUDA device; use --device cpu")
     return parsed
 
 
