@@ -28,7 +28,11 @@ def command(
         Path | None, typer.Option(help="MiniLM's folder; the installed package's if left out.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice if left out.")] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    cooldown_share: Annotated[float, typer.Option(min=0.01, max=1, help="Last share, where the rates fall.")] = 0.3,
+    coloured: Annotated[float, typer.Option(min=0, max=1, help="Share of samples on a coloured ground.")] = 0.25,
+    ema_decay: Annotated[float, typer.Option(min=0, max=0.99999, help="Of the averaged weights.")] = 0.9985,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer's blocks.")] = False,
     sheets: Annotated[bool, typer.Option(help="Draw a contact sheet at every save.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
 ) -> None:
@@ -41,7 +45,9 @@ def command(
     PictureSet.load(data)  # a missing cache is said before torch and diffusers are imported
     from training.teacher_run import TeacherRun
 
-    job = TeacherRun(data, run, models, text_encoder=text_encoder, threads=threads, sheets=sheets, log=typer.echo)
+    job = TeacherRun(
+        data, run, models, text_encoder=text_encoder, threads=threads, device=device, sheets=sheets, log=typer.echo
+    )
     job.prepare(autoencoder_minutes=autoencoder_minutes, initial=initial, seed=seed)
     trainer = job.train(
         minutes=minutes,
@@ -53,6 +59,9 @@ def command(
         muon_rate=muon_rate,
         adam_rate=adam_rate,
         save_minutes=save_minutes,
+        cooldown_share=cooldown_share,
+        coloured=coloured,
+        ema_decay=ema_decay,
         compile=compile_,
         seed=seed,
     )

@@ -9,7 +9,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ class TeacherData:
     captions_of: Tensor
     captions: list[str]
 
+    def to(self, device: torch.device) -> TeacherData:
+        """The same on another device."""
+        names = ("high", "low", "tokens", "pooled", "captions_of")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def first(self, pictures: int) -> TeacherData:
+        """The first pictures only."""
+        rows = slice(pictures)
+        return replace(self, high=self.high[rows], low=self.low[rows], captions_of=self.captions_of[rows])
+
     def save(self, folder: Path) -> None:
         """Writes ``latents.safetensors`` and ``captions.json`` atomically."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +79,7 @@ class TeacherData:
 
 
 def encode_text(texts: Sequence[str], tokenizer: Any, encoder: Any, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """(n, ``TEXT_TOKENS``, D) token states, zero at padding, and their (n, D) means, bfloat16."""
+    """(n, ``TEXT_TOKENS``, D) token states, zero at padding, and their (n, D) means, bfloat16, on the CPU."""
     width = encoder.config.hidden_size
     tokens = torch.zeros(len(texts), TEXT_TOKENS, width, dtype=torch.bfloat16)
     pooled = torch.zeros(len(texts), width, dtype=torch.bfloat16)
@@ -78,7 +88,7 @@ def encode_text(texts: Sequence[str], tokenizer: Any, encoder: Any, batch: int =
             rows = slice(start, start + batch)
             ids = tokenizer(
                 list(texts[rows]), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
-            )
+            ).to(encoder.device)
             mask = ids["attention_mask"][..., None].float()
             states = encoder(**ids).last_hidden_state.float() * mask
             tokens[rows] = states.bfloat16()
@@ -93,12 +103,12 @@ def encode_training_set(
     tokenizer: Any,
     text_encoder: Any,
     *,
-    grounds_each: int = 3,
-    captions_each: int = 4,
+    grounds_each: int,
+    captions_each: int,
     seed: int = 0,
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> TeacherData:
-    """Encodes pictures and captions.
+    """Encodes pictures and captions, on the device of the networks; what comes back is on the CPU.
 
     Args:
         records: training records with ``label``, ``tags`` and ``style``, aligned with ``rgba``.
@@ -128,10 +138,11 @@ def encode_training_set(
 
     high: list[Tensor] = []
     low: list[Tensor] = []
-    colours = torch.tensor([[GROUNDS[name] for name in names] for names in grounds], dtype=torch.float32) / 255
+    device = next(autoencoder.parameters()).device
+    colours = torch.tensor([[GROUNDS[name] for name in names] for names in grounds], device=device).float() / 255
     with torch.inference_mode():
         for start in range(0, len(records), 64):
-            part = rgba[start : start + 64].float() / 255
+            part = rgba[start : start + 64].to(device).float() / 255
             alpha = part[:, None, ..., 3:]
             backdrop = colours[start : start + 64, :, None, None, :]
             pixels = (part[:, None, ..., :3] * alpha + backdrop * (1 - alpha)).flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1
@@ -139,6 +150,6 @@ def encode_training_set(
             for store, picture in ((high, pixels), (low, F.avg_pool2d(pixels, 2))):
                 with torch.autocast(pixels.device.type, torch.bfloat16):
                     latent = autoencoder.encode(picture)
-                store.append(latent.float().bfloat16().contiguous().unflatten(0, (-1, grounds_each)))
+                store.append(latent.float().bfloat16().contiguous().unflatten(0, (-1, grounds_each)).cpu())
             progress("latents", min(1.0, (start + 64) / len(records)))
     return TeacherData(torch.cat(high), torch.cat(low), tokens, pooled, rows[captions_of], unique)

@@ -40,19 +40,18 @@ class Networks:
             fake = trainable_copy(teacher, settings)
         if settings.compile:
             for module in (teacher, student, fake):
-                compile_blocks(module)
+                compile_blocks(network_of(module)[1])
         return cls(teacher, student, fake)
 
 
-def compile_blocks(denoiser: nn.Module) -> None:
-    """Compile the blocks of a denoiser in place, each kind once for every shape it meets.
+def compile_blocks(network: Any) -> None:
+    """Compile the blocks of a diffusers model in place, each kind once for every shape it meets.
 
     Blocks rather than the network as one graph: the network's backward does not compile on the CPU with torch 2.13, and
     equal blocks share their code.
     """
     # Three roles, sides and batches: more shapes of one block than dynamo keeps by default.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    _, network = network_of(denoiser)
     if hasattr(network, "get_base_model"):  # a LoRA's wrapper
         network = network.get_base_model()
     for child in network.children():

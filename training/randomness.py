@@ -1,24 +1,30 @@
-"""One explicit random generator for everything that training draws."""
+"""The explicit random generators of everything that training draws."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Randomness:
-    """Draws on the CPU, so that a run is the same on every device, and can be saved and restored."""
+    """Draws that can be saved and restored.
+
+    Noise is drawn where it is used: on a GPU, drawing it on the CPU would take longer than the update it is for.
+    """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.device = torch.device(device)
         self.dtype = dtype
+        self.noise = self.generator
+        if self.device.type != "cpu":
+            self.noise = torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal values."""
-        return torch.randn(tuple(shape), generator=self.generator, dtype=self.dtype).to(self.device)
+        return torch.randn(tuple(shape), generator=self.noise, dtype=self.dtype, device=self.device)
 
     def uniform(self, count: int) -> Tensor:
         """`count` values in [0, 1), float64."""
@@ -28,10 +34,16 @@ class Randomness:
         """`count` whole numbers in [0, high), int64, on the CPU: they index things."""
         return torch.randint(high, (count,), generator=self.generator)
 
-    def state(self) -> Tensor:
-        """The generator's state, uint8."""
-        return self.generator.get_state()
+    def state(self) -> dict[str, Tensor]:
+        """The generators' states, uint8, by name."""
+        states = {"generator": self.generator.get_state()}
+        if self.noise is not self.generator:
+            states[f"noise_{self.device.type}"] = self.noise.get_state()
+        return states
 
-    def load_state(self, state: Tensor) -> None:
-        """Restore what :meth:`state` gave."""
-        self.generator.set_state(state.cpu())
+    def load_state(self, states: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state` gave. On another kind of device the noise is not what it would have been."""
+        self.generator.set_state(states["generator"].cpu())
+        own = states.get(f"noise_{self.device.type}")
+        if own is not None:
+            self.noise.set_state(own.cpu())

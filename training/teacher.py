@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from training.attention import training_attention
 from training.interrupts import stopped_by_signals
 from training.latents import TeacherData
+from training.networks import compile_blocks
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "sample_size": 16,
@@ -66,7 +67,7 @@ class TeacherSettings(BaseModel):
     ema_decay: float = Field(0.9985, ge=0, lt=1)
     initial: Path | None = Field(None, description="a teacher's folder whose transformer the training starts from")
     save_minutes: float = Field(5.0, gt=0)
-    compile: bool = Field(False, description="torch.compile the transformer")
+    compile: bool = Field(False, description="torch.compile the transformer's blocks")
     seed: int = 0
 
 
@@ -84,16 +85,20 @@ class TeacherTrainer:
         run: Path,
         transformer_config: dict[str, Any] = TRANSFORMER_CONFIG,
         on_save: Callable[[TeacherTrainer], None] = lambda _trainer: None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.settings, self.data, self.run, self.on_save = settings, data, run, on_save
+        self.settings, self.run, self.on_save = settings, run, on_save
+        self.device = torch.device(device)
+        self.data = data.to(self.device)
         self.config = dict(transformer_config)
         torch.manual_seed(settings.seed)
-        model = initial_transformer(settings.initial, self.config)
+        model = initial_transformer(settings.initial, self.config).to(self.device)
         self.master = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
         self.ema = {name: p.detach().clone() for name, p in self.master.items()}
         self.model = model.to(torch.bfloat16)
         self.working = dict(self.model.named_parameters())
-        self.forward = torch.compile(self.model) if settings.compile else self.model
+        if settings.compile:
+            compile_blocks(self.model)
         muon = [p for name, p in self.master.items() if is_muon_matrix(name, p)]
         rest = [p for name, p in self.master.items() if not is_muon_matrix(name, p)]
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
@@ -108,7 +113,7 @@ class TeacherTrainer:
             ),
             (torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.97), weight_decay=0.0), settings.adam_rate),
         ]
-        self.random = torch.Generator().manual_seed(settings.seed)
+        self.random = torch.Generator(self.device).manual_seed(settings.seed)
         self.step = self.samples = 0
         self.seconds = 0.0
         self._stop = False
@@ -120,13 +125,11 @@ class TeacherTrainer:
         s, data = self.settings, self.data
         size = s.low_batch if low else s.batch
         pictures, grounds, captions = data.captions_of.shape
-        n = torch.randint(pictures, (size,), generator=self.random)
-        tinted = torch.rand(size, generator=self.random) < s.coloured
-        g = torch.where(tinted, torch.randint(1, max(grounds, 2), (size,), generator=self.random), 0).clamp(
-            max=grounds - 1
-        )
-        rows = data.captions_of[n, g, torch.randint(captions, (size,), generator=self.random)]
-        rows = torch.where(torch.rand(size, generator=self.random) < s.drop_text, 0, rows)
+        n = self._integers(pictures, size)
+        tinted = self._uniform(size) < s.coloured
+        g = torch.where(tinted, self._integers(max(grounds, 2), size, low=1), 0).clamp(max=grounds - 1)
+        rows = data.captions_of[n, g, self._integers(captions, size)]
+        rows = torch.where(self._uniform(size) < s.drop_text, 0, rows)
         latents = (data.low if low else data.high)[n, g].float()
         return latents, data.tokens[rows], data.pooled[rows]
 
@@ -136,28 +139,27 @@ class TeacherTrainer:
         At the full size they are shifted, ``s t / (1 + (s - 1) t)``: of more pixels more can be told at the same time
         (arXiv 2403.03206, section 5.3.2).
         """
-        logit_normal = torch.sigmoid(torch.randn(size, generator=self.random))
-        uniform = torch.rand(size, generator=self.random)
-        t = torch.where(torch.rand(size, generator=self.random) < self.settings.uniform_times, uniform, logit_normal)
+        logit_normal = torch.sigmoid(self._normal((size,)))
+        uniform = self._uniform(size)
+        t = torch.where(self._uniform(size) < self.settings.uniform_times, uniform, logit_normal)
         shift = 1.0 if low else self.settings.full_time_shift
         return shift * t / (1 + (shift - 1) * t)
+
+    def _integers(self, high: int, count: int, low: int = 0) -> Tensor:
+        return torch.randint(low, high, (count,), generator=self.random, device=self.device)
+
+    def _uniform(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.random, device=self.device)
+
+    def _normal(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.random, device=self.device)
 
     def train_step(self, low: bool) -> tuple[float, float]:
         """One update; returns the loss and the gradient's norm before clipping at 1."""
         x0, tokens, pooled = self.draw(low)
         t = self.times(len(x0), low)
-        eps = torch.randn(x0.shape, generator=self.random)
-        w = t[:, None, None, None]
-        with training_attention(tokens=tokens.shape[1] + x0.shape[-1] * x0.shape[-2] // self.config["patch_size"] ** 2):
-            velocity = self.forward(
-                hidden_states=((1 - w) * x0 + w * eps).bfloat16(),
-                timestep=t * 1000,
-                encoder_hidden_states=tokens,
-                pooled_projections=pooled,
-                return_dict=False,
-            )[0]
-        loss = (velocity.float() - (eps - x0)).square().mean()
-        loss.backward()
+        loss = velocity_loss(self.model, x0, self._normal(tuple(x0.shape)), t, tokens, pooled)
+        loss.backward()  # type: ignore[no-untyped-call]
         for name, p in self.working.items():
             self.master[name].grad = None if p.grad is None else p.grad.float()
             p.grad = None
@@ -248,8 +250,9 @@ class TeacherTrainer:
                 tensors |= {
                     f"optimizer.{index}.{key}.{name}": torch.as_tensor(value).clone() for name, value in entry.items()
                 }
-        tensors["random"] = self.random.get_state()
+        tensors["random"] = self.random.get_state().cpu()
         header = {
+            "device": self.device.type,
             "step": str(self.step),
             "samples": str(self.samples),
             "seconds": repr(self.seconds),
@@ -286,7 +289,8 @@ class TeacherTrainer:
                     key, field = name.removeprefix(prefix).split(".", 1)
                     state.setdefault(int(key), {})[field] = value
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.random.set_state(tensors["random"])
+        if header.get("device", "cpu") == self.device.type:  # another kind of device has other random numbers
+            self.random.set_state(tensors["random"])
         self.step, self.samples = int(header["step"]), int(header["samples"])
         self.seconds = float(header["seconds"])
         return True
@@ -296,6 +300,48 @@ class TeacherTrainer:
         model = SD3Transformer2DModel(**self.config)
         model.load_state_dict(self.ema, strict=False)  # buffers (position table) are not trained
         return model.to(torch.bfloat16).eval()
+
+
+def velocity_loss(model: Any, x0: Tensor, eps: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+    """Mean squared error of the predicted velocity ``eps - x0`` at ``x_t = (1 - t) x0 + t eps``; a scalar.
+
+    Args:
+        x0, eps: (B, C, H, W) float32 latents and noise.
+        t: (B,) times in [0, 1].
+        tokens, pooled: (B, L, D) and (B, D) text, bfloat16.
+    """
+    w = t[:, None, None, None]
+    patches = x0.shape[-1] * x0.shape[-2] // model.config.patch_size**2
+    with training_attention(x0.device.type, tokens.shape[1] + patches):
+        velocity = model(
+            hidden_states=((1 - w) * x0 + w * eps).bfloat16(),
+            timestep=t * 1000,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+    loss: Tensor = (velocity.float() - (eps - x0)).square().mean()
+    return loss
+
+
+@torch.no_grad()
+def picture_loss(model: Any, data: TeacherData, batch: int = 128, seed: int = 0) -> float:
+    """The velocity loss on the white pictures of a set at the full size, with their plain captions.
+
+    The same noise and evenly spread times on every call, so that two states of a training, or two sets, compare.
+    """
+    device = data.high.device
+    random = torch.Generator().manual_seed(seed)
+    count = len(data.high)
+    times = ((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=random)].to(device)
+    total = 0.0
+    for rows in torch.split(torch.arange(count), batch):
+        x0 = data.high[rows, 0].float()
+        eps = torch.randn(x0.shape, generator=random).to(device)
+        captions = data.captions_of[rows, 0, 0]
+        loss = velocity_loss(model, x0, eps, times[rows], data.tokens[captions], data.pooled[captions])
+        total += loss.item() * len(rows)
+    return total / count
 
 
 def initial_transformer(folder: Path | None, config: dict[str, Any]) -> SD3Transformer2DModel:

@@ -17,7 +17,7 @@ from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import teacher_cascade
 from rmd.checkpoint import TeacherSpec, write_cascade_json
 from rmd.presets import PROFILES
-from training.data.sources import notice_text
+from training.data.sources import DEFAULT_PACKAGES, notice_text
 from training.files import save_model, write_json
 from training.teacher import TeacherSettings
 
@@ -137,6 +137,7 @@ def teacher_card(record: Mapping[str, Any]) -> str:
             f"{before.get('step')} steps, {before.get('samples')} samples, {before.get('minutes')} minutes"
         )
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    styles = ", ".join(package.style for package in DEFAULT_PACKAGES if package.style)
     command = " ".join(["rmd train-teacher", *_options(record.get("settings", {}))])
     return f"""# {TEACHER_FOLDER}
 
@@ -148,8 +149,7 @@ no general picture model. It draws whole, coloured, roughly right shapes; fine d
 - text: MiniLM token states, at most 24 word pieces, zero at padding
 - autoencoder: `EmbeddedAutoencoder`, 8x down, 8 channels
 - sampling: {profile.teacher_steps} Euler steps, guidance {profile.teacher_guidance:g}, no shift
-- captions it knows: "<label>, <style> style[, on a <colour> background]", style one of noto, twemoji, fluent flat,
-  fluent 3d
+- captions it knows: "<label>, <style> style[, on a <colour> background]", style one of {styles}
 {lines}
 
 A tenth of the concepts, and one style of some others, were held out from training (`training/data/split.py`).
@@ -167,7 +167,10 @@ Credits and licences: see NOTICE.
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
     """The options of `rmd train-teacher` that give these settings, where they are not the defaults."""
-    options = ("minutes", "batch", "low_batch", "low_share", "low_every", "muon_rate", "adam_rate", "seed", "initial")
+    options = (
+        "minutes", "batch", "low_batch", "low_share", "low_every", "cooldown_share", "muon_rate", "adam_rate",
+        "coloured", "ema_decay", "seed", "initial",
+    )  # fmt: skip
     default = {name: field.default for name, field in TeacherSettings.model_fields.items()}
     given = [(name, settings.get(name, default[name])) for name in options]
     flags = [(name.replace("_", "-"), value) for name, value in given if name == "minutes" or value != default[name]]

@@ -6,22 +6,28 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
+from rmd.backbones.base import usable_device
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.checkpoint import CheckpointFolder
 from training.autoencoder import AutoencoderConfig, train_autoencoder
 from training.data.dataset import PictureSet
+from training.data.split import Split
 from training.files import write_json
 from training.latents import TeacherData, encode_training_set
-from training.teacher import TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer
+from training.records import append_line
+from training.teacher import TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer, picture_loss
 from training.teacher_export import TEACHER_FOLDER, export_shared, export_teacher, find_text_encoder, load_text_encoder
 from training.teacher_sheets import draw_teacher, sheet_prompts, write_teacher_sheet
 
 Log = Callable[[str], None]
+
+HELD_OUT_PICTURES = 256
+"""Of each split, whose loss is written at every save."""
 
 
 class TeacherRun:
@@ -34,6 +40,7 @@ class TeacherRun:
         models: where the finished model goes.
         text_encoder: MiniLM's folder; the installed package's when None.
         threads: CPU threads for torch.
+        device: where the transformer is trained and the set encoded; an autoencoder is always trained on the CPU.
         sheets: whether to draw a contact sheet at every save.
         log: takes one line at a time.
         transformer_config: the teacher's configuration.
@@ -47,12 +54,14 @@ class TeacherRun:
         *,
         text_encoder: Path | None = None,
         threads: int | None = None,
+        device: torch.device | str = "cpu",
         sheets: bool = True,
         log: Log = print,
         transformer_config: dict[str, Any] = TRANSFORMER_CONFIG,
     ) -> None:
         self.run, self.models, self.sheets, self.log = run, models, sheets, log
         self.transformer_config = transformer_config
+        self.device = usable_device(device)
         self.pictures = PictureSet.load(data)
         self.text_encoder = text_encoder or find_text_encoder()
         self.trainer: TeacherTrainer | None = None
@@ -84,18 +93,30 @@ class TeacherRun:
             train_autoencoder(self.pictures, self.run / "autoencoder", config, log=self.log)
         autoencoder, tokenizer, text_encoder = self._frozen()
         export_shared(self.run / "export", autoencoder, tokenizer, text_encoder)
-        if (self.run / "data" / "captions.json").is_file():
-            return
-        self.log("encoding the training set")
-        rows = self.pictures.indices("train")
-        encode_training_set(
-            [self.pictures.records[i] for i in rows],
-            torch.from_numpy(self.pictures.rgba[rows]),
-            autoencoder.to(memory_format=torch.channels_last),
-            tokenizer,
-            text_encoder,
-            seed=seed,
-        ).save(self.run / "data")
+        for split in get_args(Split):
+            folder = self.encoded_folder(split)
+            if (folder / "captions.json").is_file():
+                continue
+            rows = self.pictures.indices(split)
+            if split != "train":
+                rows = rows[:HELD_OUT_PICTURES]
+            if not rows:
+                continue
+            self.log(f"encoding {len(rows)} pictures ({split})")
+            encode_training_set(
+                [self.pictures.records[i] for i in rows],
+                torch.from_numpy(self.pictures.rgba[rows]),
+                autoencoder.to(self.device, memory_format=torch.channels_last),
+                tokenizer,
+                text_encoder.to(self.device),
+                grounds_each=3 if split == "train" else 1,
+                captions_each=4 if split == "train" else 1,
+                seed=seed,
+            ).save(folder)
+
+    def encoded_folder(self, split: Split) -> Path:
+        """Where a split's encoded pictures lie."""
+        return self.run / ("data" if split == "train" else f"data-{split}")
 
     def train(self, **settings: Any) -> TeacherTrainer:
         """Trains until the budget is spent or the process is asked to stop.
@@ -105,10 +126,11 @@ class TeacherRun:
         """
         self.trainer = TeacherTrainer(
             TeacherSettings(**settings),
-            TeacherData.load(self.run / "data"),
+            TeacherData.load(self.encoded_folder("train")),
             self.run,
             self.transformer_config,
             on_save=self._on_save,
+            device=self.device,
         )
         if self.trainer.resume():
             self.log(f"resuming at step {self.trainer.step}, {self.trainer.seconds / 60:.1f} minutes spent")
@@ -138,6 +160,7 @@ class TeacherRun:
         metrics = self.run / "autoencoder" / "metrics.json"
         return {
             "settings": trainer.settings.model_dump(mode="json"),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "step": trainer.step,
             "samples": trainer.samples,
             "minutes": round(trainer.seconds / 60, 2),
@@ -163,13 +186,32 @@ class TeacherRun:
         return autoencoder, tokenizer, text_encoder
 
     def _on_save(self, trainer: TeacherTrainer) -> None:
-        export_teacher(self.run / "export", trainer.ema_model(), self.record(trainer))
+        model = trainer.ema_model()
+        export_teacher(self.run / "export", model, self.record(trainer))
+        losses = self.picture_losses(trainer, model.to(self.device))
+        append_line(self.run / "losses.jsonl", {"step": trainer.step, **losses})
+        self.log("averaged weights, velocity loss: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         if self.sheets:
             self.draw_sheet(trainer.step)
 
+    def picture_losses(self, trainer: TeacherTrainer, model: Any) -> dict[str, float]:
+        """The velocity loss on pictures of each split: how far training and held-out pictures part. Nothing is chosen
+        by it."""
+        losses = {}
+        for split in get_args(Split):
+            folder = self.encoded_folder(split)
+            if split == "train":
+                data = trainer.data.first(HELD_OUT_PICTURES)
+            elif (folder / "captions.json").is_file():
+                data = TeacherData.load(folder).to(self.device)
+            else:
+                continue
+            losses[split] = round(picture_loss(model, data), 4)
+        return losses
+
     def draw_sheet(self, step: int) -> Path:
         """Draws ``sheets/step-<step>.png`` from the folder that was exported last."""
-        backbone = EmbeddedBackbone.load(self.run / "export" / TEACHER_FOLDER)
+        backbone = EmbeddedBackbone.load(self.run / "export" / TEACHER_FOLDER, device=self.device)
         prompts = sheet_prompts(self.pictures)
         path = self.run / "sheets" / f"step-{step:06d}.png"
         write_teacher_sheet(path, self.pictures, prompts, draw_teacher(backbone, [p.text for p in prompts]))

@@ -320,7 +320,7 @@ class Trainer:
             "fake": self.fake_optimizer.master_state(),
             "fake_optimizer": self.fake_optimizer.optimizer_state(),
             "ema": self.ema.weights,
-            "random": {"generator": self.random.state(), **self.rollout.state_dict()},
+            "random": {**self.random.state(), **self.rollout.state_dict()},
         }
         state = {
             "seconds": self.progress.seconds,
@@ -372,7 +372,7 @@ class Trainer:
         self.ema.weights = {name: roles["ema"][name].to(value) for name, value in self.ema.weights.items()}
         self.ema.updates = int(state["ema_updates"])
         if self.accelerator.process_index == 0:
-            self.random.load_state(roles["random"]["generator"])
+            self.random.load_state(roles["random"])
             self.rollout.load_state_dict(roles["random"])
         else:
             self.random = Randomness(

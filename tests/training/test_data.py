@@ -6,6 +6,7 @@ import io
 import json
 import random
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,16 @@ from training.data import build as build_module
 from training.data.build import base_of, build_pictures, normalise_hexcode
 from training.data.captions import GROUNDS, compose_caption
 from training.data.dataset import PictureSet, Record, caption
+from training.data.names import match_names
 from training.data.sources import DEFAULT_PACKAGES, Package, SourceError, Tarball, digest_of, fetch, notice_text
-from training.data.split import assign_splits, style_family, unit_hash
+from training.data.split import (
+    assign_splits,
+    held_drawings,
+    is_unseen_concept,
+    may_train,
+    style_family,
+    unit_hash,
+)
 
 RED_DISC = '<circle cx="8" cy="8" r="6" fill="#ff0000"/>'
 BLUE_BOX = '<rect width="36" height="36" fill="#0000ff"/>'
@@ -268,3 +277,91 @@ def test_the_notice_credits_what_must_be_credited() -> None:
     text = notice_text()
     assert "CC-BY 4.0" in text
     assert all(package.name in text for package in DEFAULT_PACKAGES)
+
+
+def test_icons_are_matched_by_label_or_unicode_name() -> None:
+    labels = {"1f43b": "bear", "2601": "cloud", "1f1f5-1f1ea": "flag: Peru", "1f52b": "water pistol", "1f4a3": "bomb"}
+    icons = ["cloud-2", "cloud-1", "bear-face", "flag-for-peru", "pistol", "bombs"]
+    assert match_names(icons, labels) == {"1f43b": "bear-face", "2601": "cloud-1", "1f1f5-1f1ea": "flag-for-peru"}
+    # An unnumbered drawing goes first; one that two labels share stands for neither; labels go before Unicode names.
+    assert match_names(["cloud-1", "cloud"], labels) == {"2601": "cloud"}
+    assert match_names(["twin"], {"1f43b": "twin", "2601": "Twin!"}) == {}
+    assert match_names(["bear-face"], {"1f43b": "ursine", "2601": "bear face"}) == {"2601": "bear-face"}
+
+
+def _first(condition: Callable[[str], bool]) -> str:
+    return next(code for code in (f"{number:05x}" for number in range(0x1F300, 0x1FFFF)) if condition(code))
+
+
+@pytest.fixture
+def with_extra(tmp_path: Path) -> tuple[Path, list[Package], dict[str, str]]:
+    """A cache root with three tested sets and two training-only ones, ``blob`` near the set ``one``."""
+    tested = ("one", "two", "three")
+
+    def fate(code: str) -> set[tuple[str, str]]:
+        return {(style, split) for (_, style), split in assign_splits((code, style) for style in tested).items()}
+
+    codes = {
+        "plain": _first(lambda code: {split for _, split in fate(code)} == {"train"}),
+        "pair of one": _first(lambda code: ("one", "unseen_pair") in fate(code)),
+        "pair of two": _first(lambda code: ("two", "unseen_pair") in fate(code)),
+        "unseen": _first(lambda code: ("one", "unseen_concept") in fate(code)),
+    }
+    fetched = tmp_path / "data" / "packages"
+    fetched.mkdir(parents=True)
+    labels = [{"label": label, "hexcode": code, "group": 8} for label, code in codes.items()]
+    drawn = {label.replace(" ", "-"): {"body": RED_DISC} for label in codes}
+    chars = {code: label.replace(" ", "-") for label, code in codes.items()}
+    made = []
+    for name in ("labels", *tested, "blob", "other"):
+        extra = name in ("blob", "other")
+        members = {
+            "package/icons.json": dump({"width": 16, "height": 16, "icons": drawn}),
+            "package/chars.json": dump({} if extra else chars),
+        }
+        package = Package(
+            name, "1.0.0", "", "MIT", f"{name} credit.", "" if name == "labels" else name,
+            training_only=extra, near="one" if name == "blob" else "",
+        )  # fmt: skip
+        pack(
+            fetched / package.file_name,
+            {"package/en/data.json": dump(labels)} if name == "labels" else members,
+        )
+        made.append(replace(package, sha256=digest_of(fetched / package.file_name)))
+    return tmp_path / "data", made, codes
+
+
+def test_training_only_sets_lose_what_is_held_out_and_change_no_split(
+    with_extra: tuple[Path, list[Package], dict[str, str]],
+) -> None:
+    root, made, codes = with_extra
+    before = build_pictures(root, [p for p in made if not p.training_only], processes=1).records
+    pictures = build_pictures(root, made, processes=1)
+    assert pictures.records[: len(before)] == before, "the tested sets are the same, and come first"
+    added = pictures.records[len(before) :]
+    assert {(r.style, r.label) for r in added} == {
+        ("blob", "plain"), ("blob", "pair of two"),
+        ("other", "plain"), ("other", "pair of one"), ("other", "pair of two"),
+    }  # fmt: skip
+    assert all(r.split == "train" and r.training_only for r in added)
+    assert not any(r.training_only for r in before)
+    assert pictures.rgba.shape == (len(pictures.records), 256, 256, 4)
+    assert pictures.rgba[-1][128, 128].tolist() == [255, 0, 0, 255]
+    assert pictures.meta["held_back"] == 3 and pictures.meta["not_rendered"] == 0
+    assert codes["unseen"] not in {r.hexcode for r in added}
+    assert "blob credit." in (root / "NOTICE").read_text()
+
+
+def test_the_twin_of_a_held_out_drawing_is_held_back_too() -> None:
+    held = held_drawings({("1f3c3", "noto"): "unseen_pair", ("1f3c3", "twemoji"): "train"})
+    twin = next(
+        code for code in ("1f3c3-200d-2642", "1f3c3-200d-2640", "1f3c3-200d-27a1") if not is_unseen_concept(code)
+    )
+    assert not may_train(twin, "noto", held)
+    assert may_train(twin, "twemoji", held) and may_train(twin, "", held)
+
+
+def test_which_default_packages_are_tested() -> None:
+    tested = {p.style for p in DEFAULT_PACKAGES if p.style and not p.training_only}
+    assert tested == {"noto", "twemoji", "fluent flat", "fluent 3d"}, "else the test sets are others"
+    assert {p.style: p.near for p in DEFAULT_PACKAGES if p.near} == {"noto blob": "noto", "fxemoji": "twemoji"}

@@ -40,7 +40,7 @@ from training.evaluate.metrics import (
 from training.evaluate.report import markdown
 from training.evaluate.rows import PictureCache, generate
 from training.evaluate.run import EvaluationSettings, Models, evaluate
-from training.evaluate.sets import held_out_set, other_style_pictures, same_style_mix
+from training.evaluate.sets import SETS, held_out_set, measured_indices, other_style_pictures, same_style_mix
 from training.evaluate.sheets import chosen, contact_sheet, draw_sheets
 
 
@@ -277,6 +277,47 @@ def test_the_floor_has_the_sets_styles_and_other_styles_are_of_the_same_concept(
         assert other is not None
         assert pictures.records[other].base_hexcode == record.base_hexcode
         assert pictures.records[other].style != record.style
+
+
+def _with_training_only(pictures: PictureSet) -> PictureSet:
+    """The same with a further, training-only set of every trained concept."""
+    extra = [
+        replace(pictures.records[i], style="blob", training_only=True)
+        for i in pictures.indices("train")
+        if pictures.records[i].style == "twemoji"
+    ]
+    rgba = np.concatenate([pictures.rgba, 255 - pictures.rgba[: len(extra)]])
+    return PictureSet([*pictures.records, *extra], rgba)
+
+
+def test_training_only_sets_change_no_set_floor_or_other_style(data: Path) -> None:
+    pictures = PictureSet.load(data)
+    more = _with_training_only(pictures)
+    assert len(more.indices("train")) > len(pictures.indices("train"))
+    assert measured_indices(more, "train") == pictures.indices("train")
+    for name in SETS:
+        test = held_out_set(pictures, name)
+        assert held_out_set(more, name) == test
+        assert same_style_mix(more, test) == same_style_mix(pictures, test)
+        assert other_style_pictures(more, test) == other_style_pictures(pictures, test)
+
+
+def test_only_the_search_for_copies_sees_training_only_sets(
+    evaluated: Evaluated, checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    _, content = evaluated
+    more = _with_training_only(PictureSet.load(data))
+    np.save(tmp_path / "pictures.npy", more.rgba)
+    (tmp_path / "records.json").write_text(json.dumps([record.to_dict() for record in more.records]))
+    (tmp_path / "meta.json").write_text("{}")
+    again = evaluate(_settings(checkpoint, tmp_path, tmp_path, rows=("teacher",)))
+    assert again["text_alignment"] == content["text_alignment"]
+    assert again["nearest_training"]["training_pictures"] > content["nearest_training"]["training_pictures"]
+    for entry, other in zip(content["sets"], again["sets"], strict=True):
+        assert other["floor"] == entry["floor"]
+        for row, same in zip(entry["rows"][:4], other["rows"], strict=True):
+            old, new = ({k: v for k, v in r["metrics"].items() if "nearest" not in k} for r in (row, same))
+            assert new == old, row["row"]
 
 
 def _settings(checkpoint: Path, data: Path, folder: Path, **changes: object) -> EvaluationSettings:

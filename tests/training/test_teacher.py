@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from training.autoencoder import (
 from training.data.dataset import PictureSet, Record
 from training.files import save_model
 from training.latents import TEXT_TOKENS, TeacherData, encode_text
-from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, is_muon_matrix
+from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, is_muon_matrix, picture_loss
 from training.teacher_run import TeacherRun
 from training.teacher_sheets import sheet_prompts
 
@@ -253,6 +254,28 @@ def test_a_teacher_starts_from_another_ones_transformer(tmp_path: Path) -> None:
         initial_transformer(tmp_path / "teacher", other)
 
 
+class Constant(torch.nn.Module):
+    """Predicts one velocity everywhere."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.config = value, SimpleNamespace(patch_size=2)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+        return (torch.full_like(hidden_states, self.value),)
+
+
+def test_the_loss_of_a_set_is_on_its_white_pictures_and_the_same_at_every_call(tmp_path: Path) -> None:
+    data = teacher_data(40)
+    data.high[:, 0], data.high[:, 1] = 2.0, 100.0  # the second ground must not be looked at
+    # v = eps - 2 of variance 1 and mean -2: the best constant leaves the variance, zero leaves 1 + 4.
+    assert picture_loss(Constant(-2.0), data) == pytest.approx(1, abs=0.1)
+    assert picture_loss(Constant(0.0), data) == pytest.approx(5, abs=0.3)
+    model = trainer(tmp_path).ema_model()
+    assert picture_loss(model, data, batch=7) == pytest.approx(picture_loss(model, data, batch=40), rel=1e-2)
+    assert len(data.first(3).high) == len(data.first(3).captions_of) == 3
+
+
 def test_captions_match_grounds_and_some_are_dropped(tmp_path: Path) -> None:
     job = trainer(tmp_path, batch=4000, coloured=0.25, drop_text=0.1)
     latents, tokens, pooled = job.draw(low=False)
@@ -310,6 +333,8 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
     plain = [encoded.captions[row] for row in encoded.captions_of[:, 0, 0].tolist()]
     assert plain == ["red circle, noto style", "blue square, noto style"]
     first = job.train(minutes=0.01, **settings).step
+    losses = json.loads((run / "losses.jsonl").read_text().splitlines()[-1])
+    assert losses.keys() == {"step", "train", "unseen_pair", "unseen_concept"}
     assert (run / "sheets" / f"step-{first:06d}.png").is_file()
 
     again = TeacherRun(cache, run, models, sheets=False, **options)

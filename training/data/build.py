@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from training.data.dataset import META_FILE, PICTURE_SIZE, PIXELS_FILE, RECORDS_FILE, PictureSet, Record
+from training.data.names import match_names
 from training.data.sources import DEFAULT_PACKAGES, LABELS, Package, SourceError, Tarball, fetch, notice_text
-from training.data.split import assign_splits
+from training.data.split import assign_splits, held_drawings, may_train
 
-FORMAT = 2
+FORMAT = 3
 SKIN_TONES = frozenset(("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"))
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
@@ -91,9 +92,12 @@ def label_table(tarball: Tarball) -> dict[str, dict[str, Any]]:
     return {normalise_hexcode(entry["hexcode"]): entry for entry in tarball.read_json("en/data.json")}
 
 
-def collect_drawings(packages: Sequence[Package], tarballs: dict[str, Tarball], labels: Iterable[str]) -> list[Drawing]:
+def collect_drawings(
+    packages: Sequence[Package], tarballs: dict[str, Tarball], labels: dict[str, dict[str, Any]]
+) -> list[Drawing]:
     """All labelled drawings, one a (hexcode, style), in the order of the packages."""
-    known, seen, drawings = set(labels), set(), []
+    seen, drawings = set(), []
+    words = {code: entry["label"] for code, entry in labels.items()}
     for package in packages:
         if not package.style:
             continue
@@ -102,12 +106,13 @@ def collect_drawings(packages: Sequence[Package], tarballs: dict[str, Tarball], 
             source = tarballs.get(package.names_from or package.name)
             if source is None:
                 raise SourceError(f"{package.name} needs the package {package.names_from} for its names: add it")
-            found: Iterable[Drawing] = svg_drawings(package, tarball, source.read_json("chars.json"))
+            names = source.read_json("chars.json") or match_names(tarball.read_json("icons.json")["icons"], words)
+            found: Iterable[Drawing] = svg_drawings(package, tarball, names)
         else:
             found = raster_drawings(package, tarball)
         for drawing in found:
             key = (drawing.hexcode, drawing.style)
-            if drawing.hexcode in known and key not in seen:
+            if drawing.hexcode in labels and key not in seen:
                 seen.add(key)
                 drawings.append(drawing)
     return drawings
@@ -144,26 +149,40 @@ def build_pictures(
     if not drawings:
         raise SourceError("no picture matches a label: the packages hold other codes than emojibase-data's")
 
+    # Pictures of training-only packages come last: which of them may be there depends on the split of the others.
+    extra = {package.style: package for package in packages if package.training_only}
+    tested = [drawing for drawing in drawings if drawing.style not in extra]
+    waiting = [drawing for drawing in drawings if drawing.style in extra]
     kept: list[Drawing] = []
     scratch = root / f"{PIXELS_FILE}.partial"
     pixels = np.lib.format.open_memmap(
         scratch, mode="w+", dtype=np.uint8, shape=(len(drawings), PICTURE_SIZE, PICTURE_SIZE, 4)
     )
+    done = 0
     with multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else _SerialPool() as pool:
-        for done, (drawing, picture) in enumerate(zip(drawings, pool.imap(render, drawings, 32), strict=True), 1):
-            if picture is not None:
-                pixels[len(kept)] = picture
-                kept.append(drawing)
-            if progress is not None:
-                progress(done, len(drawings))
-    final = np.array(pixels[: len(kept)]) if len(kept) < len(drawings) else None
-    pixels.flush()
-    del pixels
-    if final is not None:  # broken drawings leave a tail behind
-        with scratch.open("wb") as file:
-            np.save(file, final, allow_pickle=False)
 
-    splits = assign_splits((base_of(d.hexcode), d.style) for d in kept)
+        def render_all(chosen: Sequence[Drawing], total: int) -> None:
+            nonlocal done
+            for drawing, picture in zip(chosen, pool.imap(render, chosen, 32), strict=True):
+                done += 1
+                if picture is not None:
+                    pixels[len(kept)] = picture
+                    kept.append(drawing)
+                if progress is not None:
+                    progress(done, total)
+
+        render_all(tested, len(drawings))
+        splits = assign_splits((base_of(d.hexcode), d.style) for d in kept)
+        held = held_drawings(splits)
+        allowed = [d for d in waiting if may_train(base_of(d.hexcode), extra[d.style].near, held)]
+        render_all(allowed, len(tested) + len(allowed))
+    pixels.flush()
+    if len(kept) < len(drawings):  # held-out and broken drawings leave a tail behind
+        shorter = root / f"{PIXELS_FILE}.shorter"
+        with shorter.open("wb") as file:
+            np.save(file, pixels[: len(kept)], allow_pickle=False)
+        os.replace(shorter, scratch)
+
     records = []
     for drawing in kept:
         entry, base = labels[drawing.hexcode], base_of(drawing.hexcode)
@@ -175,7 +194,8 @@ def build_pictures(
                 entry["label"],
                 tuple(entry.get("tags", ())),
                 entry.get("group"),
-                splits[base, drawing.style],
+                splits.get((base, drawing.style), "train"),
+                drawing.style in extra,
             )
         )
     os.replace(scratch, root / PIXELS_FILE)
@@ -187,7 +207,8 @@ def build_pictures(
             "format": FORMAT,
             "packages": wanted,
             "pictures": len(records),
-            "not_rendered": len(drawings) - len(kept),
+            "held_back": len(waiting) - len(allowed),
+            "not_rendered": len(tested) + len(allowed) - len(kept),
             "split": {s: sum(r.split == s for r in records) for s in ("train", "unseen_pair", "unseen_concept")},
         },
     )

@@ -27,11 +27,12 @@ class Record:
     Attributes:
         hexcode: code points in lower-case hexadecimal joined by dashes, without variation selectors.
         base_hexcode: the same without skin tones: the concept.
-        style: ``"noto"``, ``"twemoji"``, ``"fluent flat"`` or ``"fluent 3d"``.
+        style: ``"noto"``, ``"twemoji"``, ``"fluent flat"``, ``"fluent 3d"`` or that of a training-only set.
         label: short name in English.
         tags: further English words for it.
         group: emojibase's group number, None for components such as regional indicators.
         split: the set it belongs to.
+        training_only: of a set that is trained on and never measured.
     """
 
     hexcode: str
@@ -41,6 +42,7 @@ class Record:
     tags: tuple[str, ...]
     group: int | None
     split: Split
+    training_only: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""

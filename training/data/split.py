@@ -5,12 +5,14 @@ A *concept* is one base hexcode (an emoji without skin tones) in whatever style.
 - ``unseen_concept``: a tenth of the concepts, in all styles;
 - ``unseen_pair``: a concept in one style family, known to training in at least one other family. All Fluent sets are
   one family: they are the same drawings.
+
+Training-only sets have no part in this: they are neither counted as families nor tested, and lose what is held out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 Split = Literal["train", "unseen_pair", "unseen_concept"]
@@ -41,6 +43,11 @@ def twin_of(base_hexcode: str) -> str:
     return "-".join(_PERSONS.get(part, part) for part in parts if part not in _TWIN_SIGNS)
 
 
+def is_unseen_concept(base_hexcode: str) -> bool:
+    """Whether the concept is held out in all styles."""
+    return unit_hash(f"concept:{base_hexcode}") < CONCEPT_SHARE
+
+
 def assign_splits(pictures: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Split]:
     """The split of each picture.
 
@@ -61,8 +68,23 @@ def assign_splits(pictures: Iterable[tuple[str, str]]) -> dict[tuple[str, str], 
             held_family[hexcode] = choices[int(unit_hash(f"style:{hexcode}") * len(choices))]
 
     def split_of(hexcode: str, style: str) -> Split:
-        if unit_hash(f"concept:{hexcode}") < CONCEPT_SHARE:
+        if is_unseen_concept(hexcode):
             return "unseen_concept"
         return "unseen_pair" if held_family.get(hexcode) == style_family(style) else "train"
 
     return {(hexcode, style): split_of(hexcode, style) for hexcode, style in pictures}
+
+
+def held_drawings(splits: Mapping[tuple[str, str], Split]) -> set[tuple[str, str]]:
+    """(twin code, style family) of every test picture: what a set near that family must not show."""
+    return {(twin_of(hexcode), style_family(style)) for (hexcode, style), split in splits.items() if split != "train"}
+
+
+def may_train(base_hexcode: str, near: str, held: set[tuple[str, str]]) -> bool:
+    """Whether a training-only picture may be trained on.
+
+    Args:
+        near: the style family that its set resembles, empty where there is none.
+        held: of the tested sets, from :func:`held_drawings`.
+    """
+    return not is_unseen_concept(base_hexcode) and (twin_of(base_hexcode), near) not in held

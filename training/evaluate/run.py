@@ -22,7 +22,16 @@ from training.evaluate.features import WEIGHTS_SHA256, extract_features, load_ef
 from training.evaluate.measure import RowResult, SetMeasurer, reference_rows, style_counts
 from training.evaluate.report import command_line, environment, set_report, write_report
 from training.evaluate.rows import DEFAULT_ROWS, PictureCache, Pictures, Row, build_rows, generate, psnr, reconstruct
-from training.evaluate.sets import LARGEST_SET, SETS, TEST_SETS, HeldOutSet, composites, concept_text, held_out_set
+from training.evaluate.sets import (
+    LARGEST_SET,
+    SETS,
+    TEST_SETS,
+    HeldOutSet,
+    composites,
+    concept_text,
+    held_out_set,
+    measured_indices,
+)
 
 Report = Callable[[str, float], None]
 
@@ -210,9 +219,12 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
     )
     tests = [held_out_set(pictures, name, settings.limit) for name in names]
     train = pictures.indices("train")
-    train_features = store.of_set(pictures, train)
+    train_features = store.of_set(pictures, train)  # of all: any of them may have been copied
     position = {index: row for row, index in enumerate(train)}
-    projection, texts, row_of = _text_alignment(models, pictures, train, train_features, tests)
+    # Fitted on the measured styles alone, so that a table does not move with the sets that are only trained on.
+    fitted = measured_indices(pictures, "train")
+    fitted_features = train_features[torch.tensor([position[i] for i in fitted])]
+    projection, texts, row_of = _text_alignment(models, pictures, fitted, fitted_features, tests)
 
     entries: list[dict[str, Any]] = []
     for test in tests:
@@ -249,7 +261,8 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
             "weights_sha256": WEIGHTS_SHA256,
             "dtype": settings.feature_dtype,
         },
-        "text_alignment": {"penalty": projection.penalty, "training_pictures": len(train)},
+        "text_alignment": {"penalty": projection.penalty, "training_pictures": len(fitted)},
+        "nearest_training": {"training_pictures": len(train)},
         "cascades": {row.key: row.cascade.to_dict() for row in rows},
         "sets": entries,
     }

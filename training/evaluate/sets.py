@@ -63,6 +63,11 @@ def hash_order(pictures: PictureSet, indices: Sequence[int], salt: str) -> list[
     return sorted(indices, key=lambda i: unit_hash(f"{salt}:{records[i].hexcode}:{records[i].style}"))
 
 
+def measured_indices(pictures: PictureSet, name: Split) -> list[int]:
+    """Positions of a split's pictures in the styles that are measured: those of training-only sets are left out."""
+    return [i for i in pictures.indices(name) if not pictures.records[i].training_only]
+
+
 def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) -> HeldOutSet:
     """The first ``limit`` pictures of a split in hash order.
 
@@ -71,9 +76,9 @@ def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) ->
     Raises:
         ValueError: the split has fewer than two concepts within the limit.
     """
-    chosen = pictures.indices(name)
+    chosen = measured_indices(pictures, name)
     if name in TEST_SETS:
-        trained = {_drawing(pictures.records[i]) for i in pictures.indices("train")}
+        trained = {_drawing(pictures.records[i]) for i in measured_indices(pictures, "train")}
         chosen = [i for i in chosen if _drawing(pictures.records[i]) not in trained]
     indices = hash_order(pictures, chosen, "test")[:limit]
     records = tuple(pictures.records[i] for i in indices)
@@ -100,7 +105,7 @@ def same_style_mix(pictures: PictureSet, test: HeldOutSet) -> list[int]:
     """As many training pictures, of the same styles, in hash order: the other side of the real-against-real floor."""
     wanted = Counter(record.style for record in test.records)
     measured = set(test.indices)
-    train = [i for i in pictures.indices("train") if i not in measured]
+    train = [i for i in measured_indices(pictures, "train") if i not in measured]
     chosen: list[int] = []
     for style, count in sorted(wanted.items()):
         of_style = [i for i in train if pictures.records[i].style == style]
@@ -115,7 +120,8 @@ def other_style_pictures(pictures: PictureSet, test: HeldOutSet) -> list[int | N
     """
     by_concept: dict[str, list[int]] = {}
     for i, record in enumerate(pictures.records):
-        by_concept.setdefault(record.base_hexcode, []).append(i)
+        if not record.training_only:
+            by_concept.setdefault(record.base_hexcode, []).append(i)
     found: list[int | None] = []
     for record in test.records:
         family = style_family(record.style)
