@@ -2,15 +2,20 @@
 
     python -m engines.benchmark.probe --device cuda --out benchmarks/gpu
 
-Runs a small SD3 transformer of random weights through every backend by the interface that serves. A backend that does
-not work is no error of the probe: its reason is the answer.
+Runs a small SD3 transformer of random weights through every backend by the interface that serves, each in a process of
+its own: a library that crashes takes only its own row with it. A backend that does not work is no error of the probe:
+its reason is the answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import multiprocessing
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,7 +47,16 @@ def probe(device: str, backends: Sequence[str] = tuple(COMPILERS), dtype: str = 
         L2 of each batch, whether other weights were taken in place (`refit`, its error against eager, or the reason),
         and the median milliseconds of each batch.
     """
-    return [{"backend": name, **_probe(name, device, dtype)} for name in backends]
+    return [{"backend": name, **_alone(name, device, dtype)} for name in backends]
+
+
+def _alone(name: str, device: str, dtype: str) -> dict[str, Any]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=faulthandler.enable) as pool:
+        try:
+            return pool.submit(_probe, name, device, dtype).result()
+        except BrokenProcessPool:
+            return {"works": False, "reason": "its process crashed; where, stands on standard error"}
 
 
 def _probe(name: str, device: str, dtype: str) -> dict[str, Any]:
