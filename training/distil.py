@@ -308,6 +308,7 @@ class Distillation:
             "weights": self._exported_weights(),
             "iterations": progress.iteration,
             "seconds": round(progress.seconds),
+            "device": ", ".join(progress.devices),
             "batch_size": settings.batch_size * self.trainer.accelerator.num_processes,
             "guidance_scale": self.method.guidance_scale,
             **({"initial_student": Path(settings.initial_student).name} if settings.initial_student else {}),

@@ -48,11 +48,6 @@ class TeacherData:
         names = ("high", "low", "tokens", "pooled", "captions_of")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def first(self, pictures: int) -> TeacherData:
-        """The first pictures only."""
-        rows = slice(pictures)
-        return replace(self, high=self.high[rows], low=self.low[rows], captions_of=self.captions_of[rows])
-
     def save(self, folder: Path) -> None:
         """Writes ``latents.safetensors`` and ``captions.json`` atomically."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,11 +106,12 @@ def encode_training_set(
     """Encodes pictures and captions, on the device of the networks; what comes back is on the CPU.
 
     Args:
-        records: training records with ``label``, ``tags`` and ``style``, aligned with ``rgba``.
+        records: records with ``label``, ``tags`` and ``style``, aligned with ``rgba``.
         rgba: (N, H, W, 4) uint8.
         autoencoder: :class:`rmd.backbones.autoencoder.EmbeddedAutoencoder`; its ``encode`` gives normalised latents.
         grounds_each: grounds a picture, the first of them white.
         captions_each: captions a picture has on each ground; on white the first is the plain one.
+        seed: of the grounds and the captions.
     """
     rng = random.Random(seed)
     coloured = [name for name in GROUNDS if name != WHITE]

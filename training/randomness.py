@@ -11,13 +11,15 @@ from torch import Tensor
 class Randomness:
     """Draws that can be saved and restored.
 
-    Noise is drawn where it is used: on a GPU, drawing it on the CPU would take longer than the update it is for.
+    Noise is drawn where it is used: on a GPU, drawing it on the CPU would take longer than the update it is for. So one
+    seed gives the same prompts and times on every device, and the same noise on every device of a kind.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.device = torch.device(device)
         self.dtype = dtype
+        self.seed = seed
         self.noise = self.generator
         if self.device.type != "cpu":
             self.noise = torch.Generator(self.device).manual_seed(seed)
@@ -41,9 +43,18 @@ class Randomness:
             states[f"noise_{self.device.type}"] = self.noise.get_state()
         return states
 
-    def load_state(self, states: Mapping[str, Tensor]) -> None:
-        """Restore what :meth:`state` gave. On another kind of device the noise is not what it would have been."""
+    def load_state(self, states: Mapping[str, Tensor], iteration: int = 0) -> None:
+        """Restore what :meth:`state` gave.
+
+        Args:
+            iteration: of the run. On another kind of device than before it seeds the noise, which is then new, not the
+                run's first once more.
+        """
         self.generator.set_state(states["generator"].cpu())
+        if self.noise is self.generator:
+            return
         own = states.get(f"noise_{self.device.type}")
         if own is not None:
             self.noise.set_state(own.cpu())
+        else:
+            self.noise.manual_seed(self.seed + 1_000_003 * (iteration + 1))

@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object a line, cut back to the checkpoint that a killed run resumes from."""
+"""The metrics of a run, one JSON object a line, cut back to the checkpoint that a killed run resumes from."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def cut_lines(path: Path, iteration: int) -> None:
-    """Drop the lines after `iteration`, and a last one that a kill cut short; atomic."""
+def cut_lines(path: Path, iteration: int, counter: str = "iteration") -> None:
+    """Drop the lines whose `counter` is after `iteration`, and a last one that a kill cut short; atomic."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["iteration"] <= iteration:
+            if json.loads(line)[counter] <= iteration:
                 kept.append(line + "\n")
         except ValueError:
             continue

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rmd.machine import device_name
 from training.attention import training_attention
 from training.interrupts import stopped_by_signals
 from training.latents import TeacherData
@@ -74,6 +75,8 @@ class TeacherSettings(BaseModel):
 class TeacherTrainer:
     """The training loop and its state: float32 master weights, a bfloat16 working copy, EMA, two optimisers.
 
+    Everything, the encoded set included, lies on ``device``.
+
     Matrices inside the blocks go to Muon; modulations, embeddings, biases and the output to AdamW (Muon gains little
     on modulations and costs most there).
     """
@@ -114,6 +117,7 @@ class TeacherTrainer:
             (torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.97), weight_decay=0.0), settings.adam_rate),
         ]
         self.random = torch.Generator(self.device).manual_seed(settings.seed)
+        self.devices: list[str] = []
         self.step = self.samples = 0
         self.seconds = 0.0
         self._stop = False
@@ -203,6 +207,8 @@ class TeacherTrainer:
 
     def train(self, log: Callable[[dict[str, float]], None]) -> None:
         """Trains until the budget is spent or SIGTERM/SIGINT arrives; saves either way."""
+        if (name := device_name(self.device)) not in self.devices and not self.finished:
+            self.devices.append(name)
         last_save = time.monotonic()
         window: list[float] = []
         with stopped_by_signals(self.stop):
@@ -253,6 +259,7 @@ class TeacherTrainer:
         tensors["random"] = self.random.get_state().cpu()
         header = {
             "device": self.device.type,
+            "devices": json.dumps(self.devices),
             "step": str(self.step),
             "samples": str(self.samples),
             "seconds": repr(self.seconds),
@@ -265,7 +272,16 @@ class TeacherTrainer:
         os.replace(part, self.run / "state.safetensors")
 
     def resume(self) -> bool:
-        """Takes up the state in the run's folder, if there is one; the settings given now stay in force."""
+        """Takes up the state in the run's folder, if there is one; the settings given now stay in force.
+
+        On another kind of device than before, batches and noise are drawn anew.
+
+        Returns:
+            whether there was one.
+
+        Raises:
+            ValueError: it is of another transformer.
+        """
         path = self.run / "state.safetensors"
         if not path.exists():
             return False
@@ -289,9 +305,12 @@ class TeacherTrainer:
                     key, field = name.removeprefix(prefix).split(".", 1)
                     state.setdefault(int(key), {})[field] = value
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if header.get("device", "cpu") == self.device.type:  # another kind of device has other random numbers
-            self.random.set_state(tensors["random"])
         self.step, self.samples = int(header["step"]), int(header["samples"])
+        self.devices = json.loads(header.get("devices", "[]"))
+        if header.get("device", "cpu") == self.device.type:
+            self.random.set_state(tensors["random"])
+        else:  # generators of different devices have nothing in common
+            self.random.manual_seed(self.settings.seed + 1_000_003 * self.step)
         self.seconds = float(header["seconds"])
         return True
 
@@ -328,7 +347,7 @@ def velocity_loss(model: Any, x0: Tensor, eps: Tensor, t: Tensor, tokens: Tensor
 def picture_loss(model: Any, data: TeacherData, batch: int = 128, seed: int = 0) -> float:
     """The velocity loss on the white pictures of a set at the full size, with their plain captions.
 
-    The same noise and evenly spread times on every call, so that two states of a training, or two sets, compare.
+    The same noise and evenly spread times on every call, so that two states of a training compare.
     """
     device = data.high.device
     random = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import teacher_cascade
 from rmd.checkpoint import TeacherSpec, write_cascade_json
 from rmd.presets import PROFILES
-from training.data.sources import DEFAULT_PACKAGES, notice_text
+from training.data.sources import notice_text
 from training.files import save_model, write_json
 from training.teacher import TeacherSettings
 
@@ -128,6 +128,7 @@ def teacher_card(record: Mapping[str, Any]) -> str:
         "optimiser steps": record.get("step"),
         "samples seen": record.get("samples"),
         "minutes of training": record.get("minutes"),
+        "trained on": record.get("device"),
         "autoencoder, PSNR on held-out pictures in dB": ", ".join(
             f"{name.replace('_', ' ')} {value:.1f}" for name, value in autoencoder.get("psnr", {}).items()
         ),
@@ -137,8 +138,10 @@ def teacher_card(record: Mapping[str, Any]) -> str:
             f"{before.get('step')} steps, {before.get('samples')} samples, {before.get('minutes')} minutes"
         )
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
-    styles = ", ".join(package.style for package in DEFAULT_PACKAGES if package.style)
-    command = " ".join(["rmd train-teacher", *_options(record.get("settings", {}))])
+    packages = record.get("pictures", {}).get("packages", [])
+    styles = ", ".join(package["style"] for package in packages if package["style"])
+    device = ["--device cuda"] if "NVIDIA" in record.get("device", "") else []
+    command = " ".join(["rmd train-teacher", *device, *_options(record.get("settings", {}))])
     return f"""# {TEACHER_FOLDER}
 
 The teacher of the embedded model: a small text-to-image model trained from scratch on captioned pictograms at 128 and

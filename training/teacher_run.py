@@ -17,22 +17,24 @@ from rmd.checkpoint import CheckpointFolder
 from training.autoencoder import AutoencoderConfig, train_autoencoder
 from training.data.dataset import PictureSet
 from training.data.split import Split
+from training.evaluate.sets import hash_order, measured_indices
 from training.files import write_json
 from training.latents import TeacherData, encode_training_set
-from training.records import append_line
+from training.records import append_line, cut_lines
 from training.teacher import TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer, picture_loss
 from training.teacher_export import TEACHER_FOLDER, export_shared, export_teacher, find_text_encoder, load_text_encoder
 from training.teacher_sheets import draw_teacher, sheet_prompts, write_teacher_sheet
 
 Log = Callable[[str], None]
 
-HELD_OUT_PICTURES = 256
-"""Of each split, whose loss is written at every save."""
+MEASURED_PICTURES = 256
+"""Of each split, the first by a hash, whose loss is written at every save."""
 
 
 class TeacherRun:
-    """The parts of a run folder: ``autoencoder/``, ``data/`` (encoded set), ``state.safetensors``, ``log.jsonl``,
-    ``export/`` (the two checkpoint folders as of the last save) and ``sheets/``.
+    """The parts of a run folder: ``autoencoder/``, ``data/`` and ``measured-<split>/`` (encoded pictures),
+    ``state.safetensors``, ``log.jsonl``, ``losses.jsonl``, ``initial.json`` (the record of the teacher that was started
+    from), ``export/`` (the two checkpoint folders as of the last save) and ``sheets/``.
 
     Args:
         data: the picture cache.
@@ -74,12 +76,15 @@ class TeacherRun:
         return self.run / "autoencoder" / "model"
 
     def prepare(self, *, autoencoder_minutes: float, initial: Path | None = None, seed: int = 0) -> None:
-        """Gets the autoencoder and encodes the training set, unless the run has them.
+        """Gets the autoencoder and encodes the training set and what is measured, unless the run has them.
 
         Args:
             autoencoder_minutes: for training one.
             initial: a teacher's folder whose transformer goes on; it knows its own autoencoder's latents, so that one
                 is taken.
+
+        Raises:
+            ValueError: the run encoded other pictures.
         """
         if initial is not None and not self.autoencoder_folder.is_dir():
             self.autoencoder_folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,30 +98,33 @@ class TeacherRun:
             train_autoencoder(self.pictures, self.run / "autoencoder", config, log=self.log)
         autoencoder, tokenizer, text_encoder = self._frozen()
         export_shared(self.run / "export", autoencoder, tokenizer, text_encoder)
+        networks = (
+            autoencoder.to(self.device, memory_format=torch.channels_last),
+            tokenizer,
+            text_encoder.to(self.device),
+        )
+        self._encode("data", self.pictures.indices("train"), networks, grounds_each=3, captions_each=4, seed=seed)
         for split in get_args(Split):
-            folder = self.encoded_folder(split)
-            if (folder / "captions.json").is_file():
-                continue
-            rows = self.pictures.indices(split)
-            if split != "train":
-                rows = rows[:HELD_OUT_PICTURES]
-            if not rows:
-                continue
-            self.log(f"encoding {len(rows)} pictures ({split})")
-            encode_training_set(
-                [self.pictures.records[i] for i in rows],
-                torch.from_numpy(self.pictures.rgba[rows]),
-                autoencoder.to(self.device, memory_format=torch.channels_last),
-                tokenizer,
-                text_encoder.to(self.device),
-                grounds_each=3 if split == "train" else 1,
-                captions_each=4 if split == "train" else 1,
-                seed=seed,
-            ).save(folder)
+            ranked = hash_order(self.pictures, measured_indices(self.pictures, split), "losses")
+            chosen = ranked[:MEASURED_PICTURES]
+            self._encode(f"measured-{split}", chosen, networks, grounds_each=1, captions_each=1, seed=seed)
 
-    def encoded_folder(self, split: Split) -> Path:
-        """Where a split's encoded pictures lie."""
-        return self.run / ("data" if split == "train" else f"data-{split}")
+    def _encode(self, name: str, rows: list[int], networks: tuple[Any, Any, Any], **options: Any) -> None:
+        """Encodes these pictures into a folder of the run, unless it is there."""
+        folder = self.run / name
+        origin = folder / "pictures.json"
+        if (folder / "captions.json").is_file():
+            if not origin.is_file() or json.loads(origin.read_text()) != self.pictures.meta:
+                raise ValueError(f"{folder} was encoded from other pictures: delete it, or choose another --run folder")
+            return
+        if not rows:
+            return
+        self.log(f"encoding {len(rows)} pictures ({name})")
+        records = [self.pictures.records[i] for i in rows]
+        pixels = torch.from_numpy(self.pictures.rgba[rows])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(origin, self.pictures.meta)
+        encode_training_set(records, pixels, *networks, **options).save(folder)
 
     def train(self, **settings: Any) -> TeacherTrainer:
         """Trains until the budget is spent or the process is asked to stop.
@@ -126,7 +134,7 @@ class TeacherRun:
         """
         self.trainer = TeacherTrainer(
             TeacherSettings(**settings),
-            TeacherData.load(self.encoded_folder("train")),
+            TeacherData.load(self.run / "data"),
             self.run,
             self.transformer_config,
             on_save=self._on_save,
@@ -134,6 +142,7 @@ class TeacherRun:
         )
         if self.trainer.resume():
             self.log(f"resuming at step {self.trainer.step}, {self.trainer.seconds / 60:.1f} minutes spent")
+            cut_lines(self.run / "losses.jsonl", self.trainer.step - 1, "step")
         with (self.run / "log.jsonl").open("a") as file:
 
             def log(entry: dict[str, float]) -> None:
@@ -158,9 +167,12 @@ class TeacherRun:
     def record(self, trainer: TeacherTrainer) -> dict[str, Any]:
         """How the teacher was trained, for ``cascade.json``."""
         metrics = self.run / "autoencoder" / "metrics.json"
+        settings = trainer.settings.model_dump(mode="json")
+        if trainer.settings.initial is not None and trainer.settings.initial.is_absolute():
+            settings["initial"] = trainer.settings.initial.name  # where it lay is nobody's business
         return {
-            "settings": trainer.settings.model_dump(mode="json"),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "settings": settings,
+            "device": ", ".join(trainer.devices),
             "step": trainer.step,
             "samples": trainer.samples,
             "minutes": round(trainer.seconds / 60, 2),
@@ -188,25 +200,20 @@ class TeacherRun:
     def _on_save(self, trainer: TeacherTrainer) -> None:
         model = trainer.ema_model()
         export_teacher(self.run / "export", model, self.record(trainer))
-        losses = self.picture_losses(trainer, model.to(self.device))
+        losses = self.picture_losses(model.to(self.device))
         append_line(self.run / "losses.jsonl", {"step": trainer.step, **losses})
         self.log("averaged weights, velocity loss: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         if self.sheets:
             self.draw_sheet(trainer.step)
 
-    def picture_losses(self, trainer: TeacherTrainer, model: Any) -> dict[str, float]:
-        """The velocity loss on pictures of each split: how far training and held-out pictures part. Nothing is chosen
-        by it."""
+    def picture_losses(self, model: Any) -> dict[str, float]:
+        """The velocity loss on pictures of each split, in the measured styles: how far training and held-out pictures
+        part. Nothing is chosen by it."""
         losses = {}
         for split in get_args(Split):
-            folder = self.encoded_folder(split)
-            if split == "train":
-                data = trainer.data.first(HELD_OUT_PICTURES)
-            elif (folder / "captions.json").is_file():
-                data = TeacherData.load(folder).to(self.device)
-            else:
-                continue
-            losses[split] = round(picture_loss(model, data), 4)
+            folder = self.run / f"measured-{split}"
+            if (folder / "captions.json").is_file():
+                losses[split] = round(picture_loss(model, TeacherData.load(folder).to(self.device)), 4)
         return losses
 
     def draw_sheet(self, step: int) -> Path:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rmd.machine import device_name
 from training.attention import training_attention
 from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from training.files import write_json
@@ -56,6 +57,7 @@ class Progress:
     bad_updates: int = 0
     skipped: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)
+    devices: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -246,6 +248,8 @@ class Trainer:
         if settings.iterations is None and settings.minutes is None:
             raise TrainingError("the run has no end: give --minutes or --iterations")
         self.run.mkdir(parents=True, exist_ok=True)
+        if (name := device_name(self.method.backbone.device)) not in self.progress.devices:
+            self.progress.devices.append(name)
         if self.accelerator.is_main_process:
             write_json(self.run / "settings.json", self.settings.to_record())
             cut_lines(self.metrics_file, self.progress.iteration)
@@ -327,6 +331,7 @@ class Trainer:
             "skipped": self.progress.skipped,
             "bad_updates": self.progress.bad_updates,
             "sums": self.progress.sums,
+            "devices": self.progress.devices,
             "ema_updates": self.ema.updates,
             "settings": self.settings.to_record(),
             "prompts": self._prompts_digest(),
@@ -339,7 +344,8 @@ class Trainer:
     def resume(self, change_settings: bool = False, *, to_export: bool = False) -> bool:
         """Continue from the run's newest checkpoint.
 
-        With several processes, all but the first draw other noise than an uninterrupted run would have.
+        With several processes, all but the first draw other noise than an uninterrupted run would have; so does a run
+        that goes on on another kind of device.
 
         Args:
             change_settings: allow the settings in `CHANGEABLE` to differ from the stored ones.
@@ -372,7 +378,7 @@ class Trainer:
         self.ema.weights = {name: roles["ema"][name].to(value) for name, value in self.ema.weights.items()}
         self.ema.updates = int(state["ema_updates"])
         if self.accelerator.process_index == 0:
-            self.random.load_state(roles["random"])
+            self.random.load_state(roles["random"], int(state["iteration"]))
             self.rollout.load_state_dict(roles["random"])
         else:
             self.random = Randomness(
@@ -387,5 +393,6 @@ class Trainer:
             bad_updates=int(state["bad_updates"]),
             skipped=int(state["skipped"]),
             sums={name: list(pair) for name, pair in state["sums"].items()},
+            devices=list(state.get("devices", [])),
         )
         return True

@@ -13,7 +13,7 @@ import argparse
 import faulthandler
 import multiprocessing
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -50,11 +50,12 @@ def probe(device: str, backends: Sequence[str] = tuple(COMPILERS), dtype: str = 
     return [{"backend": name, **_alone(name, device, dtype)} for name in backends]
 
 
-def _alone(name: str, device: str, dtype: str) -> dict[str, Any]:
+def _alone(name: str, device: str, dtype: str, run: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
+    """The row of one backend, found in a process of its own; ``run`` stands in for :func:`_probe`."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=faulthandler.enable) as pool:
         try:
-            return pool.submit(_probe, name, device, dtype).result()
+            return pool.submit(run or _probe, name, device, dtype).result()
         except BrokenProcessPool:
             return {"works": False, "reason": "its process crashed; where, stands on standard error"}
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from rmd.machine import device_name
+
 _PACKAGES = (
     "torch",
     "diffusers",
@@ -35,7 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             continue
     found: dict[str, Any] = {
         "kind": device.type,
-        "name": processor_name(),
+        "name": device_name(device),
         "cpus": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -43,22 +45,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found.update(
-            name=properties.name,
             memory_bytes=properties.total_memory,
             compute_capability=f"{properties.major}.{properties.minor}",
         )
         versions["cuda"] = str(torch.version.cuda)
     return {"device": found, "versions": versions}
-
-
-def processor_name() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def resident_bytes() -> int:

@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from engines.benchmark.batching import EngineBenchSettings, buckets_summary, engine_rows, loop_rows, run_engines
 from engines.benchmark.executors import EnginesOnDemand, make_executor
+from engines.benchmark.probe import _alone
 from engines.benchmark.ratios import MEASURED, SUMMED, Measured, rows_of, schedule_seconds, speedups, step_key
 from engines.benchmark.report import speedup_markdown
 from engines.benchmark.speedup import SpeedupSettings, main, run_speedup
@@ -42,6 +43,16 @@ def test_the_probe_tells_what_works_and_why_the_rest_does_not(tmp_path: Path) ->
     assert eager["works"] and set(eager["batches"]) == {"1", "2", "4"} and eager["refit"] == 0.0
     assert all(entry["relative_l2"] < 1e-6 and entry["milliseconds"] > 0 for entry in eager["batches"].values())
     assert "| eager | module |" in (tmp_path / "probe-cpu.md").read_text()
+
+
+def _crash(*_: str) -> dict[str, Any]:
+    os._exit(11)
+
+
+def test_a_backend_that_crashes_costs_the_probe_its_own_row_alone() -> None:
+    row = _alone("inductor", "cpu", "float32", _crash)
+    assert row["works"] is False
+    assert "crashed" in row["reason"]
 
 
 def _timing(seconds: float) -> Timing:

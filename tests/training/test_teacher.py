@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from rmd.backbones.registry import load_checkpoint
+from rmd.machine import device_name
 from rmd.size import Size
 from training.autoencoder import (
     AutoencoderConfig,
@@ -31,6 +32,7 @@ from training.data.dataset import PictureSet, Record
 from training.files import save_model
 from training.latents import TEXT_TOKENS, TeacherData, encode_text
 from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, is_muon_matrix, picture_loss
+from training.teacher_export import teacher_card
 from training.teacher_run import TeacherRun
 from training.teacher_sheets import sheet_prompts
 
@@ -208,6 +210,30 @@ def test_a_killed_run_goes_on_where_it_was_saved(tmp_path: Path) -> None:
         assert torch.allclose(second.ema[name], first.ema[name], atol=1e-6), name
 
 
+def test_another_kind_of_device_goes_on_with_new_noise_and_is_recorded(tmp_path: Path) -> None:
+    first = trainer(tmp_path)
+    first.device, first.devices, first.step = torch.device("cuda"), ["NVIDIA X"], 3  # as if it had run there
+    first.save()
+    second = trainer(tmp_path)
+    assert second.resume()
+    assert not torch.equal(second.random.get_state(), first.random.get_state())
+    assert not torch.equal(second.random.get_state(), trainer(tmp_path).random.get_state()), (
+        "not the first batches again"
+    )
+    second.settings.minutes = 0.001
+    second.train(lambda _: None)
+    assert second.devices == ["NVIDIA X", device_name()]
+
+
+def test_the_card_tells_device_options_and_styles(tmp_path: Path) -> None:
+    settings = TeacherSettings(minutes=4.5, batch=512, cooldown_share=0.6, ema_decay=0.998).model_dump(mode="json")
+    packages = [{"style": "noto"}, {"style": ""}, {"style": "noto blob"}]
+    card = teacher_card({"settings": settings, "device": "NVIDIA X", "pictures": {"packages": packages}})
+    assert "rmd train-teacher --device cuda --minutes 4.5 --batch 512 --cooldown-share 0.6 --ema-decay 0.998\n" in card
+    assert "style one of noto, noto blob\n" in card
+    assert "--device" not in teacher_card({"settings": settings, "device": "some processor"})
+
+
 def test_a_run_stops_at_its_budget_and_at_sigterm(tmp_path: Path) -> None:
     saved: list[int] = []
     job = trainer(tmp_path, minutes=0.02)
@@ -273,7 +299,6 @@ def test_the_loss_of_a_set_is_on_its_white_pictures_and_the_same_at_every_call(t
     assert picture_loss(Constant(0.0), data) == pytest.approx(5, abs=0.3)
     model = trainer(tmp_path).ema_model()
     assert picture_loss(model, data, batch=7) == pytest.approx(picture_loss(model, data, batch=40), rel=1e-2)
-    assert len(data.first(3).high) == len(data.first(3).captions_of) == 3
 
 
 def test_captions_match_grounds_and_some_are_dropped(tmp_path: Path) -> None:
@@ -339,6 +364,9 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
 
     again = TeacherRun(cache, run, models, sheets=False, **options)
     again.prepare(autoencoder_minutes=1.0)
+    (run / "data" / "pictures.json").write_text('{"format": 0}')
+    with pytest.raises(ValueError, match="was encoded from other pictures: delete it, or choose another --run"):
+        again.prepare(autoencoder_minutes=1.0)
     trained = again.train(minutes=0.02, **settings)
     assert trained.step > first
     assert any(f"resuming at step {first}" in line for line in lines)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rmd.machine import device_name
 from tests.training.distil_setup import make_trainer, prompt_set
 from training import checkpointing
 from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from training.networks import merged_network, network_of, with_weights
 from training.optimizer import AveragedWeights, MasterAdamW
+from training.randomness import Randomness
 from training.settings import DistillSettings, parse_assignments
 from training.trainer import Hooks, Trainer, TrainingError
 
+CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
 VARIANTS: list[dict[str, Any]] = [
     {"low_stage_iterations": 1},
     {"rollout": "pipelined", "shared_score_sample": True, "fake_steps": 2, "rate_warmup": 3, "decay_share": 0.5,
@@ -267,3 +271,64 @@ def test_assignments_are_read_as_values() -> None:
     }
     with pytest.raises(ValueError, match="not name=value"):
         parse_assignments(["guidance_scale"])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_configurations_are_settings(config: Path) -> None:
+    assert DistillSettings.read(config).method == "rmd"
+
+
+def test_noise_is_restored_or_new_where_the_device_is_another() -> None:
+    source = Randomness(7)
+    source.normal((3,))
+    state = source.state()
+    following = source.normal((3,))
+    again = Randomness(7)
+    again.load_state({**state, "noise_cuda": torch.zeros(16, dtype=torch.uint8)}, iteration=5)
+    assert torch.equal(again.normal((3,)), following)
+
+    class OtherDevice(Randomness):
+        """Noise from a generator of its own, as on a GPU."""
+
+        def __init__(self, seed: int) -> None:
+            super().__init__(seed)
+            self.noise = torch.Generator().manual_seed(seed)
+            self.device = torch.device("cpu")
+
+    moved = OtherDevice(7)
+    first = moved.normal((3,))
+    moved.load_state(state, iteration=5)
+    assert not torch.equal(moved.normal((3,)), first), "not the run's first noise again"
+    kept = {**moved.state()}
+    assert kept.keys() == {"generator", "noise_cpu"}
+    expected = moved.normal((3,))
+    fresh = OtherDevice(7)
+    fresh.load_state(kept, iteration=9)
+    assert torch.equal(fresh.normal((3,)), expected)
+
+
+def test_the_devices_of_a_run_are_remembered(tmp_path: Path) -> None:
+    first = make_trainer(tmp_path, iterations=1)
+    first.progress.devices.append("NVIDIA X")
+    first.train()
+    second = make_trainer(tmp_path, iterations=1)
+    assert second.resume()
+    assert second.progress.devices == ["NVIDIA X", device_name()]
+
+
+def test_packed_files_are_whole_again_and_never_mixed(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "gpu_train.sh"
+    files = [tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors"]
+    for size, file in zip((16 * 2**20, 5), files, strict=True):
+        file.parent.mkdir()
+        file.write_bytes(os.urandom(size))
+    command = ["bash", str(script), "pack", *map(str, files), str(tmp_path / "out")]
+    subprocess.run(command, check=True)
+    for file in files:
+        name = str(file).lstrip("/").replace("/", "-")
+        parts = sorted((tmp_path / "out").glob(f"{name}.part-*"))
+        assert b"".join(part.read_bytes() for part in parts) == file.read_bytes()
+    assert max(part.stat().st_size for part in (tmp_path / "out").iterdir()) <= 15 * 2**20
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "choose another folder" in again.stderr

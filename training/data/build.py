@@ -47,7 +47,7 @@ class Drawing:
 
 
 def svg_drawings(package: Package, tarball: Tarball, names: dict[str, str]) -> Iterator[Drawing]:
-    """Drawings of an Iconify set; ``names`` is its ``chars.json`` (code -> icon name)."""
+    """Drawings of an Iconify set; ``names`` is code -> icon name: its ``chars.json``, or found by name."""
     icons = tarball.read_json("icons.json")
     for code, name in names.items():
         icon = icons["icons"].get(name)
@@ -106,7 +106,9 @@ def collect_drawings(
             source = tarballs.get(package.names_from or package.name)
             if source is None:
                 raise SourceError(f"{package.name} needs the package {package.names_from} for its names: add it")
-            names = source.read_json("chars.json") or match_names(tarball.read_json("icons.json")["icons"], words)
+            names = source.read_json("chars.json")
+            if not names and package.training_only:
+                names = match_names(tarball.read_json("icons.json")["icons"], words)
             found: Iterable[Drawing] = svg_drawings(package, tarball, names)
         else:
             found = raster_drawings(package, tarball)

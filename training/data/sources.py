@@ -31,7 +31,8 @@ class Package:
         licence: SPDX name.
         credit: the line that goes into NOTICE.
         style: caption name of its pictures, empty where it holds none.
-        names_from: package whose ``chars.json`` names the pictures; its own when empty.
+        names_from: package whose ``chars.json`` names the pictures; its own when empty. A training-only package whose
+            table is empty is joined by its icons' names.
         training_only: its pictures are never test pictures, and change nothing about which others are.
         near: the style family that its drawings resemble so much that they would give away that family's held-out
             ones; what is held out there is left out here too.

