@@ -98,10 +98,16 @@ class DiffusersFolder:
         if from_transformers:
             import_module("transformers.utils.logging").disable_progress_bar()
         try:
-            model = resolve(target).from_pretrained(str(folder), **options)
+            model, found = resolve(target).from_pretrained(str(folder), output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BackboneError(f"{folder} could not be loaded as {target.split(':')[1]}: {reason}") from error
+        # The libraries only warn, and draw what is missing at random.
+        if missing := sorted(found["missing_keys"]):
+            kind = target.split(":")[1]
+            raise BackboneError(
+                f"{folder} lacks {len(missing)} weights of {kind}, such as {missing[0]!r}: copy it again"
+            )
         return model.to(device)
 
     def tokenizer(self, component: str) -> Any:

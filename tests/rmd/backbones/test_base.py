@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rmd.backbones.base import BackboneError, EagerExecutor
 from rmd.backbones.folder import DiffusersFolder
@@ -81,6 +82,16 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         _load(folder)
     weights.with_suffix(".bin").unlink()
     with pytest.raises(BackboneError, match=r"the component 'transformer' has no \*.safetensors weights"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_a_weight_that_is_not_there_is_not_drawn_at_random(folder: Path, component: str) -> None:
+    (weights,) = (folder / component).glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors[sorted(tensors)[-1]]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=rf"{component} lacks [12] weights of \w+, such as '[\w.]+': copy it again"):
         _load(folder)
 
 
