@@ -31,6 +31,7 @@ from training.evaluate.metrics import (
     frechet_distance,
     kernel_distance,
     kid,
+    log_rank,
     over_seeds,
     ranks_of_target,
     recall,
@@ -118,6 +119,11 @@ def test_recall_over_seeds_has_the_standard_error_over_concepts() -> None:
     assert twice.deviation == pytest.approx(math.sqrt(0.125)), "two styles of a concept that hit together are one draw"
     apart = recall([torch.zeros(100), torch.full((100,), 9.0)], 1, torch.arange(100))
     assert apart.deviation == pytest.approx(math.sqrt(0.5)) and apart.over == "2 seeds"
+
+
+def test_log_rank_is_zero_at_the_first_place_and_grows_by_one_with_each_doubling() -> None:
+    found = log_rank([torch.tensor([0.0, 0, 1, 3]), torch.tensor([0.0, 0, 3, 7])], torch.arange(4))
+    assert found.value == pytest.approx((0 + 0 + 1 + 2 + 0 + 0 + 2 + 3) / 8)
 
 
 def test_ratio_of_a_row_to_itself_is_one_without_doubt() -> None:

@@ -16,6 +16,7 @@ from training.evaluate.metrics import (
     Estimate,
     frechet_distance,
     kid,
+    log_rank,
     over_seeds,
     ranks_of_target,
     recall,
@@ -140,6 +141,7 @@ class SetMeasurer:
         for k in RECALLS:
             result.metrics[f"{name}_r{k}"] = recall(ranks, k, concepts)
             result.by_seed[f"{name}_r{k}"] = [recall_at(k, seed) for seed in ranks]
+        result.metrics[f"{name}_log_rank"] = log_rank(ranks, concepts)
 
     def chance(self) -> dict[str, float]:
         """Recall of a guess."""

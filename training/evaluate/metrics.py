@@ -133,21 +133,40 @@ def recall_at(k: int, ranks: Tensor) -> float:
 def recall(ranks: Sequence[Tensor], k: int, concepts: Tensor) -> Estimate:
     """Recall at ``k``, averaged over sampling seeds.
 
+    Args:
+        ranks: one tensor (N,) a seed, in the same order of prompts.
+        concepts: (N,) the concept of each prompt.
+    """
+    return mean_over_concepts([(seed < k).double() for seed in ranks], concepts)
+
+
+def log_rank(ranks: Sequence[Tensor], concepts: Tensor) -> Estimate:
+    """Mean log2(1 + rank) of the target, 0 is best: it tells rows apart whose recalls differ by chance.
+
+    Args:
+        ranks, concepts: as of :func:`recall`.
+    """
+    return mean_over_concepts([torch.log2(1 + seed.double()) for seed in ranks], concepts)
+
+
+def mean_over_concepts(values: Sequence[Tensor], concepts: Tensor) -> Estimate:
+    """The mean over prompts and sampling seeds.
+
     The deviation is the larger of the standard error over concepts (pictures of one concept in several styles hit or
     miss together; seeds share their prompts, so more of them cannot make up for few) and the standard deviation over
     seeds.
 
     Args:
-        ranks: one tensor (N,) a seed, in the same order of prompts.
+        values: one tensor (N,) a seed, in the same order of prompts.
         concepts: (N,) the concept of each prompt.
     """
-    hits = torch.stack([(seed < k).double() for seed in ranks])
+    table = torch.stack(list(values))
     # The cluster-robust error of a mean: residuals are summed within a concept before they are squared.
-    residuals = _concept_sums(hits.mean(0) - hits.mean(), concepts)
-    error = float(residuals.square().sum().sqrt()) / hits.shape[1]
-    between = float(hits.mean(1).std(correction=1)) if len(ranks) > 1 else 0.0
-    over = f"{len(ranks)} seeds" if between > error else f"{len(residuals)} concepts (standard error)"
-    return Estimate(float(hits.mean()), max(error, between), over)
+    residuals = _concept_sums(table.mean(0) - table.mean(), concepts)
+    error = float(residuals.square().sum().sqrt()) / table.shape[1]
+    between = float(table.mean(1).std(correction=1)) if len(table) > 1 else 0.0
+    over = f"{len(table)} seeds" if between > error else f"{len(residuals)} concepts (standard error)"
+    return Estimate(float(table.mean()), max(error, between), over)
 
 
 def _concept_sums(values: Tensor, concepts: Tensor) -> Tensor:
