@@ -85,7 +85,9 @@ class TeacherRun:
 
         Raises:
             ValueError: the run encoded other pictures.
+            FileNotFoundError: ``initial`` is not whole.
         """
+        self._initial_record(initial)  # a folder that cannot be read is said before the training, not at its first save
         if initial is not None and not self.autoencoder_folder.is_dir():
             self.autoencoder_folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = self.autoencoder_folder.with_name(".model-partial")

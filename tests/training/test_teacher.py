@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,6 +382,12 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
     assert "_name_or_path" not in (folder / "transformer" / "config.json").read_text()
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o044 == 0o044
     assert not (models / "embedded" / "transformer").exists()
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="is not there; copy it again"):
+        TeacherRun(cache, run.with_name("never"), models, **options).prepare(autoencoder_minutes=1.0, initial=broken)
 
     fresh = TeacherRun(cache, run.with_name("fresh"), models, sheets=False, **options)
     fresh.prepare(autoencoder_minutes=1.0, initial=folder)
