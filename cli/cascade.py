@@ -31,8 +31,8 @@ def show(
 
     logSNR is the backbone's own at the teacher's timestep: what the thresholds are compared with.
     """
-    from rmd.cascade import preset as named
-    from rmd.cascade import preset_noise_schedule
+    from rmd.presets import preset as named
+    from rmd.presets import preset_noise_schedule
 
     cascade = named(preset, thresholds=_numbers(thresholds), resolution_map=resolution_map, schedule=schedule)
     rows = _rows(cascade, preset_noise_schedule(preset))
@@ -50,9 +50,9 @@ def write(
     preset: Annotated[str, typer.Option(help="Its cascade, such as sdxl-turbo or lightning-sdxl.")],
 ) -> None:
     """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it."""
-    from rmd.cascade import preset as named
-    from rmd.cascade import preset_backbone
     from rmd.checkpoint import CASCADE_FILE, check_weights, write_cascade_json
+    from rmd.presets import preset as named
+    from rmd.presets import preset_backbone
 
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; give a diffusers folder")

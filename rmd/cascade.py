@@ -1,27 +1,21 @@
 """Cascades: which step runs at which size and time.
 
 A cascade is data. It comes from logSNR thresholds (`Cascade.from_thresholds`), from an explicit list
-(`Cascade.from_steps`) or from a name (`preset`), and is stored in a checkpoint's `cascade.json`.
+(`Cascade.from_steps`) or from a name (`rmd.presets.preset`), and is stored in a checkpoint's `cascade.json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
 
 from rmd.fields import check_cascade, field_of, integer, read_cascade_fields
 from rmd.noise_schedule import NoiseSchedule
-from rmd.presets import PROFILES, STEP_LISTS, BackboneProfile, StepList
 from rmd.size import Size
-from rmd.timesteps import (
-    assign_stages,
-    map_timestep,
-    thresholds_for_counts,
-    uniform_teacher_timesteps,
-)
+from rmd.timesteps import assign_stages, map_timestep, uniform_teacher_timesteps
 
 INTERVAL_CLIP = (0.02, 0.98)
 _NARROWEST_INTERVAL = 0.02
@@ -291,116 +285,3 @@ def teacher_cascade(backbone_defaults: TeacherDefaults, steps: int | None = None
         guidance_scale=backbone_defaults.teacher_guidance,
         score_noise_intensity=0.0,
     )
-
-
-def _parse_split(split: str) -> list[int]:
-    try:
-        counts = [int(part) for part in split.split("+")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 0 or counts[-1] == 0:
-        raise ValueError(f'schedule {split!r} is not steps per stage such as "2+2", "0+4" or "1+1+2"')
-    return [count for count in counts if count > 0]
-
-
-def _from_profile(
-    profile: BackboneProfile,
-    thresholds: Sequence[float] | None = None,
-    resolution_map: str | None = None,
-    schedule: str | None = None,
-) -> Cascade:
-    noise_schedule = profile.noise_schedule()
-    split = schedule or profile.default_split
-    counts = _parse_split(split)
-    teacher_timesteps = profile.teacher_timesteps(sum(counts))
-    if thresholds is None:
-        printed = profile.thresholds.get("+".join(map(str, counts)))
-        thresholds = printed or thresholds_for_counts(noise_schedule, teacher_timesteps, counts)
-    num_stages = len(thresholds) + 1
-    if num_stages > len(profile.sizes):
-        shown = ", ".join(map(str, profile.sizes))
-        raise ValueError(f"{profile.name}: {num_stages} stages need as many sizes; its sizes are {shown}")
-    return Cascade.from_thresholds(
-        profile.name,
-        noise_schedule,
-        profile.sizes[-num_stages:],
-        teacher_timesteps,
-        thresholds,
-        resolution_map=resolution_map or "shift",
-        flow_shift=profile.flow_shift,
-        transition_noise_intensity=profile.transition_noise_intensity,
-        training_noise_intensity=profile.training_noise_intensity,
-        score_noise_intensity=profile.score_noise_intensity,
-    )
-
-
-def _from_step_list(
-    name: str,
-    entry: StepList,
-    thresholds: Sequence[float] | None = None,
-    resolution_map: str | None = None,
-    schedule: str | None = None,
-) -> Cascade:
-    if thresholds is not None or schedule is not None:
-        raise ValueError(f"preset {name!r} is an explicit list of steps: it takes no thresholds and no schedule")
-    return Cascade.from_steps(
-        name,
-        entry.timesteps,
-        [Size.square(side) for side in entry.sides],
-        schedule=PROFILES[entry.backbone].noise_schedule(),
-        resolution_map=resolution_map or entry.resolution_map,
-        step_noise_intensity=entry.step_noise_intensity,
-        transition_noise_intensity=entry.transition_noise_intensity,
-        guidance_scale=entry.guidance_scale,
-        flow_shift=entry.flow_shift,
-        noise_upsampling=entry.noise_upsampling,
-    )
-
-
-PRESETS: dict[str, Callable[..., Cascade]] = {
-    **{name: partial(_from_profile, profile) for name, profile in PROFILES.items()},
-    **{name: partial(_from_step_list, name, entry) for name, entry in STEP_LISTS.items()},
-}
-
-
-def preset(
-    name: str,
-    thresholds: Sequence[float] | None = None,
-    resolution_map: str | None = None,
-    schedule: str | None = None,
-) -> Cascade:
-    """A named cascade: a backbone's ("sdxl", "pixart", "sd3", "wan", "embedded") or a public student's.
-
-    Args:
-        thresholds: logSNR thresholds instead of the backbone's own.
-        resolution_map: instead of the preset's own.
-        schedule: steps per stage, such as "1+3", "0+4" or "1+1+2"; thresholds given as well win over its split.
-
-    Raises:
-        ValueError: an unknown name, or options that do not fit the preset.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return PRESETS[name](thresholds=thresholds, resolution_map=resolution_map, schedule=schedule)
-
-
-def preset_backbone(name: str) -> str:
-    """The backbone that a preset is made for, a key of ``PROFILES``.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name in STEP_LISTS:
-        name = STEP_LISTS[name].backbone
-    if name not in PROFILES:
-        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return name
-
-
-def preset_noise_schedule(name: str) -> NoiseSchedule:
-    """The noise schedule of the backbone that a preset is made for.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    return PROFILES[preset_backbone(name)].noise_schedule()

@@ -16,9 +16,10 @@ from rmd.backbones.base import Backbone
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.folder import HUB_PREFIX, DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone
-from rmd.cascade import Cascade, preset
+from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
-from rmd.presets import PROFILES
+from rmd.presets import preset
+from rmd.profiles import PROFILES
 from rmd.sampler import sample
 from rmd.size import Size
 from training.attention import training_attention

@@ -16,7 +16,7 @@ import torch
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import teacher_cascade
 from rmd.checkpoint import TeacherSpec, write_cascade_json
-from rmd.presets import PROFILES
+from rmd.profiles import PROFILES
 from training.data.sources import notice_text
 from training.files import save_model, write_json
 from training.teacher import TeacherSettings

@@ -16,7 +16,7 @@ from rmd.backbones.configs import published_config
 from rmd.backbones.registry import get_backbone
 from rmd.backbones.tiny import tiny_config, tiny_sizes
 from rmd.cascade import Cascade, teacher_cascade
-from rmd.presets import PROFILES
+from rmd.profiles import PROFILES
 from rmd.sampler import sample
 from rmd.size import Size
 

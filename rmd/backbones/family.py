@@ -14,7 +14,7 @@ from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Condit
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.random_weights import build_random
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
-from rmd.presets import PROFILES
+from rmd.profiles import PROFILES
 from rmd.size import Size
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class DiffusersBackbone(Backbone):
     """Components that a folder may leave out."""
     denoiser_folder: ClassVar[str] = "transformer"
     profile: ClassVar[str]
-    """Key in :data:`rmd.presets.PROFILES`: the teacher's schedule, guidance and sizes."""
+    """Key in :data:`rmd.profiles.PROFILES`: the teacher's schedule, guidance and sizes."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class DiffusersBackbone(Backbone):
 
     def default_cascade(self) -> Cascade:
         """The paper's preset."""
-        from rmd.cascade import preset
+        from rmd.presets import preset
 
         return preset(self.profile)
 

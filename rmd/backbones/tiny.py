@@ -18,7 +18,7 @@ from rmd.backbones.configs import CONFIGURED, published_config
 from rmd.backbones.random_weights import resolve
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
-from rmd.presets import PROFILES
+from rmd.profiles import PROFILES
 from rmd.size import Size
 
 TINY_BACKBONES = CONFIGURED

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rmd.backbones.base import BackboneError, Conditioning
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.wrappers import T5Encoder, VideoDecoder, WanDenoiser
-from rmd.presets import PROFILES
+from rmd.profiles import PROFILES
 from rmd.size import Size
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from cli.cascade import app
 from rmd.backbones.tiny import write_tiny_folder
-from rmd.cascade import preset
 from rmd.checkpoint import CheckpointFolder
+from rmd.presets import preset
 
 
 def show(*arguments: str) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from rmd.cascade import Cascade, preset
+from rmd.cascade import Cascade
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
+from rmd.presets import preset
 from rmd.sampler import advance
 from rmd.size import Size
 

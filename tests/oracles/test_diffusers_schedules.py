@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
-from rmd.cascade import preset
 from rmd.noise_schedule import RectifiedFlow, VariancePreserving
+from rmd.presets import preset
 
 TABLES = {
     "sdxl": ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "scaled_linear"),

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmd.cascade import PRESETS, Cascade, preset, preset_noise_schedule, teacher_cascade
+from rmd.cascade import Cascade, teacher_cascade
 from rmd.noise_schedule import RectifiedFlow, VariancePreserving
+from rmd.presets import PRESETS, preset, preset_noise_schedule
 from rmd.size import Size
 from rmd.timesteps import map_timestep, uniform_teacher_timesteps
 

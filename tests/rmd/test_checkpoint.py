@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rmd.cascade import preset
 from rmd.checkpoint import CheckpointFolder, TeacherSpec, file_digest, write_cascade_json
+from rmd.presets import preset
 
 SPLITS = ("2+2", "1+3", "0+4", "3+1")
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmd.cascade import Cascade, preset
+from rmd.cascade import Cascade
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
+from rmd.presets import preset
 from rmd.sampler import advance, advance_batch, initial_noise, needs_noise, noise_key, sample, step_noise
 from rmd.size import Size
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rmd.cascade import preset
+from rmd.presets import preset
 from rmd.size import Size
 from server.errors import ApiError, Fault
 from server.files import FileStore

@@ -1,4 +1,4 @@
-"""Autoencoder and teacher training on tiny networks: learning, stopping, resuming, exporting."""
+"""Teacher training on tiny networks: learning, stopping, resuming, exporting."""
 
 from __future__ import annotations
 
@@ -16,20 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from rmd.backbones.registry import load_checkpoint
 from rmd.machine import device_name
 from rmd.size import Size
-from training.autoencoder import (
-    AutoencoderConfig,
-    flatten_pictures,
-    measure,
-    psnr,
-    reconstruction_loss,
-    train_autoencoder,
-    upsample_twice,
-)  # fmt: skip
-from training.data.dataset import PictureSet, Record
+from tests.training.picture_setup import LABELS, four_pictures, tiny_autoencoder
+from training.data.dataset import PictureSet
 from training.files import save_model
 from training.latents import TEXT_TOKENS, TeacherData, encode_text
 from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, is_muon_matrix, picture_loss
@@ -50,26 +41,11 @@ TINY_TRANSFORMER: dict[str, Any] = {
     "pooled_projection_dim": 16,
     "pos_embed_max_size": 16,
 }
-LABELS = ["red circle", "blue square", "dot", "line"]
-
-
-def records() -> list[Record]:
-    splits = ["train", "train", "unseen_pair", "unseen_concept"]
-    return [
-        Record(f"1f53{i}", f"1f53{i}", "noto", label, ("shape",), 8, split)  # type: ignore[arg-type]
-        for i, (label, split) in enumerate(zip(LABELS, splits, strict=True))
-    ]
 
 
 @pytest.fixture
 def pictures() -> PictureSet:
-    rgba = np.zeros((4, 128, 128, 4), np.uint8)
-    rgba[..., 3] = 255
-    rgba[0, 32:96, 32:96, 0] = 255
-    rgba[1, :, 64:, 2] = 255
-    rgba[2, 60:70, 60:70, 1] = 200
-    rgba[3, :, 60:66] = 128
-    return PictureSet(records(), rgba)
+    return four_pictures()
 
 
 @pytest.fixture
@@ -98,67 +74,6 @@ def text_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     BertModel(config).save_pretrained(folder, safe_serialization=True)
     return folder
-
-
-def tiny_autoencoder() -> EmbeddedAutoencoder:
-    torch.manual_seed(0)
-    return EmbeddedAutoencoder(widths=(8, 8), blocks=(1, 1))
-
-
-# ---- autoencoder ------------------------------------------------------------------------------------------------
-
-
-def test_reconstruction_loss_counts_pixels_and_edges() -> None:
-    target = torch.zeros(1, 1, 4, 4)
-    assert reconstruction_loss(target, target) == 0
-    assert reconstruction_loss(target + 0.5, target) == pytest.approx(0.5)  # a flat error has no edges
-    step = target.clone()
-    step[..., 2:] = 1.0
-    assert reconstruction_loss(step, target) == pytest.approx(0.5 + 1 / 3)
-
-
-def test_psnr_of_a_known_error() -> None:
-    target = torch.zeros(2, 3, 8, 8)
-    assert psnr(target + 0.2, target) == pytest.approx(20.0, abs=1e-4)  # 0.1 of the range
-
-
-def test_pictures_are_flattened_over_white_and_over_colours() -> None:
-    rgba = torch.zeros(64, 8, 8, 4, dtype=torch.uint8)
-    assert torch.equal(flatten_pictures(rgba, None, 4), torch.ones(64, 3, 4, 4))
-    coloured = flatten_pictures(rgba, torch.Generator().manual_seed(0), 8)
-    white = (coloured == 1).all(1).all(1).all(1).float().mean()
-    assert 0.25 < white < 0.75
-
-
-def test_the_autoencoder_learns_resumes_and_stores_its_statistics(tmp_path: Path, pictures: PictureSet) -> None:
-    lines: list[str] = []
-    config = AutoencoderConfig(minutes=0.04, batch=2, warmup_steps=1, ema_decay=0.9)
-    before = measure(tiny_autoencoder(), torch.from_numpy(np.array(pictures.rgba)))
-    model = train_autoencoder(pictures, tmp_path, config, model=tiny_autoencoder(), log=lines.append)
-    after = measure(model, torch.from_numpy(np.array(pictures.rgba)))
-    assert after["full"] > before["full"]
-    first = json.loads((tmp_path / "state" / "progress.json").read_text())["step"]
-    assert first > 0
-
-    latents = model.encode(flatten_pictures(torch.from_numpy(np.array(pictures.rgba[:2])), None, 128)).detach()
-    assert latents.shape == (2, 8, 16, 16)
-    assert 0.2 < float(latents.std()) < 3
-    reloaded = EmbeddedAutoencoder.from_pretrained(tmp_path / "model")
-    assert reloaded.config.latents_std == model.config.latents_std
-    picture = torch.rand(1, 3, 64, 64)
-    torch.testing.assert_close(reloaded.encode(picture), model.encode(picture), atol=1e-4, rtol=1e-4)
-
-    longer = AutoencoderConfig(minutes=0.06, batch=2, warmup_steps=1, ema_decay=0.9)
-    train_autoencoder(pictures, tmp_path, longer, model=tiny_autoencoder(), log=lines.append)
-    assert any(f"resuming at step {first}" in line for line in lines)
-    assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] > first
-
-
-def test_upsampling_twice_keeps_constants() -> None:
-    assert torch.equal(upsample_twice(torch.full((1, 8, 4, 4), 3.0)), torch.full((1, 8, 8, 8), 3.0))
-
-
-# ---- transformer ------------------------------------------------------------------------------------------------
 
 
 def teacher_data(pictures: int = 2) -> TeacherData:

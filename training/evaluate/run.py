@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rmd.backbones.base import Backbone, Executor
 from rmd.backbones.registry import get_backbone
-from rmd.cascade import Cascade, preset
+from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder, TeacherSpec, file_digest
-from rmd.presets import PROFILES
+from rmd.presets import preset
+from rmd.profiles import PROFILES
 from training.data.dataset import PictureSet
 from training.evaluate.alignment import Projection, fit_projection, text_features
 from training.evaluate.features import WEIGHTS_SHA256, extract_features, load_efficientnet_lite0

@@ -1,0 +1,197 @@
+"""What the papers and the public checkpoints print: sizes, thresholds, guidance and explicit step lists, as data.
+
+`rmd.presets` turns these into cascades.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
+from rmd.size import Size
+from rmd.timesteps import tabled_teacher_timesteps, uniform_teacher_timesteps
+
+
+@lru_cache(maxsize=1)
+def sdxl_schedule() -> NoiseSchedule:
+    """SDXL's scaled-linear table."""
+    return VariancePreserving.scaled_linear()
+
+
+@lru_cache(maxsize=1)
+def pixart_schedule() -> NoiseSchedule:
+    """PixArt's linear table."""
+    return VariancePreserving.linear()
+
+
+@lru_cache(maxsize=1)
+def rectified_flow() -> NoiseSchedule:
+    """SD3.5's, Wan's and the embedded model's flow."""
+    return RectifiedFlow()
+
+
+@dataclass(frozen=True)
+class BackboneProfile:
+    """What one backbone's cascades have in common.
+
+    Attributes:
+        sizes: the ladder of resolutions, ascending; a cascade of n stages uses the last n.
+        thresholds: printed logSNR thresholds by split; other splits get midway thresholds.
+        transition_noise_intensity: Eq. 10's `a` at inference; `training_noise_intensity` in roll-outs and
+            `score_noise_intensity` in the noised sample that teacher and fake score see.
+        teacher_timesteps: number of steps -> the teacher's integer timesteps.
+    """
+
+    name: str
+    noise_schedule: Callable[[], NoiseSchedule]
+    sizes: tuple[Size, ...]
+    default_split: str
+    thresholds: Mapping[str, tuple[float, ...]]
+    teacher_timesteps: Callable[[int], tuple[int, ...]]
+    teacher_guidance: float
+    teacher_steps: int
+    flow_shift: float = 1.0
+    transition_noise_intensity: float = 1.0
+    training_noise_intensity: float = 0.2
+    score_noise_intensity: float = 0.2
+
+
+@dataclass(frozen=True)
+class StepList:
+    """An explicit list of steps, for students that were distilled elsewhere and for high-low-high sampling.
+
+    Attributes:
+        backbone: key of `PROFILES`.
+        timesteps: the teacher's timesteps, one a step.
+        sides: the square side in pixels, one a step.
+    """
+
+    backbone: str
+    timesteps: tuple[int, ...]
+    sides: tuple[int, ...]
+    step_noise_intensity: float = 1.0
+    transition_noise_intensity: float = 1.0
+    resolution_map: str = "none"
+    guidance_scale: float = 1.0
+    flow_shift: float = 1.0
+    noise_upsampling: str = "bilinear"
+
+
+_SIDES = tuple(Size.square(side) for side in (256, 512, 1024))
+_IMAGE_THRESHOLDS: Mapping[str, tuple[float, ...]] = {
+    "1+3": (-6.0,),
+    "2+2": (-2.5,),
+    "3+1": (0.0,),
+    "1+1+2": (-6.0, -2.5),
+    "1+2+1": (-6.0, 0.0),
+    "2+1+1": (-2.5, 0.0),
+}
+
+PROFILES: dict[str, BackboneProfile] = {
+    "sdxl": BackboneProfile(
+        name="sdxl",
+        noise_schedule=sdxl_schedule,
+        sizes=_SIDES,
+        default_split="2+2",
+        thresholds=_IMAGE_THRESHOLDS,
+        teacher_timesteps=uniform_teacher_timesteps,
+        teacher_guidance=7.5,
+        teacher_steps=40,
+    ),
+    "pixart": BackboneProfile(
+        name="pixart",
+        noise_schedule=pixart_schedule,
+        sizes=_SIDES,
+        default_split="2+2",
+        thresholds=_IMAGE_THRESHOLDS,
+        teacher_timesteps=uniform_teacher_timesteps,
+        teacher_guidance=3.5,
+        teacher_steps=25,
+    ),
+    "sd3": BackboneProfile(
+        name="sd3",
+        noise_schedule=rectified_flow,
+        sizes=_SIDES,
+        default_split="2+2",
+        # On SD3.5 the last step's logSNR is exactly 0 (t = 0.5), so 0 still cuts before it.
+        thresholds=_IMAGE_THRESHOLDS,
+        teacher_timesteps=lambda steps: uniform_teacher_timesteps(steps, 3.0),
+        teacher_guidance=4.5,
+        teacher_steps=40,
+        flow_shift=3.0,
+    ),
+    "wan": BackboneProfile(
+        name="wan",
+        noise_schedule=rectified_flow,
+        sizes=(Size(832, 480, 81), Size(1280, 720, 81)),
+        default_split="3+3",
+        thresholds={"3+3": (-4.0,)},
+        teacher_timesteps=lambda steps: tabled_teacher_timesteps(steps, 5.0),
+        teacher_guidance=5.0,
+        teacher_steps=50,
+        flow_shift=5.0,
+        transition_noise_intensity=0.9,
+        training_noise_intensity=0.5,
+        score_noise_intensity=0.5,
+    ),
+    "embedded": BackboneProfile(
+        name="embedded",
+        noise_schedule=rectified_flow,
+        sizes=(Size.square(128), Size.square(256)),
+        default_split="2+2",
+        # Plain flow, no shift: the steps' logSNRs are -inf, -2.20, 0, 2.20.
+        thresholds={"1+3": (-3.0,), "2+2": (-1.5,), "3+1": (1.0,)},
+        teacher_timesteps=uniform_teacher_timesteps,
+        teacher_guidance=3.0,
+        teacher_steps=50,
+        # Measured on training pictures (docs/training.md): the paper's 1 takes detail away, since predicted noise,
+        # resized, has no fine grain for the 256 px steps to start from; less than 0.8 leaves KID higher.
+        transition_noise_intensity=0.9,
+        training_noise_intensity=0.5,
+    ),
+}
+
+# The lists below are the timesteps that the checkpoints' own model cards ask for. A table index such as 999 is kept as
+# it is: on the variance-preserving models timestep i is the table's entry i.
+_TRAILING_4 = (999, 749, 499, 249)
+_LCM_4 = (999, 759, 499, 259)
+
+
+def _single(backbone: str, timesteps: tuple[int, ...], side: int = 1024, **options: float) -> StepList:
+    return StepList(backbone, timesteps, (side,) * len(timesteps), **options)  # type: ignore[arg-type]
+
+
+STEP_LISTS: dict[str, StepList] = {
+    # Adversarial distillation. SDXL-Turbo only in its one-step form: its further steps use an ancestral sampler.
+    "sdxl-turbo": _single("sdxl", (999,), side=512),
+    "sdxl-lightning": _single("sdxl", _TRAILING_4),
+    # SD3.5's scheduler spaces Turbo's sigmas between already shifted ends, hence the last, nearly clean step.
+    "sd3.5-turbo": _single("sd3", (1000, 858, 602, 9), flow_shift=3.0),
+    "yoso-pixart": _single("pixart", (999,)),
+    # Fresh noise between the steps.
+    "dmd2-sdxl": _single("sdxl", _TRAILING_4, step_noise_intensity=0.0),
+    "lcm-sdxl": _single("sdxl", _LCM_4, step_noise_intensity=0.0),
+    # TDM: deterministic steps; its SD3 weights are sampled under flow shift 6.
+    "tdm-sdxl": _single("sdxl", _TRAILING_4),
+    "tdm-pixart": _single("pixart", _TRAILING_4),
+    "tdm-sd3": _single("sd3", uniform_teacher_timesteps(4, 6.0), flow_shift=6.0),
+    # SwD, one step a scale, fresh noise at every hand-over: sigmas 1, .8959, .7371, .6022 at latent sides 64 to 128.
+    "swd-sd3": StepList(
+        "sd3", (1000, 896, 737, 602), (512, 640, 768, 1024),
+        step_noise_intensity=0.0, transition_noise_intensity=0.0, flow_shift=3.0,
+    ),
+    "swd-sd3-6": StepList(
+        "sd3", (1000, 945, 896, 790, 737, 602), (256, 384, 512, 640, 768, 1024),
+        step_noise_intensity=0.0, transition_noise_intensity=0.0, flow_shift=3.0,
+    ),
+    # High-low-high: layout and detail at the full side, the middle of the trajectory at half of it. No training, so
+    # the teacher's guidance stays, and the noise that crosses sides is renormalised, or the teacher would see too
+    # little of it.
+    "bottleneck": StepList(
+        "sd3", uniform_teacher_timesteps(12, 3.0), (1024,) * 3 + (512,) * 5 + (1024,) * 4,
+        resolution_map="shift", guidance_scale=4.5, flow_shift=3.0, noise_upsampling="renormalised",
+        transition_noise_intensity=0.2,
+    ),
+}  # fmt: skip
