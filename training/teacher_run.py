@@ -144,15 +144,15 @@ class TeacherRun:
         )
         if self.trainer.resume():
             self.log(f"resuming at step {self.trainer.step}, {self.trainer.seconds / 60:.1f} minutes spent")
-            cut_lines(self.run / "losses.jsonl", self.trainer.step - 1, "step")
-        with (self.run / "log.jsonl").open("a") as file:
+        # What a killed run wrote after its last save is written again; the losses of that save's own step too.
+        cut_lines(self.run / "log.jsonl", self.trainer.step, "step")
+        cut_lines(self.run / "losses.jsonl", self.trainer.step - 1, "step")
 
-            def log(entry: dict[str, float]) -> None:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                self.log("  ".join(f"{name} {value:g}" for name, value in entry.items()))
+        def log(entry: dict[str, float]) -> None:
+            append_line(self.run / "log.jsonl", entry)
+            self.log("  ".join(f"{name} {value:g}" for name, value in entry.items()))
 
-            self.trainer.train(log)
+        self.trainer.train(log)
         return self.trainer
 
     def export(self) -> Path:

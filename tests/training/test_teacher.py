@@ -283,8 +283,11 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
     (run / "data" / "pictures.json").write_text('{"format": 0}')
     with pytest.raises(ValueError, match="was encoded from other pictures: delete it, or choose another --run"):
         again.prepare(autoencoder_minutes=1.0)
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 1000000}\n')  # as if killed after the last save
     trained = again.train(minutes=0.02, **settings)
     assert trained.step > first
+    assert "1000000" not in (run / "log.jsonl").read_text()
     assert any(f"resuming at step {first}" in line for line in lines)
 
     folder = again.export()
