@@ -208,7 +208,8 @@ def train_autoencoder(
             for name, value in network.state_dict().items():
                 average[name].lerp_(value, 1 - ema)
         if step % 100 == 0:
-            log(f"autoencoder: {elapsed / 60:.1f} min, step {step}, loss {float(loss.detach()):.4f}, gradient norm {norm:.2f}")
+            value = float(loss.detach())
+            log(f"autoencoder: {elapsed / 60:.1f} min, step {step}, loss {value:.4f}, gradient norm {norm:.2f}")
         if time.monotonic() - saved > config.save_every_minutes * 60:
             save_state(time.monotonic() - start)
             saved = time.monotonic()
