@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
+from server import playground
 from server.api import files, health, images, models
 from server.errors import ApiError, Fault, fault_for_status
 from server.middleware import OUTCOME, Accounting, BoundBody, RequireKey
@@ -34,9 +35,8 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for router in (images.router, models.router, health.router, files.router):
+    for router in (images.router, models.router, health.router, files.router, playground.router):
         app.include_router(router)
-    app.add_api_route("/", _index, include_in_schema=False)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -45,10 +45,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequireKey, keys=service.keys)
     app.add_middleware(Accounting, metrics=service.metrics)
     return app
-
-
-async def _index() -> Response:
-    return RedirectResponse("/docs")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
