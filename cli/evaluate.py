@@ -30,6 +30,9 @@ def command(
     ] = "unseen_pair,unseen_concept",
     seeds: Annotated[str, typer.Option(help="Sampling seeds, comma-separated; the teacher takes the first.")] = "0,1,2",
     limit: Annotated[int, typer.Option(min=4, help="Pictures of each set.")] = 512,
+    skip: Annotated[
+        int, typer.Option(min=0, help="Leave out the first so many: apart from a table of that limit.")
+    ] = 0,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="Instead of the teacher's own number.")] = None,
     intensity: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Noise intensity a at the change of size, to ablate it.")
@@ -74,6 +77,7 @@ def command(
         rows=_parts(rows),
         seeds=whole_numbers("--seeds", seeds, least=0),
         limit=limit,
+        skip=skip,
         teacher_steps=teacher_steps,
         overrides=overrides,
         batch=batch,

@@ -254,6 +254,10 @@ def test_held_out_sets_are_prefixes_with_a_gallery_of_distinct_concepts(data: Pa
     assert whole.seeds(0) != whole.seeds(1)
     with pytest.raises(ValueError, match="raise the limit"):
         held_out_set(pictures, "unseen_pair", 1)
+    rest = held_out_set(pictures, "unseen_concept", skip=7)
+    assert part.indices + rest.indices == whole.indices and rest.seeds(0) == whole.seeds(0)[7:]
+    with pytest.raises(ValueError, match="skip fewer"):
+        held_out_set(pictures, "unseen_concept", skip=18)
 
 
 def test_pictures_with_a_twin_in_training_are_no_test(data: Path) -> None:

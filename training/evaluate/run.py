@@ -51,6 +51,7 @@ class EvaluationSettings:
         rows: see :func:`training.evaluate.rows.build_rows`.
         seeds: sampling seeds; the teacher takes the first.
         limit: pictures of each set.
+        skip: leave out the first so many of each set: what one table measures another run may choose by.
         teacher_steps: instead of the teacher's own.
         overrides: fields of the cascades replaced (``transition_noise_intensity``, ``noise_upsampling``).
         batch: prompts at a time.
@@ -70,6 +71,7 @@ class EvaluationSettings:
     rows: tuple[str, ...] = DEFAULT_ROWS
     seeds: tuple[int, ...] = (0, 1, 2)
     limit: int = LARGEST_SET
+    skip: int = 0
     teacher_steps: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 64
@@ -218,7 +220,7 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
         teacher_steps=settings.teacher_steps,
         overrides=settings.overrides,
     )
-    tests = [held_out_set(pictures, name, settings.limit) for name in names]
+    tests = [held_out_set(pictures, name, settings.limit, settings.skip) for name in names]
     train = pictures.indices("train")
     train_features = store.of_set(pictures, train)  # of all: any of them may have been copied
     position = {index: row for row, index in enumerate(train)}

@@ -68,8 +68,8 @@ def measured_indices(pictures: PictureSet, name: Split) -> list[int]:
     return [i for i in pictures.indices(name) if not pictures.records[i].training_only]
 
 
-def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) -> HeldOutSet:
-    """The first ``limit`` pictures of a split in hash order.
+def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET, skip: int = 0) -> HeldOutSet:
+    """``limit`` pictures of a split in hash order, after the first ``skip``.
 
     A test set leaves out what has a twin in training: "woman swimming" is nearly the "man swimming" of the same style.
 
@@ -80,12 +80,15 @@ def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET) ->
     if name in TEST_SETS:
         trained = {_drawing(pictures.records[i]) for i in measured_indices(pictures, "train")}
         chosen = [i for i in chosen if _drawing(pictures.records[i]) not in trained]
-    indices = hash_order(pictures, chosen, "test")[:limit]
+    indices = hash_order(pictures, chosen, "test")[skip : skip + limit]
     records = tuple(pictures.records[i] for i in indices)
     text_of = {record.base_hexcode: concept_text(record) for record in records}
     concepts = tuple(sorted(text_of))
     if len(concepts) < 2:
-        raise ValueError(f"the set {name!r} has {len(concepts)} concept(s) within --limit {limit}: raise the limit")
+        raise ValueError(
+            f"the set {name!r} has {len(concepts)} concept(s) within --limit {limit} after --skip {skip}: "
+            "raise the limit or skip fewer"
+        )
     column = {concept: index for index, concept in enumerate(concepts)}
     return HeldOutSet(
         name=name,
