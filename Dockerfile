@@ -1,0 +1,47 @@
+# syntax=docker/dockerfile:1
+# One image: with the default torch it serves on NVIDIA GPUs and on CPUs. A CPU-only image, far smaller:
+#   docker build --build-arg TORCH_INDEX_URL=<PyTorch's index of CPU builds> --build-arg EXTRAS= -t rmd:cpu .
+ARG PYTHON=python:3.11-slim-bookworm
+
+FROM ${PYTHON} AS build
+ARG TORCH_INDEX_URL=
+ARG EXTRAS=[gpu]
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python3 -m venv /opt/rmd
+# torch alone first: a layer of gigabytes that a change of our code does not build anew.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/rmd/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY rmd rmd
+COPY engines engines
+COPY server server
+COPY training training
+COPY cli cli
+RUN --mount=type=cache,target=/root/.cache/pip /opt/rmd/bin/pip install ".${EXTRAS}"
+
+FROM ${PYTHON}
+# Engines are compiled where they run, at the first start: AOTInductor and Triton call a C++ compiler.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home --home-dir /var/lib/rmd rmd
+COPY --from=build /opt/rmd /opt/rmd
+WORKDIR /app
+COPY models/embedded models/embedded
+COPY models/embedded-teacher models/embedded-teacher
+COPY LICENSE NOTICE ./
+ENV PATH=/opt/rmd/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HF_HUB_OFFLINE=1 \
+    RMD_HOST=0.0.0.0 \
+    RMD_ENGINES=/var/lib/rmd/engines
+RUN mkdir /var/lib/rmd/engines && chown rmd:rmd /var/lib/rmd/engines
+USER rmd
+VOLUME /var/lib/rmd
+EXPOSE 8000
+# Alive, not ready: the first start compiles for minutes. Readiness is /health/ready, for whoever routes traffic.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/live', timeout=4)"]
+ENTRYPOINT ["rmd"]
+CMD ["serve"]

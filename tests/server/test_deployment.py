@@ -1,0 +1,77 @@
+"""What is deployed fits the server: metrics and labels of dashboards and alerts, ports, mounts, the time to drain."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.errors import OUTCOMES
+from server.settings import ServerSettings
+from tests.server.house import House
+
+ROOT = Path(__file__).parents[2]
+SELECTOR = re.compile(r"\b(rmd_\w+)(?:\{([^}]*)\})?")
+
+
+def read_yaml(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+def expressions() -> list[str]:
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboards/rmd.json").read_text())
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = [rule["expr"] for group in read_yaml("deploy/prometheus/rules.yml")["groups"] for rule in group["rules"]]
+    return shown + rules
+
+
+@pytest.fixture
+def labels(house: House) -> dict[str, set[str]]:
+    """The labels of every sample that the server shows once it has drawn a picture, refused one and dropped one."""
+    assert house.draw().status_code == 200
+    house.service.metrics.dropped.labels("deadline")
+    house.service.metrics.retried_batches.labels("encode")
+    found: dict[str, set[str]] = defaultdict(set)
+    for family in text_string_to_metric_families(house.client.get("/metrics").text):
+        for sample in family.samples:
+            found[sample.name] |= {"instance", "job", *sample.labels}
+    return found
+
+
+def test_dashboards_and_alerts_ask_for_what_the_server_shows(labels: dict[str, set[str]]) -> None:
+    asked = expressions()
+    assert len(asked) > 20
+    for expression in asked:
+        names = SELECTOR.findall(expression)
+        for name, matchers in names:
+            assert name in labels, expression
+            assert set(re.findall(r"(\w+)\s*(?:=~|!=|=)", matchers)) <= labels[name], expression
+        for grouped in re.findall(r"by \(([^)]*)\)", expression):
+            wanted = set(re.split(r",\s*", grouped))
+            assert any(wanted <= labels[name] for name, _ in names), expression
+
+
+def test_alerts_name_outcomes_that_exist() -> None:
+    for expression in expressions():
+        for outcomes in re.findall(r'outcome=~?"([^"]*)"', expression):
+            assert set(outcomes.split("|")) <= set(OUTCOMES), expression
+
+
+def test_compose_mounts_ports_and_times_fit() -> None:
+    services = read_yaml("docker-compose.yml")["services"]
+    assert set(read_yaml("deploy/compose.gpu.yml")["services"]) == {"rmd"}
+    (target,) = read_yaml("deploy/prometheus/prometheus.yml")["scrape_configs"][0]["static_configs"][0]["targets"]
+    host, port = target.split(":")
+    assert host in services and services[host]["ports"][0].endswith(f":{port}")
+    assert f"EXPOSE {port}" in (ROOT / "Dockerfile").read_text() and ServerSettings().port == int(port)
+    for service in services.values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert not source.startswith("./") or (ROOT / source).exists(), volume
+    assert int(services["rmd"]["stop_grace_period"].removesuffix("s")) >= ServerSettings().drain_seconds + 10
