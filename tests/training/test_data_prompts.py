@@ -68,12 +68,17 @@ def test_no_composition_reads_like_a_test_picture_or_draws_a_twin_of_one(records
         assert style not in MEASURED or (twin_of(code), style_family(style)) not in held
 
 
-def test_a_held_out_label_is_no_tag(records: list[Record]) -> None:
+def test_a_held_out_label_is_no_tag_in_any_company(records: list[Record]) -> None:
     unseen = next(r for r in records if r.split == "unseen_concept")
-    trained = next(r for r in records if r.split == "train" and not r.training_only)
-    tagged = Record(**{**trained.to_dict(), "tags": (unseen.label,)})
+    pair = next(r for r in records if r.split == "unseen_pair")
+    trained = next(r for r in records if r.split == "train" and r.base_hexcode != pair.base_hexcode)
+    tagged = Record(**{**trained.to_dict(), "tags": (unseen.label, pair.label, "free")})
     others = [r for r in records if r.base_hexcode != trained.base_hexcode]
-    assert not [text for text in composed_prompts([*others, tagged]) if unseen.label in text]
+    for seed in range(5):
+        composed = composed_prompts([*others, tagged], seed)
+        assert not [text for text in composed if unseen.label in text]
+        assert not [text for text in composed if pair.label in text and text.endswith(f", {pair.style} style")]
+        assert [text for text in composed if text.startswith(f"{pair.label}, free") or ", " + pair.label in text]
 
 
 def test_the_share_of_compositions_is_kept(records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:

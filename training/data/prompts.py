@@ -69,6 +69,10 @@ def composed_prompts(records: Sequence[Record], seed: int = 0) -> list[str]:
     held_captions = {caption(record) for record in records if record.split != "train"}
     near = {r.style: _NEAR.get(r.style, "") if r.training_only else style_family(r.style) for r in records}
     measured = {record.style for record in records if not record.training_only}
+
+    def free(name: str, style: str) -> bool:
+        return name not in held_texts and compose_caption(name, style) not in held_captions
+
     # One record a concept: skin tones and styles share label and tags.
     concepts = {r.base_hexcode: r for r in records if r.split == "train" and r.hexcode == r.base_hexcode}
     prompts: list[str] = []
@@ -76,8 +80,9 @@ def composed_prompts(records: Sequence[Record], seed: int = 0) -> list[str]:
         for style in sorted(near):
             if not may_train(concept, near[style], held):
                 continue
-            texts = [] if (concept, style) in shown else [record.label]
+            names = [record.label] if (concept, style) not in shown else []
             if style in measured:
-                texts += [", ".join(rng.sample(record.tags, count)) for count in (1, 2) if len(record.tags) >= count]
-            prompts += [compose_caption(text, style) for text in texts if text not in held_texts]
-    return [prompt for prompt in dict.fromkeys(prompts) if prompt not in held_captions]
+                tags = [tag for tag in record.tags if free(tag, style)]
+                names += [", ".join(rng.sample(tags, count)) for count in (1, 2) if len(tags) >= count]
+            prompts += [compose_caption(name, style) for name in names if free(name, style)]
+    return list(dict.fromkeys(prompts))
