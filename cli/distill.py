@@ -122,7 +122,7 @@ def _run(
     place = Accelerator(cpu=device == "cpu").device if device in ("auto", "cpu") else torch.device(device)
     teacher = Teacher.open(teacher_folder, backbone, DTYPES[settings.precision], place)
     prompt_set = _prompts(teacher, prompt_file, data, max_prompts, settings, run, needed=not export_only)
-    distillation = Distillation.build(teacher, prompt_set, settings, run, say=_say)
+    distillation = Distillation.build(teacher, prompt_set, settings, run, say=_say, to_export=export_only)
     trainer = distillation.trainer
     if resume:
         found = trainer.resume(change_settings, to_export=export_only)

@@ -224,16 +224,25 @@ class Distillation:
         settings: DistillSettings,
         run: Path,
         say: Callable[[str], None] = lambda _text: None,
+        *,
+        to_export: bool = False,
     ) -> Distillation:
-        """Set up method, networks and trainer; draws the teacher's samples where the method needs some."""
+        """Set up method, networks and trainer; draws the teacher's samples where the method needs some.
+
+        Args:
+            to_export: nothing is trained, so no samples are needed.
+        """
         cascade = training_cascade(teacher, settings)
         scale = settings.guidance_scale if settings.guidance_scale is not None else teacher.guidance_scale
         method = METHODS[settings.method](teacher.backbone, cascade, settings, prompts, scale)
         networks = Networks.build(teacher.backbone, settings, initial_denoiser(teacher, settings))
         attach = getattr(method, "attach_adversary", None)
         if attach is not None and (settings.gan_weight or settings.method == "swd"):
-            say(f"drawing {settings.real_samples} samples of the teacher")
-            real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
+            real = rows = torch.zeros(0)
+            if not to_export:
+                say(f"drawing {settings.real_samples} samples of the teacher")
+                real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
+            # In any case: a discriminator's head is among the weights that a checkpoint holds.
             attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
         trainer = Trainer(method, networks, settings, run, tokens=teacher.backbone.tokens(cascade.full_size))
         return cls(teacher, method, networks, trainer, settings, run)

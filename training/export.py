@@ -74,7 +74,7 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
         ExportError: a reloaded tensor differs, or the reloaded model gives values that are not finite.
         FileNotFoundError: the teacher's folder lacks a component.
     """
-    out = Path.cwd() / out
+    out = _physical(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -89,7 +89,7 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
                 export.teacher_steps,
                 export.teacher_guidance,
                 export.flow_shift,
-                folder=os.path.relpath(export.teacher_folder, out),
+                folder=os.path.relpath(_physical(export.teacher_folder), out),
             ),
             distillation=export.record,
         )
@@ -101,6 +101,12 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
+
+
+def _physical(path: Path) -> Path:
+    """The path without links or dots before its last part: relative paths from it mean what they say."""
+    path = Path.cwd() / path
+    return path.parent.resolve() / path.name
 
 
 def _write_network(network: Any, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -212,9 +212,13 @@ def _value(text: str) -> Any:
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ, leaving out those of `HOUSEKEEPING`."""
+    """Names of the settings that differ, leaving out those of `HOUSEKEEPING`.
+
+    A setting that is younger than the stored ones had its default then.
+    """
+    defaults = DistillSettings.model_construct().to_record()
     names = sorted((set(stored) | set(current)) - HOUSEKEEPING)
-    return [name for name in names if stored.get(name) != current.get(name)]
+    return [name for name in names if stored.get(name, defaults.get(name)) != current.get(name)]
 
 
 def _one_line(error: ValidationError) -> str:

@@ -26,6 +26,7 @@ from training.interrupts import stopped_by_signals
 from training.latents import TeacherData
 from training.networks import compile_blocks
 
+STATE_FILE = "state.safetensors"
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "sample_size": 16,
     "patch_size": 2,
@@ -267,9 +268,9 @@ class TeacherTrainer:
             "transformer": json.dumps(self.config),
         }
         self.run.mkdir(parents=True, exist_ok=True)
-        part = self.run / "state.safetensors.part"
+        part = self.run / f"{STATE_FILE}.part"
         save_file(tensors, part, metadata=header)
-        os.replace(part, self.run / "state.safetensors")
+        os.replace(part, self.run / STATE_FILE)
 
     def resume(self) -> bool:
         """Takes up the state in the run's folder, if there is one; the settings given now stay in force.
@@ -280,9 +281,9 @@ class TeacherTrainer:
             whether there was one.
 
         Raises:
-            ValueError: it is of another transformer.
+            ValueError: it is of another transformer, or started from another teacher.
         """
-        path = self.run / "state.safetensors"
+        path = self.run / STATE_FILE
         if not path.exists():
             return False
         from safetensors import safe_open
@@ -291,6 +292,12 @@ class TeacherTrainer:
             header = file.metadata()
         if json.loads(header["transformer"]) != self.config:
             raise ValueError(f"{path} holds another transformer than the one configured: choose another --run folder")
+        begun = json.loads(header["settings"]).get("initial")
+        if begun != (None if self.settings.initial is None else str(self.settings.initial)):
+            raise ValueError(
+                f"{path} started from {begun or 'new weights'}, not from {self.settings.initial or 'new weights'}: "
+                f"go on with {f'--initial {begun}' if begun else 'no --initial'}, or choose another --run folder"
+            )
         tensors = load_file(path)
         with torch.no_grad():
             for name, p in self.master.items():

@@ -15,10 +15,10 @@ import torch
 
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import teacher_cascade
-from rmd.checkpoint import TeacherSpec, write_cascade_json
+from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
 from rmd.profiles import PROFILES
 from training.data.sources import notice_text
-from training.files import save_model, write_json
+from training.files import load_tensors, save_model, write_json
 from training.teacher import TeacherSettings
 
 SHARED_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
@@ -82,6 +82,31 @@ def export_shared(models: Path, autoencoder: Any, tokenizer: Any, text_encoder: 
     write_json(shared / "model_index.json", MODEL_INDEX)
     (shared / "NOTICE").write_text(notice_text())
     return shared
+
+
+def holds_weights(folder: Path, model: Any) -> bool:
+    """Whether a component's folder stores this model's weights, in bfloat16."""
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stored |= load_tensors(file)
+    own = model.state_dict()
+    return stored.keys() == own.keys() and all(
+        torch.equal(stored[name], value.to(stored[name].dtype)) for name, value in own.items()
+    )
+
+
+def refuse_other_student(models: Path, autoencoder: Any) -> None:
+    """Do not take a distilled student's autoencoder away.
+
+    Raises:
+        ValueError: ``<models>/embedded`` is a student of another autoencoder.
+    """
+    shared = models / SHARED_FOLDER
+    if (shared / CASCADE_FILE).is_file() and not holds_weights(shared / "vae", autoencoder):
+        raise ValueError(
+            f"{shared} holds a student of another autoencoder, which could not be decoded any more: "
+            f"give another --models folder, or remove {shared}"
+        )
 
 
 def export_teacher(models: Path, transformer: Any, record: Mapping[str, Any] | None = None) -> Path:

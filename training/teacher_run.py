@@ -21,8 +21,16 @@ from training.evaluate.sets import hash_order, measured_indices
 from training.files import write_json
 from training.latents import TeacherData, encode_training_set
 from training.records import append_line, cut_lines
-from training.teacher import TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer, picture_loss
-from training.teacher_export import TEACHER_FOLDER, export_shared, export_teacher, find_text_encoder, load_text_encoder
+from training.teacher import STATE_FILE, TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer, picture_loss
+from training.teacher_export import (
+    TEACHER_FOLDER,
+    export_shared,
+    export_teacher,
+    find_text_encoder,
+    holds_weights,
+    load_text_encoder,
+    refuse_other_student,
+)
 from training.teacher_sheets import draw_teacher, sheet_prompts, write_teacher_sheet
 
 Log = Callable[[str], None]
@@ -71,6 +79,11 @@ class TeacherRun:
             torch.set_num_threads(threads)
 
     @property
+    def state_file(self) -> Path:
+        """What an interrupted training goes on from."""
+        return self.run / STATE_FILE
+
+    @property
     def autoencoder_folder(self) -> Path:
         """The trained autoencoder."""
         return self.run / "autoencoder" / "model"
@@ -84,7 +97,8 @@ class TeacherRun:
                 is taken.
 
         Raises:
-            ValueError: the run encoded other pictures.
+            ValueError: the run encoded other pictures, or has another autoencoder than ``initial``; or ``models`` holds
+                a student of another one.
             FileNotFoundError: ``initial`` is not whole.
         """
         self._initial_record(initial)  # a folder that cannot be read is said before the training, not at its first save
@@ -99,6 +113,12 @@ class TeacherRun:
             config = AutoencoderConfig(minutes=autoencoder_minutes, seed=seed)
             train_autoencoder(self.pictures, self.run / "autoencoder", config, log=self.log)
         autoencoder, tokenizer, text_encoder = self._frozen()
+        if initial is not None and not self.state_file.is_file() and not holds_weights(initial / "vae", autoencoder):
+            raise ValueError(
+                f"{self.autoencoder_folder} is another autoencoder than the one that --initial {initial} was trained "
+                f"with: choose another --run folder"
+            )
+        refuse_other_student(self.models, autoencoder)
         export_shared(self.run / "export", autoencoder, tokenizer, text_encoder)
         networks = (
             autoencoder.to(self.device, memory_format=torch.channels_last),
@@ -144,9 +164,9 @@ class TeacherRun:
         )
         if self.trainer.resume():
             self.log(f"resuming at step {self.trainer.step}, {self.trainer.seconds / 60:.1f} minutes spent")
-        # What a killed run wrote after its last save is written again; the losses of that save's own step too.
+        # What a killed run wrote after its last save is written again.
         cut_lines(self.run / "log.jsonl", self.trainer.step, "step")
-        cut_lines(self.run / "losses.jsonl", self.trainer.step - 1, "step")
+        cut_lines(self.run / "losses.jsonl", self.trainer.step, "step")
 
         def log(entry: dict[str, float]) -> None:
             append_line(self.run / "log.jsonl", entry)
@@ -203,6 +223,8 @@ class TeacherRun:
         model = trainer.ema_model()
         export_teacher(self.run / "export", model, self.record(trainer))
         losses = self.picture_losses(model.to(self.device))
+        # A run whose time is up saves once more when it is run again.
+        cut_lines(self.run / "losses.jsonl", trainer.step - 1, "step")
         append_line(self.run / "losses.jsonl", {"step": trainer.step, **losses})
         self.log("averaged weights, velocity loss: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         if self.sheets:

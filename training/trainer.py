@@ -22,7 +22,7 @@ from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from training.files import write_json
 from training.interrupts import stopped_by_signals
 from training.methods.base import DistillationMethod, Matched, ScoreSample
-from training.networks import Networks, trained_parameters
+from training.networks import Networks, fingerprint, trained_parameters
 from training.optimizer import AveragedWeights, MasterAdamW
 from training.randomness import Randomness
 from training.records import append_line, cut_lines
@@ -335,6 +335,7 @@ class Trainer:
             "ema_updates": self.ema.updates,
             "settings": self.settings.to_record(),
             "prompts": self._prompts_digest(),
+            "teacher": fingerprint(self.networks.teacher),
         }
         save_checkpoint(self.run / "checkpoints", self.progress.iteration, roles, state, self.settings.keep_checkpoints)
 
@@ -355,7 +356,7 @@ class Trainer:
             whether there was a checkpoint.
 
         Raises:
-            TrainingError: other settings or prompts than the run was started with.
+            TrainingError: other settings, prompts or weights of the teacher than the run was started with.
         """
         found = checkpoints(self.run / "checkpoints")
         if not found:
@@ -364,9 +365,17 @@ class Trainer:
         changed = changed_settings(state["settings"], self.settings.to_record())
         fixed = [name for name in changed if name not in self.settings.changeable]
         if fixed:
-            raise TrainingError(f"this run was started with other settings: {', '.join(fixed)}; they cannot change")
+            raise TrainingError(
+                f"this run was started with other settings: {', '.join(fixed)}; they cannot change: give what "
+                f"{self.run / 'settings.json'} says, or another --run"
+            )
         if changed and not change_settings:
             raise TrainingError(f"this run has other values of {', '.join(changed)}; to change them, --change-settings")
+        teacher = fingerprint(self.networks.teacher)
+        if state.get("teacher", teacher) != teacher:
+            raise TrainingError(
+                "this run was started with other weights of the teacher; give that --teacher, or another --run"
+            )
         if not to_export and state.get("prompts", self._prompts_digest()) != self._prompts_digest():
             raise TrainingError(
                 "this run was started with other prompts; give the same --prompts, --data and --max-prompts"

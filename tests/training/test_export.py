@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,39 @@ def test_linked_components_stay_valid_and_an_older_folder_is_replaced(
     assert (out / "vae").is_symlink() and not (out / "vae").readlink().is_absolute()
     assert (out / "vae").resolve() == (teacher_folder / "vae").resolve()
     assert CheckpointFolder.read(out).default == "2+2"
+
+
+def test_a_linked_export_over_its_teachers_components_copies_them_however_the_folder_is_named(
+    distillation: Distillation, teacher_folder: Path, tmp_path: Path
+) -> None:
+    real = tmp_path / "disk"
+    shutil.copytree(teacher_folder, real / "student")
+    teacher = real / "teacher"
+    teacher.mkdir()
+    for part in (real / "student").iterdir():
+        (teacher / part.name).symlink_to(Path("..") / "student" / part.name)
+    (tmp_path / "models").symlink_to(real)
+    linked = replace(distillation, teacher=replace(distillation.teacher, folder=teacher))
+    for out in (tmp_path / "models" / "student", tmp_path / "models" / "teacher" / ".." / "student"):
+        linked.export(out, share="link")
+        assert not (real / "student" / "vae").is_symlink()
+        checkpoint = CheckpointFolder.read(real / "student")
+        assert checkpoint.teacher_path is not None and checkpoint.teacher_path.resolve() == teacher
+
+
+def test_an_export_alone_draws_no_samples(teacher_folder: Path, tmp_path: Path) -> None:
+    teacher = replace(Teacher.open(teacher_folder, None, torch.float32), steps=2)
+    prompts = encode_prompts(teacher.backbone, ["a dog"], tmp_path / "prompts")
+    for extra in ({"method": "swd"}, {"method": "dmd2", "gan_weight": 0.1}):
+        settings = DistillSettings(iterations=1, batch_size=2, precision="fp32", real_samples=2, **extra)  # type: ignore[arg-type]
+        run = tmp_path / str(extra["method"])
+        assert Distillation.build(teacher, prompts, settings, run).trainer.train()
+        drawn = sorted(run.glob("real-*"))
+        assert len(drawn) == 1
+        nothing = encode_prompts(teacher.backbone, [""], tmp_path / "prompts")
+        alone = Distillation.build(teacher, nothing, settings, run, to_export=True)
+        assert alone.trainer.resume(to_export=True)
+        assert sorted(run.glob("real-*")) == drawn
 
 
 def test_a_failed_check_leaves_the_older_folder(

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from rmd.backbones.registry import load_checkpoint
 from rmd.machine import device_name
 from rmd.size import Size
@@ -237,6 +238,14 @@ def test_another_transformer_is_not_resumed(tmp_path: Path) -> None:
         other.resume()
 
 
+def test_a_run_is_not_resumed_as_if_it_had_started_elsewhere(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "run")
+    first.save()
+    first.ema_model().save_pretrained(tmp_path / "teacher" / "transformer")
+    with pytest.raises(ValueError, match=r"started from new weights, not from .*teacher: go on with no --initial"):
+        trainer(tmp_path / "run", initial=tmp_path / "teacher").resume()
+
+
 def test_text_is_zero_at_padding_and_pooled_over_the_rest(text_encoder_folder: Path) -> None:
     from transformers import AutoTokenizer, BertModel
 
@@ -312,6 +321,16 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
     assert not any("training one" in line for line in lines), "a teacher goes on with its own autoencoder"
     file = "diffusion_pytorch_model.safetensors"
     assert (fresh.autoencoder_folder / file).read_bytes() == (folder / "vae" / file).read_bytes()
+
+    foreign = tmp_path / "foreign"
+    torch.manual_seed(1)
+    save_model(EmbeddedAutoencoder(widths=(8, 8), blocks=(1, 1)), foreign / "autoencoder" / "model")
+    with pytest.raises(ValueError, match="is another autoencoder than the one that --initial"):
+        TeacherRun(cache, foreign, tmp_path / "others", **options).prepare(autoencoder_minutes=1.0, initial=folder)
+    (models / "embedded" / "cascade.json").write_text("{}")  # as if a student had been distilled
+    again.export()
+    with pytest.raises(ValueError, match=r"holds a student of another autoencoder.*--models"):
+        TeacherRun(cache, foreign, models, **options).prepare(autoencoder_minutes=1.0)
 
     backbone, checkpoint = load_checkpoint(folder)
     assert checkpoint.teacher is not None

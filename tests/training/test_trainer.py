@@ -19,7 +19,7 @@ from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from training.networks import merged_network, network_of, with_weights
 from training.optimizer import AveragedWeights, MasterAdamW
 from training.randomness import Randomness
-from training.settings import DistillSettings, parse_assignments
+from training.settings import DistillSettings, changed_settings, parse_assignments
 from training.trainer import Hooks, Trainer, TrainingError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
@@ -131,6 +131,23 @@ def test_resuming_refuses_other_settings_unless_they_may_change(tmp_path: Path) 
         changed.resume()
     assert changed.resume(change_settings=True)
     assert make_trainer(tmp_path / "run", iterations=9).resume(), "a longer run needs no leave"
+
+
+def test_resuming_takes_a_setting_that_did_not_exist_yet_at_its_default(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", iterations=1)
+    older = {name: value for name, value in trainer.settings.to_record().items() if name != "composed_share"}
+    assert changed_settings(older, trainer.settings.to_record()) == []
+    assert changed_settings(older, {**trainer.settings.to_record(), "composed_share": 0.5}) == ["composed_share"]
+
+
+def test_resuming_and_exporting_refuse_other_weights_of_the_teacher(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", iterations=1).train()
+    other = make_trainer(tmp_path / "run", iterations=2)
+    with torch.no_grad():
+        next(other.networks.teacher.parameters()).flatten()[0] += 1e-3
+    for to_export in (False, True):
+        with pytest.raises(TrainingError, match="other weights of the teacher"):
+            other.resume(to_export=to_export)
 
 
 def test_resuming_refuses_other_prompts_but_an_export_needs_none(tmp_path: Path) -> None:
