@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.numbers import buckets_option, whole_numbers
+from cli.numbers import buckets_option, use_threads, whole_numbers
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -54,6 +54,7 @@ def speedup(
     from engines.benchmark.speedup import SpeedupSettings, run_speedup
 
     console = Console()
+    use_threads(threads)
     measured = None if backbone or random_weights else checkpoint
     if engines is None and measured is not None:
         engines = _engines_at_hand(measured, backend, device, dtype, buckets_option(buckets))
@@ -89,6 +90,7 @@ def engines_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="As the engines were built.")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, as the engines were built.")] = None,
     batches: Annotated[str, typer.Option(help="Of the whole schedules.")] = "1,8",
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/engines"),
 ) -> None:
@@ -99,6 +101,7 @@ def engines_command(
     from engines.benchmark.report import engines_markdown
 
     console = Console()
+    use_threads(threads)
     settings = EngineBenchSettings(
         checkpoint=checkpoint,
         engines=engines,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.numbers import buckets_option
+from cli.numbers import buckets_option, use_threads
 
 
 def command(
@@ -30,15 +30,13 @@ def command(
     The engines of all the checkpoint's schedules are built, and those that its teacher needs (the full size, two rows a
     guided picture). Each is compared with eager execution and timed before it counts.
     """
-    import torch
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from engines.build import BuildProgress, build_checkpoint, missing_engines, plan_checkpoint
     from engines.store import EngineStore
 
     sizes = buckets_option(buckets)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     store = EngineStore(engines)
     if plan_only:
         plan = plan_checkpoint(checkpoint, backend, device, dtype, sizes)

@@ -47,7 +47,7 @@ def show(
 @app.command()
 def write(
     folder: Annotated[Path, typer.Argument(help="A diffusers folder, such as a public few-step student's.")],
-    preset: Annotated[str, typer.Option(help="Its cascade, such as sdxl-turbo or lightning-sdxl.")],
+    preset: Annotated[str, typer.Option(help="Its cascade, such as sdxl-turbo or sdxl-lightning.")],
 ) -> None:
     """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it."""
     from rmd.checkpoint import CASCADE_FILE, check_weights, write_cascade_json

@@ -10,7 +10,6 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 Engines = Annotated[Path, typer.Option(help="The folder of built engines.")]
-Device = Annotated[str, typer.Option(help="Torch device, cpu or cuda.")]
 
 
 @app.command("list")
@@ -36,13 +35,12 @@ def list_engines(engines: Engines = Path("engines-cache")) -> None:
 
 
 @app.command()
-def verify(engines: Engines = Path("engines-cache"), device: Device = "cpu") -> None:
+def verify(engines: Engines = Path("engines-cache")) -> None:
     """Read every file and compare its sha256; tell which engines are damaged or foreign. Exit code 1 if any."""
     from engines.store import EngineStore
-    from engines.target import this_machine
 
     store = EngineStore(engines)
-    problems = store.verify(this_machine(device))
+    problems = store.verify()
     for problem in problems:
         typer.echo(f"{problem.key[:12]}  {'broken ' if problem.broken else 'foreign'}  {problem.message}")
     typer.echo(f"{len(store.keys()) - len(problems)} engines sound, {len(problems)} not")
@@ -53,7 +51,6 @@ def verify(engines: Engines = Path("engines-cache"), device: Device = "cpu") -> 
 @app.command()
 def prune(
     engines: Engines = Path("engines-cache"),
-    device: Device = "cpu",
     broken: Annotated[bool, typer.Option("--broken", help="Remove damaged engines.")] = False,
     foreign: Annotated[
         bool, typer.Option("--foreign", help="Remove engines of other machines or library versions.")
@@ -63,7 +60,6 @@ def prune(
 ) -> None:
     """Remove engines, and what builders that died left behind."""
     from engines.store import EngineStore
-    from engines.target import this_machine
 
     store = EngineStore(engines)
     known = store.keys()
@@ -77,10 +73,9 @@ def prune(
         chosen |= set(matching)
     removed = store.prune(sorted(chosen))
     if broken or foreign:
-        here = this_machine(device)
 
         def unwanted(key: str) -> bool:
-            problem = store.problem(key, here)
+            problem = store.problem(key)
             return problem is not None and (broken if problem.broken else foreign)
 
         removed += store.prune(store.keys(), unwanted)
@@ -92,19 +87,21 @@ def measure(
     checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder whose engines to time.")],
     engines: Engines = Path("engines-cache"),
     backend: Annotated[str, typer.Option(help="Backend of the engines.")] = "auto",
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="Torch device, cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Dtype of the engines.")] = "bfloat16",
     buckets: Annotated[str | None, typer.Option(help="Their batch sizes, if they are not the default ones.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, as the engines were built.")] = None,
 ) -> None:
     """Time the built engines of a checkpoint again, on a machine that is quiet now, and record the latencies.
 
     The server chooses its batch widths by them.
     """
-    from cli.numbers import buckets_option
+    from cli.numbers import buckets_option, use_threads
     from engines.build import measure as measure_built
     from engines.build import plan_checkpoint
     from engines.store import EngineStore
 
+    use_threads(threads)
     plan = plan_checkpoint(checkpoint, backend, device, dtype, buckets_option(buckets))
     measured = measure_built(plan, EngineStore(engines))
     if not measured:

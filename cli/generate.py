@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.numbers import buckets_option
+from cli.numbers import buckets_option, use_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,11 +36,13 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; left out: bfloat16 with engines, else float32.")
     ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; with --engines as they were built.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts drawn together.", min=1)] = 4,
     sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet instead of one file a prompt.")] = False,
     out: Annotated[Path, typer.Option(help="A .png or .mp4 file, or a folder for many.")] = Path("out"),
 ) -> None:
     """Draw one prompt or a file of them."""
+    use_threads(threads)
     texts = _prompts(prompt, prompts)
     names = list(dict.fromkeys(schedule or [])) or [""]
     if backend not in ("auto", "eager") and engines is None:

@@ -1,4 +1,4 @@
-"""Lists of whole numbers on the command line, such as `--buckets 1,2,4,8`."""
+"""Numbers on the command line: lists such as `--buckets 1,2,4,8`, and `--threads`."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def buckets_option(text: str | None) -> tuple[int, ...] | None:
         ValueError: as :func:`whole_numbers`.
     """
     return None if text is None else whole_numbers("--buckets", text)
+
+
+def use_threads(count: int | None) -> None:
+    """Set torch's CPU threads; None leaves its choice. Before engines are looked for: their keys hold it."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)

@@ -50,6 +50,10 @@ class GraphedEngine(Engine):
             self._output = self._engine._run(self._inputs)
         self._graph = graph
 
+    def check_refit(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Engine.check_refit`."""
+        self._engine.check_refit(state)
+
     def refit(self, state: Mapping[str, Tensor]) -> None:
         """See :meth:`Engine.refit`."""
         self._engine.refit(state)

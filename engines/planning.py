@@ -17,7 +17,7 @@ from engines.errors import EngineError
 from engines.memory import MemoryPlan, available_bytes, weight_bytes, workspace_bytes
 from engines.spec import EngineSpec
 from engines.target import parse_device, this_machine
-from rmd.backbones.base import Backbone
+from rmd.backbones.base import Backbone, weights_dtype
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
@@ -161,7 +161,6 @@ class CheckpointPlan:
         if component not in self.modules:
             raise EngineError(f"unknown component {component!r}; this model has {', '.join(self.modules)}")
         module = self.modules[component]
-        parameter = next(module.parameters(), None)
         return self.compiler.plan(
             EngineRequest(
                 component=component,
@@ -169,7 +168,7 @@ class CheckpointPlan:
                 module=module,
                 inputs=self.backbone.example_inputs(component, size, max(batches)),
                 target=self.target,
-                dtype=self.options.dtype if parameter is None else str(parameter.dtype).removeprefix("torch."),
+                dtype=str(weights_dtype(module)).removeprefix("torch."),
                 weights=self._weights(component),
                 batches=batches,
             )

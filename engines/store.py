@@ -21,7 +21,7 @@ from filelock import FileLock
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
 from engines.manifest import MANIFEST, FileRecord, Manifest
 from engines.spec import KEY_LENGTH
-from engines.target import Target
+from engines.target import Target, machine_with, package_version
 
 _BUILDING = ".building-"
 # Any other folder beside the engines is not ours to call broken or to remove.
@@ -158,6 +158,9 @@ class EngineStore:
                 f"engine {manifest.spec.title} was built for {'; '.join(differences)}. "
                 f"Build it for this machine: {command}"
             )
+        self._check_files(manifest, command, digests)
+
+    def _check_files(self, manifest: Manifest, command: str, digests: bool = True) -> None:
         for name, record in manifest.files.items():
             path = self.folder(manifest.key) / name
             problem = _file_problem(path, record, digests)
@@ -167,16 +170,21 @@ class EngineStore:
                     f"rmd engines prune --engines {self.root} --broken && {command}"
                 )
 
-    def verify(self, here: Target) -> builtins.list[Problem]:
+    def verify(self) -> builtins.list[Problem]:
         """Read every file of every engine and tell what is wrong."""
-        found = (self.problem(key, here) for key in self.keys())
+        found = (self.problem(key) for key in self.keys())
         return [problem for problem in found if problem is not None]
 
-    def problem(self, key: str, here: Target) -> Problem | None:
-        """What is wrong with the engine ``key``, None when it is sound. Reads every file of it."""
+    def problem(self, key: str) -> Problem | None:
+        """What is wrong with the engine ``key``, None when it is sound. Reads every file of it.
+
+        It is foreign where this machine lacks its device, or has another one; damage is told before that.
+        """
+        command = f"rmd build --engines {self.root} --checkpoint FOLDER"
         try:
             manifest = Manifest.read(self.folder(key))
-            self.check(manifest, here, f"rmd build --engines {self.root} --checkpoint FOLDER")
+            self._check_files(manifest, command)
+            self.check(manifest, machine_with(manifest.spec.target.device), command, digests=False)
         except EngineMismatch as error:
             return Problem(key, str(error), broken=False)
         except EngineCorrupt as error:
@@ -249,8 +257,6 @@ class EngineStore:
 
 def version_differences(manifest: Manifest) -> list[str]:
     """Libraries that are not at the version the engine was built with."""
-    from engines.target import package_version
-
     return [
         f"{name} {version or 'absent'}, here {package_version(name) or 'absent'}"
         for name, version in sorted(manifest.spec.versions.items())

@@ -108,6 +108,14 @@ def this_machine(device: torch.device | str) -> Target:
     return Target(kind, name, "", f"{major}.{minor}", torch.version.cuda or "", _driver_major())
 
 
+def machine_with(device: str) -> Target:
+    """As :func:`this_machine`; where there is no such device, a target that fits no engine of it."""
+    try:
+        return this_machine(device)
+    except BackendUnavailable:
+        return Target("", "")
+
+
 @lru_cache(maxsize=1)
 def _instruction_set() -> str:
     flags: set[str] = set()

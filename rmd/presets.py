@@ -76,6 +76,8 @@ def _from_step_list(
     )
 
 
+_BACKBONES = {"wan": "wan-14b"}  # of the two of that profile, the one with its sizes
+
 PRESETS: dict[str, Callable[..., Cascade]] = {
     **{name: partial(_from_profile, profile) for name, profile in PROFILES.items()},
     **{name: partial(_from_step_list, name, entry) for name, entry in STEP_LISTS.items()},
@@ -103,17 +105,20 @@ def preset(
     return PRESETS[name](thresholds=thresholds, resolution_map=resolution_map, schedule=schedule)
 
 
+def _profile(name: str) -> BackboneProfile:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PROFILES[STEP_LISTS[name].backbone if name in STEP_LISTS else name]
+
+
 def preset_backbone(name: str) -> str:
-    """The backbone that a preset is made for, a key of ``PROFILES``.
+    """The backbone that a preset is made for, as the registry calls it.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name in STEP_LISTS:
-        name = STEP_LISTS[name].backbone
-    if name not in PROFILES:
-        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return name
+    profile = _profile(name).name
+    return _BACKBONES.get(profile, profile)
 
 
 def preset_noise_schedule(name: str) -> NoiseSchedule:
@@ -122,4 +127,4 @@ def preset_noise_schedule(name: str) -> NoiseSchedule:
     Raises:
         ValueError: an unknown name.
     """
-    return PROFILES[preset_backbone(name)].noise_schedule()
+    return _profile(name).noise_schedule()

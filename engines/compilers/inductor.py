@@ -55,6 +55,10 @@ _EXTENSIONS = {
 }
 
 
+# An engine for a GPU has host code too: without this it would be for the very CPU that it was built beside.
+_ANY_HOST = {"cpp.march": ""}
+
+
 class InductorCompiler(Compiler):
     """``torch.export``, then AOTInductor with static shapes; one package per engine."""
 
@@ -79,6 +83,8 @@ class InductorCompiler(Compiler):
         settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False}
         if request.target.device == "cpu":
             settings |= EAGER_ROUNDING | {"threads": torch.get_num_threads()}
+        else:
+            settings |= _ANY_HOST
         if request.dtype == "float32":
             settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         if self.weights_mode(request) == "packed":
@@ -113,7 +119,7 @@ class InductorCompiler(Compiler):
                 note = f"weights are not packed: {error}"
                 log.info("%s: %s", spec.title, note)
                 (folder / PACKAGE).unlink(missing_ok=True)
-        rounding = EAGER_ROUNDING if spec.target.device == "cpu" else {}
+        rounding = EAGER_ROUNDING if spec.target.device == "cpu" else _ANY_HOST
         names, output, recipes = self._compile_shared(module, inputs, folder, rounding)
         return self._manifest(spec, names, output, "shared", recipes, watch).updated(note=note)
 

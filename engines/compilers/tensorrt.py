@@ -185,25 +185,24 @@ class _Plan:
 
 
 class TensorRTEngine(Engine):
-    """One profile of a plan and its execution context, on torch's current stream."""
+    """One profile of a plan and its execution context, on torch's current stream.
+
+    The context, and with it the profile's memory, comes with the first run: whoever warms engines up, smallest batch
+    first, meets an exhausted memory there and can go without the larger ones.
+    """
 
     def __init__(self, manifest: Manifest, plan: _Plan, batch: int | None = None) -> None:
         super().__init__(manifest, batch)
         self._plan: _Plan | None = plan
         self._tensorrt, self._logger, self._engine = plan.tensorrt, plan.logger, plan.engine
         self._profile = manifest.spec.batches.index(self.batch)
-        # The context's memory is that of its own profile, not of the widest one.
-        strategy = self._tensorrt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        self._context: Any = self._engine.create_execution_context(strategy)
-        if self._context is None:
-            raise torch.OutOfMemoryError(f"out of memory: no execution context for {manifest.spec.title}")
+        self._context: Any = None
         modes = {name: self._engine.get_tensor_mode(name) for name in self._tensor_names()}
         self._outputs = [name for name, mode in modes.items() if mode == self._tensorrt.TensorIOMode.OUTPUT]
         self._inputs = [name for name, mode in modes.items() if mode == self._tensorrt.TensorIOMode.INPUT]
         known = {item.name for item in manifest.inputs}
         if len(self._outputs) != 1 or not set(self._inputs) <= known:
             raise EngineMismatch(f"the plan of {manifest.spec.title} takes {self._inputs}, not {sorted(known)}")
-        self._choose_profile()
 
     def at(self, batch: int) -> Engine:
         """See :meth:`Engine.at`."""
@@ -211,22 +210,30 @@ class TensorRTEngine(Engine):
             return super().at(batch)
         return TensorRTEngine(self.manifest, self._plan, batch)
 
-    def _choose_profile(self) -> None:
+    def _new_context(self) -> Any:
+        # The context's memory is that of its own profile, not of the widest one.
+        context = self._engine.create_execution_context(
+            self._tensorrt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        )
         stream = torch.cuda.current_stream()
-        if not self._context.set_optimization_profile_async(self._profile, stream.cuda_stream):
-            raise EngineError(f"TensorRT has no profile {self._profile} in {self.manifest.spec.title}")
+        # The profile is one of the plan's: what can fail here is the allocation.
+        if context is None or not context.set_optimization_profile_async(self._profile, stream.cuda_stream):
+            raise torch.OutOfMemoryError(f"out of memory: no execution context for {self.manifest.spec.title}")
         stream.synchronize()
         for name, shape, _ in self._expected:
-            if name in self._inputs and not self._context.set_input_shape(name, shape):
+            if name in self._inputs and not context.set_input_shape(name, shape):
                 raise EngineError(f"TensorRT does not take {name!r} {shape} in {self.manifest.spec.title}")
+        return context
 
     def _tensor_names(self) -> Iterator[str]:
         for index in range(self._engine.num_io_tensors):
             yield self._engine.get_tensor_name(index)
 
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
-        if self._context is None:
+        if self._plan is None:
             raise EngineError(f"engine {self.manifest.spec.title} was unloaded")
+        if self._context is None:
+            self._context = self._new_context()
         named = {
             spec.name: tensor.contiguous() for spec, tensor in zip(self.manifest.inputs, inputs, strict=True)
         }  # alive until the launch below: TensorRT gets addresses only

@@ -73,6 +73,15 @@ def usable_device(device: torch.device | str) -> torch.device:
     return parsed
 
 
+def weights_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's largest parameter: small ones may stay float32 (Wan's modulation tables).
+
+    Raises:
+        ValueError: it has no parameters.
+    """
+    return max(module.parameters(), key=Tensor.numel).dtype
+
+
 class Backbone(ABC):
     """A text-to-image or text-to-video diffusion model behind one interface.
 
@@ -268,9 +277,7 @@ class Backbone(ABC):
         if denoiser is None:
             output = self.run("denoiser", size, self.denoiser_inputs(latents, t, conditioning, size))
         else:
-            # Of its largest weight: small ones may stay float32 (Wan's modulation tables).
-            dtype = max(denoiser.parameters(), key=Tensor.numel).dtype
-            output = denoiser(**self.denoiser_inputs(latents, t, conditioning, size, dtype))
+            output = denoiser(**self.denoiser_inputs(latents, t, conditioning, size, weights_dtype(denoiser)))
         return output.float()
 
     def predict_x0(

@@ -30,12 +30,13 @@ def build_random(
     """A network of class ``target`` (``module:Class``) with random weights in ``dtype`` on ``device``.
 
     Matrices are small normal noise, biases zero, the scales of norms one. On the meta device nothing is filled.
-    Parameters that the class keeps in float32 (Wan's time embedding and norms) are kept so, as its loader does.
+    Parameters that the class keeps in float32 (Wan's time embedding and norms, T5's last products in float16) are kept
+    so, as its loader does.
     """
     cls = resolve(target)
     with _parameters_on_meta(), torch.device(device):
         model: nn.Module = _construct(cls, config)
-    keep = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ()) if target.startswith("diffusers:") else ()
+    keep = _kept_in_float32(target, cls, dtype)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the original stays alive, so that its id stays its own
     for prefix, module in model.named_modules():
@@ -53,6 +54,17 @@ def build_random(
             if buffer is not None:  # some constructors pin their tables to the CPU
                 module._buffers[name] = buffer.to(device)
     return model.eval()
+
+
+def _kept_in_float32(target: str, cls: Any, dtype: torch.dtype) -> set[str]:
+    """Names of modules whose parameters a loader leaves in float32 when asked for ``dtype``."""
+    always = set(getattr(cls, "_keep_in_fp32_modules_strict", None) or ())
+    kept = set(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    if target.startswith("diffusers:"):
+        return kept
+    if target.startswith("transformers:"):  # the first list only against float16's small range
+        return {torch.float16: kept | always, torch.bfloat16: always}.get(dtype, set())
+    return set()
 
 
 def _construct(cls: Any, config: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from engines.build import build_checkpoint, loadable_options, measure, missing_engines, plan_checkpoint
 from engines.compilers import get_compiler
 from engines.compilers.eager import EagerEngine
+from engines.cuda_graphs import GraphedEngine
 from engines.errors import (
     BackendUnavailable,
     EngineCorrupt,
@@ -160,12 +162,32 @@ def test_tensorrt_weights_are_counted_once_a_size(tiny_checkpoint: Path, backend
     assert weights(1) == weights(1, 2, 4, 8) == 2 * weight_bytes(module)
 
 
-def test_a_plan_without_weights_has_the_keys_of_the_loaded_model(tiny_checkpoint: Path) -> None:
-    options = EngineOptions("inductor", "cpu", "bfloat16", (1,))
-    empty = CheckpointPlan.read(tiny_checkpoint, options)
-    backbone, checkpoint = load_checkpoint(tiny_checkpoint)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("sd3", "bfloat16"), ("sd3", "float16"), ("pixart", "float16"), ("wan-1.3b", "bfloat16"), ("wan-1.3b", "float16")],
+)
+def test_a_plan_without_weights_has_the_keys_and_dtype_of_the_loaded_model(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
+    folder = write_tiny_folder(name, tmp_path / name)
+    options = EngineOptions("inductor", "cpu", dtype, (1,))
+    empty = CheckpointPlan.read(folder, options)
+    backbone, checkpoint = load_checkpoint(folder, dtype=getattr(torch, dtype))
     loaded = CheckpointPlan(checkpoint, options, backbone)
     assert [engine.spec.key for engine in empty.engines] == [engine.spec.key for engine in loaded.engines]
+    # Wan's modulation tables and T5's last products stay float32 beside the rest.
+    assert {engine.spec.dtype for engine in loaded.engines if engine.spec.component != "decoder"} == {dtype}
+
+
+def test_an_engine_in_a_cuda_graph_checks_weights_before_any_is_changed(net: nn.Module) -> None:
+    class Fixed(EagerEngine):
+        def check_refit(self, state: Mapping[str, Tensor]) -> None:
+            raise EngineError(f"holds its weights for good, not these {len(state)}")
+
+    compiler, bank = get_compiler("eager"), WeightBank(net)
+    manifest = compiler.build(net, net_spec(net, "eager"), Path())
+    with pytest.raises(EngineError, match="for good, not these 1"):
+        GraphedEngine(Fixed(manifest, bank)).check_refit({"shift": torch.zeros(16)})
 
 
 @pytest.mark.parametrize(

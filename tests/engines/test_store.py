@@ -127,7 +127,7 @@ def test_two_processes_at_once_make_one_engine(tmp_path: Path) -> None:
 
 
 def test_a_sound_store_verifies(store: tuple[EngineStore, Manifest]) -> None:
-    assert store[0].verify(HERE) == []
+    assert store[0].verify() == []
     store[0].check(store[1], HERE, "rmd build")
 
 
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_refused_with_the_way_out(  # type: ignore[no-untyped-
     damage(engines.folder(manifest.key) / PACKAGE)
     with pytest.raises(EngineCorrupt, match=rf"engine.pt2 .*{message}.*rmd engines prune .*--broken && rmd build --x"):
         engines.check(manifest, HERE, "rmd build --x")
-    (problem,) = engines.verify(HERE)
+    (problem,) = engines.verify()
     assert problem.broken and problem.key == manifest.key and message in problem.message
 
 
@@ -180,6 +180,30 @@ def test_an_engine_of_another_machine_is_refused(
         engines.check(foreign, HERE, "rmd build --x")
 
 
+def test_engines_for_another_device_are_foreign_and_damage_to_them_is_seen(net: nn.Module, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    key, builder = eager_builder(net)
+    store.build(key, builder)
+    here = net_spec(net, "eager")
+    there = replace(here, target=Target("cuda", HERE.platform, "", "9.9", "1.0", "1"))
+
+    def as_if_on_a_gpu(folder: Path) -> Manifest:
+        (folder / "note.txt").write_text("a plan")
+        return replace(get_compiler("eager").build(net, here, folder), spec=there)
+
+    store.build(there.key, as_if_on_a_gpu)
+    (problem,) = store.verify()
+    assert problem.key == there.key and not problem.broken and "was built for" in problem.message
+    (store.folder(there.key) / "note.txt").write_text("A plan")
+    assert store.has(there.key), "lengths alone do not tell"
+    (problem,) = store.verify()
+    assert problem.broken and "was altered" in problem.message
+    assert "1 engines removed" in CliRunner().invoke(app, ["prune", "--broken", "--engines", str(tmp_path)]).output
+    store.build(there.key, as_if_on_a_gpu)
+    assert "1 engines removed" in CliRunner().invoke(app, ["prune", "--foreign", "--engines", str(tmp_path)]).output
+    assert store.keys() == [key]
+
+
 def test_pruning_removes_what_is_named_and_nothing_else(net: nn.Module, tmp_path: Path) -> None:
     store = EngineStore(tmp_path)
     key, builder = eager_builder(net)
@@ -197,7 +221,7 @@ def test_folders_that_are_no_engines_are_left_alone(net: nn.Module, tmp_path: Pa
     for name in ("embedded", key[:-1], key.upper() + "0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text("{}")
-    assert store.keys() == [key] and store.verify(HERE) == []
+    assert store.keys() == [key] and store.verify() == []
     pruned = CliRunner().invoke(app, ["prune", "--all", "--broken", "--engines", str(tmp_path)])
     assert "1 engines removed" in pruned.output
     assert store.prune(["embedded"]) == []
@@ -235,12 +259,12 @@ def test_measurements_are_replaced_and_files_are_not(store: tuple[EngineStore, M
     engines.update(manifest.updated(latency_seconds={2: 0.5}))
     again = engines.get(manifest.key)
     assert again is not None and again.latency_seconds == {2: 0.5} and again.files == manifest.files
-    assert engines.verify(HERE) == []
+    assert engines.verify() == []
     with pytest.raises(EngineError, match="is not in"):
         EngineStore(engines.root / "other").update(manifest)
 
 
 def test_a_store_that_does_not_exist_is_empty(tmp_path: Path) -> None:
     store = EngineStore(tmp_path / "none")
-    assert store.list() == [] and store.keys() == [] and store.verify(HERE) == [] and store.prune([]) == []
+    assert store.list() == [] and store.keys() == [] and store.verify() == [] and store.prune([]) == []
     assert not (tmp_path / "none" / MANIFEST).exists()

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.cascade import Cascade, teacher_cascade
 from rmd.noise_schedule import RectifiedFlow, VariancePreserving
-from rmd.presets import PRESETS, preset, preset_noise_schedule
+from rmd.presets import PRESETS, preset, preset_backbone, preset_noise_schedule
 from rmd.size import Size
 from rmd.timesteps import map_timestep, uniform_teacher_timesteps
 
@@ -55,6 +56,12 @@ def test_table_6(
         assert timesteps(cascade) == mapped
         assert teacher(cascade) == teachers
         assert [step.size for step in cascade.steps] == step_sizes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_belongs_to_a_backbone_of_the_registry(name: str) -> None:
+    assert preset_backbone(name) in BACKBONES
+    assert preset_noise_schedule(name) == preset_noise_schedule(get_backbone(preset_backbone(name)).profile)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("tau", [-4.59, -4.0, -3.24])
