@@ -81,9 +81,11 @@ def command(
     with ProgressLine() as line:
         service = Service(settings, load_model, on_failed=stop_at_failure, on_progress=line.update)
         server = make_server(service)
-        server.run()
-    if service.alive:  # stopped within a long batch or build; its native code cannot be unwound from here
-        os._exit(1)
+        try:
+            server.run()
+        finally:
+            if service.alive:  # stopped within a long batch or build; its native code cannot be unwound from here
+                os._exit(1)
     if failures:
         typer.secho(f"rmd serve: {failures[0]}", fg="red", err=True)
         raise typer.Exit(1)

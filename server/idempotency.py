@@ -79,6 +79,7 @@ class IdempotencyStore:
         replayed = kept is not None
         if kept is None:
             kept = _Kept(body_digest, asyncio.ensure_future(_as_coroutine(make)), self._clock())
+            self._kept.pop(slot, None)  # one that is made anew is the newest, and goes last
             self._kept[slot] = kept
             kept.task.add_done_callback(lambda task: self._finished(slot, task))
         # shield: a client that leaves must not cancel the work that its retry will ask for

@@ -52,7 +52,11 @@ class _StateCollector(Collector):
         plain: tuple[tuple[str, str, float], ...] = (
             ("rmd_ready", "1 where every engine is loaded and warmed and requests are accepted.", now.ready),
             ("rmd_draining", "1 while accepted requests are finished before the server stops.", now.draining),
-            ("rmd_load_progress", "Share of the start-up work (build, load, warm-up) that is done.", now.load_progress),
+            (
+                "rmd_load_progress",
+                "Share of the start-up's present part (build, load, warm-up) that is done.",
+                now.load_progress,
+            ),
             ("rmd_in_flight_requests", "Requests admitted and not yet answered.", now.in_flight_requests),
             ("rmd_in_flight_items", "Pictures admitted and not yet done.", now.in_flight_items),
             ("rmd_queue_capacity_items", "Pictures that can be admitted at once.", now.queue_capacity_items),
@@ -114,7 +118,7 @@ class Metrics:
         )
         self.batch_size = Histogram(
             "rmd_batch_size",
-            "Pictures served together in one batch, by station.",
+            "Pictures (encode: texts) served together in one batch, by station.",
             ["station"],
             buckets=_BATCH_BUCKETS,
             registry=self.registry,

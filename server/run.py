@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from types import FrameType
 
 import uvicorn
 
 from server.app import create_app
+from server.middleware import CLIENT_PATIENCE_SECONDS
 from server.service import Service
 
 log = logging.getLogger("rmd.server")
@@ -27,7 +29,12 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._listening = _listen(config.host, config.port)
         self._draining = False
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on the socket that was opened at construction, or on the given ones, until stopped."""
+        super().run(sockets or [self._listening])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal; called on the main thread."""
@@ -55,8 +62,30 @@ class _QuietProbes(logging.Filter):
         return not any(part in record.getMessage() for part in ('"GET /health/', '"GET /metrics'))
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """Open the port before anything is loaded for it, and let the kernel give up on clients that take nothing.
+
+    Raises:
+        ValueError: the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({error.strerror or error}); choose another --port or --host"
+        ) from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * CLIENT_PATIENCE_SECONDS))
+    return listening
+
+
 def make_server(service: Service) -> DrainingServer:
-    """Return a server for ``service.settings.host`` and ``port``."""
+    """Return a server for ``service.settings.host`` and ``port``, which it listens on already.
+
+    Raises:
+        ValueError: it cannot.
+    """
     settings = service.settings
     config = uvicorn.Config(
         create_app(service),

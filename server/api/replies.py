@@ -49,7 +49,7 @@ def image_reply(
         quality=reply_quality(body),
         size=str(spec.cascade.full_size),
         usage=usage(service, generation, len(ordered)),
-        safety_identifier=body.safety_identifier or body.user or None,
+        safety_identifier=body.safety_identifier,
         rmd=report(service, generation, ordered),
     ).model_dump(exclude_none=False)
 
@@ -73,7 +73,7 @@ def completed_event(
         "type": "image_generation.completed",
         **_event_fields(body, generation, picture.content, str(generation.spec.cascade.full_size)),
         "usage": usage(service, generation, 1).model_dump(),
-        "safety_identifier": body.safety_identifier or body.user or None,
+        "safety_identifier": body.safety_identifier,
         "rmd": {"index": picture.index, **rmd, "seed": generation.spec.seeds[picture.index]},
     }
 

@@ -31,8 +31,8 @@ class ImageRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are always opaque.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Accepted and ignored.")
     style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and ignored.")
-    user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Accepted; never stored.")
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="Echoed; never stored.")
+    user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Accepted and ignored.")
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="Echoed; never logged.")
     stream: bool | None = Field(None, description="Answer with Server-Sent Events.")
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
         None, description="Low-resolution results to show on the way; only with stream."

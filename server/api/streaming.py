@@ -20,6 +20,7 @@ from server.scheduling.request import FinishedPicture, Generation, PartialPictur
 from server.service import Service
 
 _HEARTBEAT_SECONDS = 10.0
+_PIECE_BYTES = 64 * 1024
 
 
 def client_gone() -> ApiError:
@@ -92,11 +93,20 @@ class ImageEventStream(Response):
 
 
 def _impatient(send: Send) -> Send:
-    """Return a send that raises TimeoutError where the client does not take a message in time."""
+    """Return a send that raises TimeoutError where the client does not take a piece of a message in time.
+
+    In pieces, since each waits for the one before to leave: a slow client has that long for 64 KiB, not for a picture.
+    """
 
     async def bounded(message: Message) -> None:
-        async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
-            await send(message)
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for start in range(0, max(len(body), 1), _PIECE_BYTES):
+            piece = message
+            if len(body) > _PIECE_BYTES:
+                end = start + _PIECE_BYTES
+                piece = {**message, "body": body[start:end], "more_body": more or end < len(body)}
+            async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
+                await send(piece)
 
     return bounded
 

@@ -145,7 +145,8 @@ def test_the_server_keeps_serving(open_house: House) -> None:
 
 def test_fields_that_only_the_official_client_knows_are_ignored(open_house: House) -> None:
     reply = open_house.draw(moderation="low", style="vivid", user="u", quality="hd", background="auto", frame_count=3)
-    assert reply.status_code == 200 and reply.json()["safety_identifier"] == "u"
+    assert reply.status_code == 200 and reply.json()["safety_identifier"] is None
+    assert open_house.draw(safety_identifier="s").json()["safety_identifier"] == "s"
 
 
 def test_keys_are_asked_for_before_the_body_is_read(checkpoint: Path, loaded: ServedModel) -> None:

@@ -74,6 +74,24 @@ def test_a_device_that_breaks_within_a_retried_batch_leaves_nobody_waiting(
     executor.stop()
 
 
+def test_a_device_that_breaks_under_several_blames_none_of_them(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(prompts: list[str]) -> dict[str, torch.Tensor]:
+        raise torch.AcceleratorError("the device is gone")
+
+    monkeypatch.setattr(model.backbone, "encode_prompts", breaking)
+    admission, executor = Admission(8, 10**9), lone_executor(model)
+    generations = [admitted(model, admission, f"prompt {i}") for i in range(3)]
+    for generation, _ in generations:
+        executor.submit(generation)
+    executor.start()
+    until(lambda: not executor.alive)
+    assert [codes(events) for _, events in generations] == [["draining"]] * 3, "each may be asked for elsewhere"
+    assert admission.items == 0
+    executor.stop()
+
+
 def test_a_picture_that_outlasts_the_stop_still_arrives(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     decoding, go = threading.Event(), threading.Event()
 

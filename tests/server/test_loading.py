@@ -21,7 +21,7 @@ from server import loading
 from server.compiled import choose_engines
 from server.loading import load_model
 from server.model import ServedModel
-from server.scheduling.latency import StationKey
+from server.scheduling.latency import STUDENT, TEACHER, StationKey
 from server.service import Progress
 from tests.server.conftest import TEACHER_STEPS, make_settings
 from tests.server.house import Gate, pixels, serving
@@ -107,6 +107,12 @@ def test_batches_that_do_not_fit_in_memory_are_not_used(
     room = 0
     with pytest.raises(torch.OutOfMemoryError):
         loading._measure_station(loaded, key, max_batch=8)
+
+
+def test_a_guided_step_of_the_teacher_is_timed_whatever_the_widths(loaded: ServedModel) -> None:
+    size = max(loaded.sizes)
+    assert set(loading._measure_station(loaded, StationKey("denoise", TEACHER, size), max_batch=1)) == {1, 2}
+    assert set(loading._measure_station(loaded, StationKey("denoise", STUDENT, size), max_batch=1)) == {1}
 
 
 def test_a_backend_that_is_not_here_is_named(checkpoint: Path) -> None:

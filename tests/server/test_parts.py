@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from starlette.types import Message
 
 from rmd.presets import preset
 from rmd.size import Size
+from server.api import streaming
 from server.errors import ApiError, Fault
 from server.files import FileStore
 from server.idempotency import IdempotencyStore
 from server.progress import ProgressLine
+from server.run import make_server
 from server.scheduling.admission import Admission
 from server.scheduling.latency import LatencyTable, StationKey
 from server.scheduling.policy import StagePolicy
 from server.scheduling.request import Generation, GenerationSpec, partial_steps
 from server.scheduling.stations import Stations
-from server.service import Progress
+from server.service import Progress, Service
 from server.settings import ServerSettings
 
 LOW, HIGH = StationKey("denoise", size=Size(128, 128)), StationKey("denoise", size=Size(256, 256))
@@ -358,6 +362,49 @@ def test_an_idempotent_reply_that_can_no_longer_be_given_is_made_anew() -> None:
             assert (reply["made"], replayed) == expected
 
     asyncio.run(scenario())
+
+
+def test_a_reply_that_was_made_anew_is_the_newest() -> None:
+    async def scenario() -> None:
+        store = IdempotencyStore(max_replies=2, max_bytes=100, life_seconds=5, clock=Clock())
+
+        async def make() -> dict[str, Any]:
+            return {}
+
+        for key, usable in (("a", True), ("b", True), ("a", False), ("c", True)):
+            await store.run(b"me", key, b"body", make, lambda _reply, usable=usable: usable)
+        assert (await store.run(b"me", "a", b"body", make))[1], "b was the oldest"
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_client_is_waited_for_as_long_as_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "CLIENT_PATIENCE_SECONDS", 0.2)
+    body, taken = bytes(range(256)) * 2560, list[Message]()
+
+    async def slow(message: Message) -> None:
+        await asyncio.sleep(0.03)
+        taken.append(message)
+
+    async def stuck(_message: Message) -> None:
+        await asyncio.sleep(60)
+
+    async def scenario() -> None:
+        await streaming._impatient(slow)({"type": "http.response.body", "body": body, "more_body": False})
+        with pytest.raises(TimeoutError):
+            await streaming._impatient(stuck)({"type": "http.response.body", "body": b"x", "more_body": True})
+
+    asyncio.run(scenario())
+    assert len(taken) == 10, "together longer than the patience for one"
+    assert b"".join(message["body"] for message in taken) == body
+    assert [message["more_body"] for message in taken] == [True] * 9 + [False]
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = ServerSettings(port=taken.getsockname()[1])
+        with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1 port .*; choose another --port"):
+            make_server(Service(settings, lambda *_: pytest.fail("it was loaded")))
 
 
 def test_the_progress_bar_goes_on_after_the_engines_and_ends_when_ready(
