@@ -25,7 +25,7 @@ from rmd.size import Size
 from training.attention import training_attention
 from training.checkpointing import checkpoints, load_checkpoint
 from training.export import Export, export_checkpoint
-from training.files import load_tensors, save_tensors
+from training.files import load_tensors, save_tensors, write_json
 from training.methods import METHODS
 from training.methods.adversary import TokenTap
 from training.methods.base import DistillationMethod
@@ -42,6 +42,7 @@ _PIPELINES = {
     "StableDiffusion3Pipeline": "sd3",
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+INITIAL_FILE = "initial.json"
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,8 @@ class Distillation:
             # In any case: a discriminator's head is among the weights that a checkpoint holds.
             attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
         trainer = Trainer(method, networks, settings, run, tokens=teacher.backbone.tokens(cascade.full_size))
+        if trainer.accelerator.is_main_process:
+            keep_initial_record(settings, run)
         return cls(teacher, method, networks, trainer, settings, run)
 
     def student(self, averaged: bool = True) -> torch.nn.Module:
@@ -324,6 +327,8 @@ class Distillation:
             **({"initial_student": Path(settings.initial_student).name} if settings.initial_student else {}),
             "settings": settings.to_record(),
         }
+        if (kept := self.run / INITIAL_FILE).is_file():
+            record["initial"] = json.loads(kept.read_text(encoding="utf-8"))
         component = network_of(student)[0]
         return export_checkpoint(
             merged_network(student),
@@ -341,6 +346,13 @@ class Distillation:
                 share="link" if share == "link" else "copy",
             ),
         )
+
+
+def keep_initial_record(settings: DistillSettings, run: Path) -> None:
+    """Keep in the run how the student that it starts from was distilled: an export may overwrite that folder."""
+    folder = None if settings.initial_student is None else Path(settings.initial_student)
+    if folder is not None and (folder / CASCADE_FILE).is_file() and not (run / INITIAL_FILE).is_file():
+        write_json(run / INITIAL_FILE, dict(CheckpointFolder.read(folder).distillation))
 
 
 def initial_denoiser(teacher: Teacher, settings: DistillSettings) -> torch.nn.Module | None:

@@ -155,9 +155,16 @@ def model_card(name: str, export: Export) -> str:
         f"| {index} | {step.size} | {step.timestep} | {step.teacher_timestep} |"
         for index, step in enumerate(cascade.steps)
     )
-    facts = "\n".join(
-        f"- {key.replace('_', ' ')}: {value}" for key, value in record.items() if not isinstance(value, dict)
-    )
+    lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in record.items() if not isinstance(value, dict)]
+    before = record.get("initial")
+    while before:
+        lines.append(
+            f"- before that: {before.get('iterations')} iterations of batch size {before.get('batch_size')} with "
+            f"guidance scale {before.get('guidance_scale')} in {before.get('seconds')} seconds, on "
+            f"{before.get('device')}"
+        )
+        before = before.get("initial")
+    facts = "\n".join(lines)
     return f"""# {name}
 
 A few-step student of the backbone `{export.backbone}`, distilled with {record.get("method", "rmd").upper()} from

@@ -182,7 +182,8 @@ def test_a_student_may_start_from_another_checkpoint_while_the_fake_score_starts
     settings = DistillSettings(precision="fp32", initial_student=str(trained), fake_warmup_iterations=1)
     teacher = Teacher.open(teacher_folder, None, torch.float32)
     prompts = encode_prompts(teacher.backbone, ["a dog"], tmp_path / "prompts")
-    networks = Distillation.build(teacher, prompts, settings, tmp_path / "run").networks
+    built = Distillation.build(teacher, prompts, settings, tmp_path / "run")
+    networks = built.networks
     expected = dict(load_checkpoint(trained)[0].component_modules()["denoiser"].named_parameters())
     own = dict(networks.teacher.named_parameters())
     assert any(not torch.equal(expected[name].float(), value) for name, value in own.items())
@@ -190,6 +191,11 @@ def test_a_student_may_start_from_another_checkpoint_while_the_fake_score_starts
         assert torch.equal(value, expected[name].float()), name
     for name, value in networks.fake.named_parameters():
         assert torch.equal(value, own[name]), name
+    before = CheckpointFolder.read(trained).distillation
+    for _ in range(2):  # the second export has overwritten the folder that the run started from
+        out = built.export(trained)
+        assert CheckpointFolder.read(out).distillation["initial"] == before
+        assert "before that: 1 iterations of batch size 2" in (out / "README.md").read_text()
     other = write_tiny_folder("pixart", tmp_path / "other")
     wrong = settings.model_copy(update={"initial_student": str(other)})
     with pytest.raises((ValueError, FileNotFoundError), match="other"):
