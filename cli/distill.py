@@ -148,14 +148,11 @@ def _prompts(
 ) -> PromptSet:
     import random
 
-    from training.data.prompts import training_prompts
-    from training.prompts import encode_prompts, read_prompt_file
+    from training.prompts import caption_prompts, encode_prompts, read_prompt_file
 
     if not needed:
         return encode_prompts(teacher.backbone, [""], run / "prompts")
-    if file and settings.composed_share:
-        raise ValueError("composed_share composes prompts from the pictures of --data; with --prompts set it to 0")
-    texts = read_prompt_file(file) if file else training_prompts(data, settings.seed, settings.composed_share)
+    texts = read_prompt_file(file) if file else caption_prompts(data, settings.seed)
     if max_prompts is not None and max_prompts < len(texts):
         texts = random.Random(settings.seed).sample(texts, max_prompts)
     _say(f"{len(set(texts))} distinct prompts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random as python_random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor
 
 from rmd.backbones.base import Backbone
+from training.data.captions import GROUNDS, WHITE
+from training.data.dataset import PictureSet, caption
 from training.files import load_tensors, save_tensors
 from training.randomness import Randomness
+
+PLAIN_WEIGHT = 3
+"""How often a picture's plain caption is drawn for each of its random variants."""
 
 
 class PromptSet:
@@ -68,6 +74,22 @@ def read_prompt_file(path: Path) -> list[str]:
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def caption_prompts(data: Path, seed: int = 0, variants: int = 2) -> list[str]:
+    """Captions of the training pictures, none of the held-out ones; repeated by how often each is to be drawn.
+
+    A picture gives its plain caption `PLAIN_WEIGHT` times, `variants` random ones and one on a coloured ground.
+    """
+    records = [record for record in PictureSet.load(data).records if record.split == "train"]
+    random = python_random.Random(seed)
+    coloured = [ground for ground in GROUNDS if ground != WHITE]
+    prompts: list[str] = []
+    for record in records:
+        prompts += [caption(record)] * PLAIN_WEIGHT
+        prompts += [caption(record, random) for _ in range(variants)]
+        prompts.append(caption(record, random, random.choice(coloured)))
     return prompts
 
 

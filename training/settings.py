@@ -63,7 +63,6 @@ class DistillSettings(BaseSettings):
     minutes: float | None = Field(None, gt=0, description="stop after this much training time, over all resumptions")
 
     # The objective.
-    composed_share: float = Field(0.0, ge=0, lt=1, description="share of prompts that no training picture shows")
     batch_size: int = Field(32, ge=1, description="samples matched in one update, on each process")
     guidance_scale: float | None = Field(None, ge=0, description="of the real score; the teacher's own by default")
     loss: Literal["pseudo_huber", "elementwise_huber", "squared"] = "pseudo_huber"

@@ -24,6 +24,7 @@ from tests.training.picture_setup import LABELS, four_pictures, tiny_autoencoder
 from training.data.dataset import PictureSet
 from training.files import save_model
 from training.latents import TEXT_TOKENS, TeacherData, encode_text
+from training.prompts import PLAIN_WEIGHT, caption_prompts
 from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, is_muon_matrix, picture_loss
 from training.teacher_export import teacher_card
 from training.teacher_run import TeacherRun
@@ -346,6 +347,13 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
             torch.tensor([500.0]), return_dict=False,
         )[0]  # fmt: skip
     torch.testing.assert_close(x0, noise - 0.5 * velocity.float())
+
+
+def test_a_distillation_is_given_captions_of_training_pictures_alone(cache: Path) -> None:
+    prompts = caption_prompts(cache)
+    assert prompts.count("red circle, noto style") >= PLAIN_WEIGHT
+    assert any(prompt.endswith(" background") for prompt in prompts)
+    assert not [prompt for prompt in prompts if "dot" in prompt or "line" in prompt], "held out"
 
 
 def test_sheet_prompts_cover_the_three_splits(pictures: PictureSet) -> None:

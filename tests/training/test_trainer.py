@@ -135,9 +135,9 @@ def test_resuming_refuses_other_settings_unless_they_may_change(tmp_path: Path) 
 
 def test_resuming_takes_a_setting_that_did_not_exist_yet_at_its_default(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", iterations=1)
-    older = {name: value for name, value in trainer.settings.to_record().items() if name != "composed_share"}
+    older = {name: value for name, value in trainer.settings.to_record().items() if name != "weight_decay"}
     assert changed_settings(older, trainer.settings.to_record()) == []
-    assert changed_settings(older, {**trainer.settings.to_record(), "composed_share": 0.5}) == ["composed_share"]
+    assert changed_settings(older, {**trainer.settings.to_record(), "weight_decay": 0.5}) == ["weight_decay"]
 
 
 def test_resuming_and_exporting_refuse_other_weights_of_the_teacher(tmp_path: Path) -> None:
