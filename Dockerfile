@@ -6,10 +6,10 @@ ARG PYTHON=python:3.11-slim-bookworm
 FROM ${PYTHON} AS build
 ARG TORCH_INDEX_URL=
 ARG EXTRAS=[gpu]
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 RUN python3 -m venv /opt/rmd
 # torch alone first: a layer of gigabytes that a change of our code does not build anew.
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     /opt/rmd/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE NOTICE ./
@@ -18,7 +18,7 @@ COPY engines engines
 COPY server server
 COPY training training
 COPY cli cli
-RUN --mount=type=cache,target=/root/.cache/pip /opt/rmd/bin/pip install ".${EXTRAS}"
+RUN --mount=type=cache,target=/var/cache/pip /opt/rmd/bin/pip install ".${EXTRAS}"
 
 FROM ${PYTHON}
 # Engines are compiled where they run, at the first start: AOTInductor and Triton call a C++ compiler.

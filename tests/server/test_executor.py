@@ -43,6 +43,18 @@ def codes(events: list[Event]) -> list[str]:
     return [event.error.code for event in events if isinstance(event, Failed)]
 
 
+def run_until_broken(model: ServedModel, count: int) -> tuple[DeviceExecutor, Admission, list[list[str]]]:
+    """Give ``count`` requests at once to a device that breaks; how each ended."""
+    admission, executor = Admission(8, 10**9), lone_executor(model)
+    generations = [admitted(model, admission, f"prompt {i}") for i in range(count)]
+    for generation, _ in generations:
+        executor.submit(generation)
+    executor.start()
+    until(lambda: not executor.alive)
+    assert admission.items == 0, "every permit came back"
+    return executor, admission, [codes(events) for _, events in generations]
+
+
 def test_a_device_that_breaks_within_a_retried_batch_leaves_nobody_waiting(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,15 +70,9 @@ def test_a_device_that_breaks_within_a_retried_batch_leaves_nobody_waiting(
         return encode(prompts)
 
     monkeypatch.setattr(model.backbone, "encode_prompts", breaking)
-    admission, executor = Admission(8, 10**9), lone_executor(model)
-    generations = [admitted(model, admission, f"prompt {i}") for i in range(4)]
-    for generation, _ in generations:
-        executor.submit(generation)
-    executor.start()
-    until(lambda: not executor.alive)
+    executor, admission, found = run_until_broken(model, 4)
     assert len(alone) == 2
-    assert sorted(codes(events) for _, events in generations) == [["draining"]] * 3 + [["engine_failed"]]
-    assert admission.items == 0, "every permit came back"
+    assert sorted(found) == [["draining"]] * 3 + [["engine_failed"]]
 
     late, events = admitted(model, admission, "too late")
     executor.submit(late)
@@ -81,14 +87,8 @@ def test_a_device_that_breaks_under_several_blames_none_of_them(
         raise torch.AcceleratorError("the device is gone")
 
     monkeypatch.setattr(model.backbone, "encode_prompts", breaking)
-    admission, executor = Admission(8, 10**9), lone_executor(model)
-    generations = [admitted(model, admission, f"prompt {i}") for i in range(3)]
-    for generation, _ in generations:
-        executor.submit(generation)
-    executor.start()
-    until(lambda: not executor.alive)
-    assert [codes(events) for _, events in generations] == [["draining"]] * 3, "each may be asked for elsewhere"
-    assert admission.items == 0
+    executor, _, found = run_until_broken(model, 3)
+    assert found == [["draining"]] * 3, "each may be asked for elsewhere"
     executor.stop()
 
 
