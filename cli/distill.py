@@ -105,7 +105,8 @@ def _run(
     from accelerate import Accelerator
 
     from training.checkpointing import checkpoints
-    from training.distil import DTYPES, Distillation, Teacher
+    from training.distil import DTYPES, Distillation
+    from training.teacher_folder import Teacher
 
     if not resume and checkpoints(run / "checkpoints"):
         raise ValueError(f"{run} already holds checkpoints; --resume goes on with them, another --run starts anew")

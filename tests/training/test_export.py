@@ -19,12 +19,13 @@ from rmd.backbones.tiny import write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from training import export as export_module
 from training.checkpointing import save_checkpoint
-from training.distil import Distillation, Teacher, training_cascade
+from training.distil import Distillation
 from training.export import ExportError, export_checkpoint, verify
 from training.files import load_tensors
 from training.networks import merged_network
 from training.prompts import encode_prompts, read_prompt_file
 from training.settings import DistillSettings
+from training.teacher_folder import Teacher, training_cascade
 
 
 @pytest.fixture(scope="module")
