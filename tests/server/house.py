@@ -28,6 +28,15 @@ from server.settings import ServerSettings
 URL = "/v1/images/generations"
 
 
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Gate:
     """An executor that runs everything for real, but only while it is open: it makes races happen on purpose.
 

@@ -1,22 +1,18 @@
-"""Widths, priorities, permits, settings and stores, each alone."""
+"""Widths, priorities, permits; a slow client, a taken port, the progress bar: each alone."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 from starlette.types import Message
 
 from rmd.presets import preset
 from rmd.size import Size
 from server.api import streaming
 from server.errors import ApiError, Fault
-from server.files import FileStore
-from server.idempotency import IdempotencyStore
 from server.progress import ProgressLine
 from server.run import make_server
 from server.scheduling.admission import Admission
@@ -26,15 +22,9 @@ from server.scheduling.request import Generation, GenerationSpec, partial_steps
 from server.scheduling.stations import Stations
 from server.service import Progress, Service
 from server.settings import ServerSettings
+from tests.server.house import Clock
 
 LOW, HIGH = StationKey("denoise", size=Size(128, 128)), StationKey("denoise", size=Size(256, 256))
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.mark.parametrize(
@@ -221,161 +211,6 @@ def test_retry_after_follows_the_drain_rate() -> None:
         held.pop(0).release(finished=True)
         held.append(admission.acquire(1, 1))
     assert retry_after(1) == 7 and retry_after(10) == 70
-
-
-def test_settings_come_from_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "serve.yaml"
-    file.write_text("port: 1\nhost: 0.0.0.0\nqueue_items: 30\napi_keys: [from-file]\n")
-    monkeypatch.setenv("RMD_CONFIG", str(file))
-    monkeypatch.setenv("RMD_PORT", "2")
-    monkeypatch.setenv("RMD_QUEUE_ITEMS", "31")
-    settings = ServerSettings(port=3)
-    assert (settings.port, settings.queue_items, settings.host) == (3, 31, "0.0.0.0")
-    monkeypatch.setenv("RMD_API_KEYS", "one, two")
-    settings = ServerSettings()
-    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
-    shown = settings.describe()
-    assert "2 key(s), hidden" in shown and "one" not in shown.split() and "queue_items: 31" in shown
-    assert "two" not in repr(settings)
-
-
-def test_wrong_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValidationError, match="prot"):
-        ServerSettings.model_validate({"prot": 1})
-    with pytest.raises(ValidationError, match="queue_items"):
-        ServerSettings(queue_items=5, max_images=10)
-    monkeypatch.setenv("RMD_CONFIG", str(tmp_path / "none.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
-        ServerSettings()
-
-
-def test_keys_and_buckets_are_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for empty in ("", " , "):
-        monkeypatch.setenv("RMD_API_KEYS", empty)
-        monkeypatch.setenv("RMD_BUCKETS", empty)
-        assert ServerSettings().api_keys == () and ServerSettings().buckets is None
-    monkeypatch.setenv("RMD_BUCKETS", "1, 4")
-    assert ServerSettings().buckets == (1, 4)
-    monkeypatch.setenv("RMD_BUCKETS", "0")
-    with pytest.raises(ValidationError, match="buckets"):
-        ServerSettings()
-    monkeypatch.delenv("RMD_BUCKETS")
-    monkeypatch.delenv("RMD_API_KEYS")
-    file = tmp_path / "serve.yaml"
-    monkeypatch.setenv("RMD_CONFIG", str(file))
-    for keys in ('[""]', '[good, " "]'):
-        file.write_text(f"api_keys: {keys}\n")
-        with pytest.raises(ValidationError, match="an API key is empty"):
-            ServerSettings()
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("port: 1\napi_keys: [very-secret\nhost: x\n", "not valid YAML at line 3"),
-        ("- port\n- very-secret\n", "must hold a mapping .* not a list"),
-        ("very-secret", "must hold a mapping .* not a str"),
-    ],
-)
-def test_a_settings_file_that_cannot_be_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, problem: str
-) -> None:
-    file = tmp_path / "serve.yaml"
-    file.write_text(content)
-    monkeypatch.setenv("RMD_CONFIG", str(file))
-    with pytest.raises(ValueError, match=rf"serve\.yaml.*{problem}") as error:
-        ServerSettings()
-    assert "very-secret" not in str(error.value)
-    file.write_text("# nothing set\n")
-    assert ServerSettings().port == 8000
-
-
-def test_stored_files_expire_and_stay_within_their_memory() -> None:
-    clock = Clock()
-    store = FileStore(max_bytes=100, life_seconds=10, clock=clock)
-    names = [store.put(bytes(40), "image/png", "png") for _ in range(3)]
-    assert store.get(names[0]) is None and store.get(names[2]) is not None and store.stored_bytes == 80
-    clock.now = 11
-    assert store.get(names[2]) is None and store.stored_bytes == 0
-
-
-def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None:
-    async def scenario() -> None:
-        clock = Clock()
-        store = IdempotencyStore(max_replies=10, max_bytes=1000, life_seconds=5, clock=clock)
-        made = 0
-
-        async def make(fail: bool = False) -> dict[str, Any]:
-            nonlocal made
-            made += 1
-            await asyncio.sleep(0)
-            if fail:
-                raise ApiError(Fault.ENGINE_FAILED, "no")
-            return {"made": made}
-
-        with pytest.raises(ApiError):
-            await store.run(b"me", "k", b"body", lambda: make(fail=True))
-        await asyncio.sleep(0)
-        assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, False)
-        assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, True)
-        assert await store.run(b"you", "k", b"other", make) == ({"made": 3}, False), "keys of two callers never meet"
-        with pytest.raises(ApiError) as conflict:
-            await store.run(b"me", "k", b"other", make)
-        assert conflict.value.fault is Fault.CONFLICT
-        clock.now = 6
-        assert await store.run(b"me", "k", b"other", make) == ({"made": 4}, False)
-
-    asyncio.run(scenario())
-
-
-def test_idempotent_replies_stay_within_their_memory() -> None:
-    async def scenario() -> None:
-        store = IdempotencyStore(max_replies=10, max_bytes=100, life_seconds=5, clock=Clock())
-
-        async def replayed(key: str, size: int) -> bool:
-            async def make() -> dict[str, Any]:
-                return {"data": [{"b64_json": "x" * (size // 2), "url": None}, {"b64_json": "x" * (size // 2)}]}
-
-            return (await store.run(b"me", key, b"body", make))[1]
-
-        assert not await replayed("first", 40) and not await replayed("second", 60)
-        assert await replayed("first", 40) and await replayed("second", 60), "just within"
-        assert not await replayed("third", 40)
-        assert await replayed("second", 60) and await replayed("third", 40)
-        assert not await replayed("first", 40), "the oldest left first"
-        assert not await replayed("huge", 200) and not await replayed("huge", 200), "larger than the store: not kept"
-        assert await replayed("third", 40) and await replayed("first", 40), "and it pushed nothing out"
-
-    asyncio.run(scenario())
-
-
-def test_an_idempotent_reply_that_can_no_longer_be_given_is_made_anew() -> None:
-    async def scenario() -> None:
-        store, made = IdempotencyStore(max_replies=10, max_bytes=100, life_seconds=5, clock=Clock()), list[int]()
-
-        async def make() -> dict[str, Any]:
-            made.append(len(made))
-            return {"made": made[-1]}
-
-        for usable, expected in ((True, (0, False)), (True, (0, True)), (False, (1, False)), (True, (1, True))):
-            reply, replayed = await store.run(b"me", "k", b"body", make, lambda _reply, usable=usable: usable)
-            assert (reply["made"], replayed) == expected
-
-    asyncio.run(scenario())
-
-
-def test_a_reply_that_was_made_anew_is_the_newest() -> None:
-    async def scenario() -> None:
-        store = IdempotencyStore(max_replies=2, max_bytes=100, life_seconds=5, clock=Clock())
-
-        async def make() -> dict[str, Any]:
-            return {}
-
-        for key, usable in (("a", True), ("b", True), ("a", False), ("c", True)):
-            await store.run(b"me", key, b"body", make, lambda _reply, usable=usable: usable)
-        assert (await store.run(b"me", "a", b"body", make))[1], "b was the oldest"
-
-    asyncio.run(scenario())
 
 
 def test_a_slow_client_is_waited_for_as_long_as_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
