@@ -95,14 +95,17 @@ def holds_weights(folder: Path, model: Any) -> bool:
     )
 
 
-def refuse_other_student(models: Path, autoencoder: Any) -> None:
+def refuse_other_student(models: Path, autoencoder: Any | None) -> None:
     """Do not take a distilled student's autoencoder away.
+
+    Args:
+        autoencoder: what is to be exported there; None for one that is still to be trained, which will differ.
 
     Raises:
         ValueError: ``<models>/embedded`` is a student of another autoencoder.
     """
     shared = models / SHARED_FOLDER
-    if (shared / CASCADE_FILE).is_file() and not holds_weights(shared / "vae", autoencoder):
+    if (shared / CASCADE_FILE).is_file() and (autoencoder is None or not holds_weights(shared / "vae", autoencoder)):
         raise ValueError(
             f"{shared} holds a student of another autoencoder, which could not be decoded any more: "
             f"give another --models folder, or remove {shared}"

@@ -109,6 +109,7 @@ class TeacherRun:
             shutil.copytree(initial / "vae", scratch)
             scratch.rename(self.autoencoder_folder)
         if not (self.autoencoder_folder / "config.json").is_file():
+            refuse_other_student(self.models, None)
             self.log(f"no autoencoder in {self.autoencoder_folder}: training one for {autoencoder_minutes:g} minutes")
             config = AutoencoderConfig(minutes=autoencoder_minutes, seed=seed)
             train_autoencoder(self.pictures, self.run / "autoencoder", config, log=self.log)

@@ -330,8 +330,11 @@ def test_a_run_from_pictures_to_checkpoint_and_its_continuation(
         TeacherRun(cache, foreign, tmp_path / "others", **options).prepare(autoencoder_minutes=1.0, initial=folder)
     (models / "embedded" / "cascade.json").write_text("{}")  # as if a student had been distilled
     again.export()
-    with pytest.raises(ValueError, match=r"holds a student of another autoencoder.*--models"):
-        TeacherRun(cache, foreign, models, **options).prepare(autoencoder_minutes=1.0)
+    lines.clear()
+    for other in (foreign, tmp_path / "new"):
+        with pytest.raises(ValueError, match=r"holds a student of another autoencoder.*--models"):
+            TeacherRun(cache, other, models, **options).prepare(autoencoder_minutes=1.0)
+    assert not any("training one" in line for line in lines), "said before the hours are spent"
 
     backbone, checkpoint = load_checkpoint(folder)
     assert checkpoint.teacher is not None
