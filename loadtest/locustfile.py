@@ -69,7 +69,7 @@ def _quantile(ordered: list[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
-class Crowd(FastHttpUser):
+class ArrivalStream(FastHttpUser):
     """One Poisson stream of requests, each from somebody who waits for nobody else."""
 
     concurrency = 4096  # connections: the server's queue is to be measured, not this pool's
@@ -90,7 +90,7 @@ class Crowd(FastHttpUser):
         return random.expovariate(self.rate)
 
     @task
-    def somebody_arrives(self) -> None:
+    def arrive(self) -> None:
         """Let one more person ask, and wait for no reply."""
         self.under_way.spawn(self.ask)
 
