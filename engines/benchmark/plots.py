@@ -39,7 +39,7 @@ def plot_speedup(content: Mapping[str, Any], path: Path) -> Path | None:
         panel.set_xticks(range(len(names)), names)
         panel.set_title(f"batch {batch}", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("times faster than the eager teacher, end to end")
+    panels[0][0].set_ylabel("speed-up over the eager teacher, end to end", fontsize=9)
     panels[0][0].legend(frameon=False, fontsize=8)
     title = f"{content['backbone']}, {content['device']['name']}, weights: {content['weights']}"
     figure.suptitle(title, fontsize=10)
