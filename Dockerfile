@@ -35,8 +35,9 @@ ENV PATH=/opt/rmd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     RMD_HOST=0.0.0.0 \
-    RMD_ENGINES=/var/lib/rmd/engines
-RUN mkdir /var/lib/rmd/engines && chown rmd:rmd /var/lib/rmd/engines
+    RMD_ENGINES=/var/lib/rmd/engines \
+    RMD_VIDEOS=/var/lib/rmd/videos
+RUN install --directory --owner=rmd --group=rmd /var/lib/rmd/engines /var/lib/rmd/videos
 USER rmd
 VOLUME /var/lib/rmd
 EXPOSE 8000

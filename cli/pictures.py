@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from server.media import to_pixels
+from server.media import encode_film, to_pixels
 
 CAPTION_HEIGHT = 16
 _CHARACTER_WIDTH = 6
@@ -31,20 +30,8 @@ def write_png(picture: Image.Image, path: Path) -> None:
 
 def write_mp4(film: Tensor, path: Path, frames_per_second: int) -> None:
     """Writes one film (3, T, H, W), floats in [0, 1], as H.264 in MP4. Height and width must be even."""
-    import av
-
-    frames = to_pixels(film.permute(1, 0, 2, 3))
-
-    def encode(temporary: Path) -> None:
-        with av.open(str(temporary), mode="w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(frames_per_second), options={"crf": "16"})
-            stream.height, stream.width = frames[0].shape[:2]
-            stream.pix_fmt = "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode(None))
-
-    _replace(path, encode)
+    content = encode_film(to_pixels(film[None])[0], frames_per_second)
+    _replace(path, lambda temporary: temporary.write_bytes(content))
 
 
 def contact_sheet(

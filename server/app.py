@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server import playground
-from server.api import files, health, images, models
-from server.errors import ApiError, Fault, fault_for_status
+from server.api import files, health, images, models, videos
+from server.errors import ApiError, Fault, fault_for_status, validation_error
 from server.middleware import OUTCOME, Accounting, BoundBody, RequireKey
 from server.service import Service
 
@@ -30,12 +29,12 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(
         title="rmd",
-        summary="Few-step, multi-resolution picture generation behind OpenAI's image API.",
+        summary="Few-step, multi-resolution generation of pictures and films behind OpenAI's image and video APIs.",
         lifespan=lifespan,
         redirect_slashes=False,
     )
     app.state.service = service
-    for router in (images.router, models.router, health.router, files.router, playground.router):
+    for router in (images.router, videos.router, models.router, health.router, files.router, playground.router):
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -56,30 +55,6 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     return validation_error(error.errors()).response()
-
-
-def validation_error(errors: Sequence[Any]) -> ApiError:
-    """Return the 400 for the first of pydantic's errors, naming the field. The input itself is not echoed."""
-    first: dict[str, Any] = errors[0] if errors else {"type": "unknown", "loc": (), "msg": "the request is not valid"}
-    kind, where = first["type"], [part for part in first["loc"][1:] if isinstance(part, str)]
-    if kind == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "syntax error")
-        return ApiError(Fault.BAD_FIELD, f"The body is not valid JSON: {reason}.", code="invalid_json")
-    if not where:
-        return ApiError(
-            Fault.BAD_FIELD,
-            "The body must be a JSON object, sent with 'Content-Type: application/json'.",
-            code="invalid_body",
-        )
-    name = where[0][:64]
-    if kind == "extra_forbidden":
-        text = f"Unknown field '{name}'; /docs lists the known ones."
-        return ApiError(Fault.BAD_FIELD, text, param=name, code="unknown_parameter")
-    if kind == "missing":
-        return ApiError(
-            Fault.BAD_FIELD, f"The field '{name}' is required.", param=name, code="missing_required_parameter"
-        )
-    return ApiError(Fault.BAD_FIELD, f"Invalid '{name}': {first['msg']}.", param=name)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ The body on the wire is always ``{"error": {"message", "type", "param", "code"}}
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -95,6 +96,30 @@ class ApiError(Exception):
         if not self.fault.value.retry:
             headers["x-should-retry"] = "false"
         return JSONResponse(self.body(), status_code=self.fault.value.status, headers=headers)
+
+
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """Return the 400 for the first of pydantic's errors, naming the field. The input itself is not echoed."""
+    first: dict[str, Any] = errors[0] if errors else {"type": "unknown", "loc": (), "msg": "the request is not valid"}
+    kind, where = first["type"], [part for part in first["loc"][1:] if isinstance(part, str)]
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "syntax error")
+        return ApiError(Fault.BAD_FIELD, f"The body is not valid JSON: {reason}.", code="invalid_json")
+    if not where:
+        return ApiError(
+            Fault.BAD_FIELD,
+            "The body must be a JSON object, sent with 'Content-Type: application/json'.",
+            code="invalid_body",
+        )
+    name = where[0][:64]
+    if kind == "extra_forbidden":
+        text = f"Unknown field '{name}'; /docs lists the known ones."
+        return ApiError(Fault.BAD_FIELD, text, param=name, code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(
+            Fault.BAD_FIELD, f"The field '{name}' is required.", param=name, code="missing_required_parameter"
+        )
+    return ApiError(Fault.BAD_FIELD, f"Invalid '{name}': {first['msg']}.", param=name)
 
 
 def _sendable(text: str) -> str:

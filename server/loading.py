@@ -51,10 +51,6 @@ def load_model(settings: ServerSettings, report: Report) -> ServedModel:
         torch.set_num_threads(settings.threads)
     report(Progress(0, 4, "reading the checkpoint"))
     checkpoint = CheckpointFolder.read(settings.checkpoint)
-    if get_backbone(checkpoint.backbone_name).media != "image":
-        raise ValueError(
-            f"checkpoint {checkpoint.path} makes films and the server serves pictures only; use `rmd generate`"
-        )
     options = choose_engines(settings, checkpoint)
     if options is not None and settings.build_missing:
         options = build_missing(settings, options, lambda done, total, text: report(Progress(done, total, text)))

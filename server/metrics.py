@@ -36,6 +36,7 @@ class Snapshot:
     teacher_seconds: Mapping[str, float] = field(default_factory=dict)
     speedup: Mapping[tuple[str, str], float] = field(default_factory=dict)
     stored_file_bytes: int = 0
+    video_jobs: Mapping[str, int] = field(default_factory=dict)
 
 
 class _StateCollector(Collector):
@@ -65,6 +66,7 @@ class _StateCollector(Collector):
         for name, text, value in plain:
             yield GaugeMetricFamily(name, text, value=float(value))
         yield _family("rmd_queue_depth", "Entries waiting at a station.", ["station"], now.queue_depth)
+        yield _family("rmd_video_jobs", "Video jobs kept, by status.", ["status"], now.video_jobs)
         yield _family("rmd_batch_width", "Widest batch (rows) worth running.", ["station"], now.batch_width)
         yield _family(
             "rmd_engine_memory_bytes", "Memory held by a component's weights.", ["component"], now.engine_memory_bytes

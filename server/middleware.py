@@ -25,8 +25,8 @@ CLIENT_PATIENCE_SECONDS = 30.0
 """How long a client may take over its body, or over reading one event: a connection must not hold memory for ever."""
 _MOST_DISCARDED = 32 * 1024 * 1024
 _ROUTES = (
-    "/", "/playground", "/v1/images/generations", "/v1/models", "/health/live", "/health/ready", "/metrics", "/docs",
-    "/files",
+    "/", "/playground", "/v1/images/generations", "/v1/videos", "/v1/models", "/health/live", "/health/ready",
+    "/metrics", "/docs", "/files",
 )  # fmt: skip
 
 

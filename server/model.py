@@ -78,6 +78,11 @@ class ServedModel:
         return self.lanes[STUDENT]
 
     @property
+    def films(self) -> bool:
+        """True where it makes films, not pictures."""
+        return self.backbone.media == "video"
+
+    @property
     def sizes(self) -> tuple[Size, ...]:
         """The finished sizes on offer, smallest first."""
         return tuple(sorted({schedule.cascade.full_size for schedule in self.schedules.values()}))
@@ -98,6 +103,12 @@ class ServedModel:
             replace(baseline, guided_step_seconds=step) if baseline.kind == served else baseline
             for baseline in self.started_baselines
         )
+
+    def speedups(self, compute_seconds: float) -> dict[str, float]:
+        """Return the teacher's seconds over ``compute_seconds`` by kind of baseline; empty where none was measured."""
+        if compute_seconds <= 0:
+            return {}
+        return {baseline.kind: baseline.seconds / compute_seconds for baseline in self.baselines}
 
     def stations(self) -> tuple[StationKey, ...]:
         """Return every station of the schedules on offer, in the order a picture meets them."""

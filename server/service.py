@@ -10,10 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from server.api.replies import report
+from server.api.resolve import resolve_film
+from server.api.schemas import VideoRequest
 from server.auth import KeyRing
 from server.errors import ApiError, Fault
 from server.files import FileStore
 from server.idempotency import IdempotencyStore
+from server.jobs.runner import FilmMaker, JobLimits, JobRunner
+from server.jobs.shelf import FilmShelf
+from server.jobs.store import JobStore
 from server.metrics import Metrics, Snapshot
 from server.model import ServedModel
 from server.scheduling.admission import Admission
@@ -78,6 +84,7 @@ class Service:
         self._draining = False
         self._notify_failed = on_failed
         self._notify_progress = on_progress
+        self._jobs: JobRunner | None = None
         self._recent: dict[str, deque[float]] = {}
         self._recent_lock = threading.Lock()
         self._executor = DeviceExecutor(
@@ -118,9 +125,11 @@ class Service:
         return self.admission.wait_idle(timeout)
 
     def stop(self) -> None:
-        """Stop the device thread."""
+        """Stop the device thread; video jobs that it had to leave unfinished go back in line."""
         self._draining = True
         self._executor.stop()
+        if self._jobs is not None:
+            self._jobs.stop()
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -144,16 +153,34 @@ class Service:
             _ = self.model
             raise ApiError(Fault.NOT_READY, "The server's device thread has ended; see /health/ready.", retry_after=5)
 
+    @property
+    def jobs(self) -> JobRunner:
+        """The video jobs.
+
+        Raises:
+            ApiError: 503 while the model is loading, 404 where it makes pictures.
+        """
+        model = self.model
+        if self._jobs is None:
+            raise ApiError(
+                Fault.NOT_FOUND,
+                f"The model '{model.model_id}' makes pictures, not films; use /v1/images/generations.",
+                code="model_makes_pictures",
+            )
+        return self._jobs
+
     def submit(self, spec: GenerationSpec, sink: Callable[[Event], None], request_id: str = "") -> Generation:
         """Admit one request and queue it; its events go to ``sink`` from other threads.
 
         Raises:
             ApiError: 503 where not accepting, 429 where the queue is full.
         """
+        film = spec.frames_per_second is not None
+        deadline_seconds = self.settings.video_deadline_seconds if film else self.settings.deadline_seconds
         self.check_accepting()
         permit = self.admission.acquire(len(spec.seeds), len(spec.seeds) * spec.cascade.full_size.pixels)
         try:
-            deadline = time.monotonic() + self.settings.deadline_seconds
+            deadline = time.monotonic() + deadline_seconds
             costs = self.model.costs(spec.cascade, spec.lane)
             generation = Generation(spec, permit, deadline, sink, costs, request_id)
             self._executor.submit(generation)
@@ -168,18 +195,16 @@ class Service:
 
     # -- state for others ------------------------------------------------------------------------------------------
 
-    def speedups(self, compute_seconds: float) -> dict[str, float]:
-        """Return the teacher's seconds over ``compute_seconds`` by kind of baseline; empty where none was measured."""
-        if self._model is None or compute_seconds <= 0:
-            return {}
-        return {baseline.kind: baseline.seconds / compute_seconds for baseline in self._model.baselines}
-
     def snapshot(self) -> Snapshot:
         """Return the state that the gauges show."""
         model = self._model
         with self._recent_lock:
             means = {name: sum(window) / len(window) for name, window in self._recent.items() if window}
-        speedup = {(name, kind): x for name, mean in means.items() for kind, x in self.speedups(mean).items()}
+        speedup = {
+            (name, kind): ratio
+            for name, mean in means.items()
+            for kind, ratio in (model.speedups(mean) if model else {}).items()
+        }
         return Snapshot(
             ready=self.state is State.READY,
             draining=self.state is State.DRAINING,
@@ -193,6 +218,7 @@ class Service:
             teacher_seconds={baseline.kind: baseline.seconds for baseline in model.baselines} if model else {},
             speedup=speedup,
             stored_file_bytes=self.files.stored_bytes,
+            video_jobs=self._jobs.counts() if self._jobs else {},
         )
 
     # -- called by the executor ------------------------------------------------------------------------------------
@@ -205,11 +231,37 @@ class Service:
 
     def _ready(self, model: ServedModel) -> None:
         default = model.schedules[model.default]
-        self.admission.expect(model.costs(default.cascade, default.lane)[0])
+        seconds_each = model.costs(default.cascade, default.lane)[0]
+        self.admission.expect(seconds_each)
+        if model.films:
+            self._jobs = self._open_jobs(model, seconds_each)
+            self._jobs.start()
         self.progress = Progress(self.progress.total, self.progress.total, READY_TEXT)
         self._model = model
         self._notify_progress(self.progress)
         log.info("ready: %s on %s", model.model_id, model.executor_kind)
+
+    def _open_jobs(self, model: ServedModel, seconds_per_film: float) -> JobRunner:
+        settings = self.settings
+        shelf = FilmShelf(settings.videos)
+        return JobRunner(
+            JobStore(settings.video_database_url),
+            shelf,
+            FilmMaker(
+                prepare=lambda request: resolve_film(VideoRequest.model_validate(request), model, settings),
+                submit=self.submit,
+                cancel=self.cancel,
+                report=lambda generation, film: report(model, generation, [film]).model_dump(),
+            ),
+            model.model_id,
+            JobLimits(
+                queue=settings.video_queue,
+                together=settings.videos_together,
+                seconds=settings.video_seconds,
+                bytes=int(settings.video_gigabytes * 1e9),
+            ),
+            seconds_per_film,
+        )
 
     def _failed(self, error: BaseException) -> None:
         if isinstance(error, InterruptedError):

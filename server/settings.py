@@ -52,6 +52,15 @@ class ServerSettings(BaseSettings):
     queue_items: int = Field(64, ge=1, description="pictures admitted at once, waiting or running")
     queue_megapixels: float = Field(256.0, gt=0, description="their pixels at full size, in millions")
     deadline_seconds: float = Field(120.0, gt=0, description="from admission to reply, checked at every step")
+    videos: Path = Field(Path("videos"), description="the folder of finished films, and of their jobs' database")
+    video_database: SecretStr | None = Field(
+        None, description="SQLAlchemy URL of the jobs' database, such as postgresql+psycopg://; default: SQLite"
+    )
+    video_queue: int = Field(64, ge=1, description="films that may wait or be made at once; they outlast restarts")
+    videos_together: int = Field(8, ge=1, description="films given to the scheduler at once, to share batches")
+    video_deadline_seconds: float = Field(3600.0, gt=0, description="from a film's first moment on the device")
+    video_seconds: float = Field(86400.0, gt=0, description="life of a finished film")
+    video_gigabytes: float = Field(10.0, gt=0, description="disk kept for finished films; the oldest leave first")
     drain_seconds: float = Field(60.0, ge=0, description="longest wait for accepted requests at SIGTERM")
     buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, NoDecode] = Field(
         None, description="batch sizes of the engines"
@@ -91,6 +100,13 @@ class ServerSettings(BaseSettings):
                 f"queue_items ({self.queue_items}) must hold at least one full request: max_images is {self.max_images}"
             )
         return self
+
+    @property
+    def video_database_url(self) -> str:
+        """The SQLAlchemy URL of the database of video jobs."""
+        if self.video_database is not None:
+            return self.video_database.get_secret_value()
+        return f"sqlite:///{self.videos.resolve() / 'jobs.sqlite3'}"
 
     @property
     def model_id(self) -> str:

@@ -53,14 +53,19 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
 
     if key is None:
         return JSONResponse(await _while_connected(request, draw()))
-    if not 0 < len(key) <= _LONGEST_KEY:
-        raise ApiError(
-            Fault.BAD_FIELD, f"Idempotency-Key must have 1 to {_LONGEST_KEY} characters.", param="Idempotency-Key"
-        )
+    check_idempotency_key(key)
     owner = hashlib.sha256(request.headers.get("authorization", "").encode()).digest()
     digest = hashlib.sha256(await request.body()).digest()
     reply, replayed = await service.replies.run(owner, key, digest, draw, lambda stored: _at_hand(service, stored))
     return JSONResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)
+
+
+def check_idempotency_key(key: str) -> None:
+    """Raise 400 where a key is empty or too long."""
+    if not 0 < len(key) <= _LONGEST_KEY:
+        raise ApiError(
+            Fault.BAD_FIELD, f"Idempotency-Key must have 1 to {_LONGEST_KEY} characters.", param="Idempotency-Key"
+        )
 
 
 def _at_hand(service: Service, reply: dict[str, Any]) -> bool:
@@ -84,7 +89,7 @@ async def _draw(
     finally:
         service.cancel(generation, client_gone())
     service.metrics.request_seconds.labels(spec.schedule).observe(time.monotonic() - generation.arrived)
-    return image_reply(service, body, generation, pictures, base_url)
+    return image_reply(service.model, service.files, body, generation, pictures, base_url)
 
 
 async def _while_connected(request: Request, work: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 
+from server.api.resolve import film_seconds, plane, unknown_model
 from server.api.schemas import ModelEntry, ModelList
-from server.errors import ApiError, Fault
 from server.model import ServedModel
 from server.service import Service
 
@@ -22,13 +24,24 @@ def _entry(model: ServedModel) -> ModelEntry:
                 name: {
                     "stages": [{"size": str(stage.size), "steps": len(stage.steps)} for stage in s.cascade.stages],
                     "guidance_scale": s.cascade.guidance_scale if s.guided else None,
-                    "size": str(s.cascade.full_size),
+                    "size": plane(s.cascade.full_size),
                 }
                 for name, s in model.schedules.items()
             },
-            "sizes": [str(size) for size in model.sizes],
+            "sizes": [plane(size) for size in model.sizes],
+            "media": model.backbone.media,
+            **_film_facts(model),
         },
     )
+
+
+def _film_facts(model: ServedModel) -> dict[str, Any]:
+    """Return what a film's request may ask of the frames; nothing where the model makes pictures."""
+    if not model.films:
+        return {}
+    fps = model.backbone.frames_per_second
+    frames = model.schedules[model.default].cascade.full_size.num_frames
+    return {"num_frames": frames, "fps": fps, "seconds": film_seconds(frames, fps)}
 
 
 def _service(request: Request) -> Service:
@@ -49,13 +62,3 @@ async def get_model(model_id: str, request: Request) -> ModelEntry:
     if model_id != model.model_id:
         raise unknown_model(model_id, model)
     return _entry(model)
-
-
-def unknown_model(name: str, model: ServedModel) -> ApiError:
-    """Return the 404 for a model that is not served here."""
-    return ApiError(
-        Fault.NOT_FOUND,
-        f"The model '{name[:80]}' is not served here; this server holds '{model.model_id}'.",
-        param="model",
-        code="model_not_found",
-    )

@@ -18,16 +18,18 @@ from server.api.schemas import (
     StageReport,
     Usage,
 )
+from server.files import FileStore
 from server.media import MEDIA_TYPES
+from server.model import ServedModel
 from server.scheduling.latency import StationKey
 from server.scheduling.request import FinishedPicture, Generation, PartialPicture
-from server.service import Service
 
 ReplyQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
 
 def image_reply(
-    service: Service,
+    model: ServedModel,
+    files: FileStore,
     body: ImageRequest,
     generation: Generation,
     pictures: Sequence[FinishedPicture],
@@ -38,7 +40,7 @@ def image_reply(
     ordered = sorted(pictures, key=lambda picture: picture.index)
     if body.response_format == "url":
         media_type = MEDIA_TYPES[spec.output_format]
-        names = [service.files.put(picture.content, media_type, spec.output_format) for picture in ordered]
+        names = [files.put(picture.content, media_type, spec.output_format) for picture in ordered]
         data = [ImageData(url=f"{base_url.rstrip('/')}/files/{name}") for name in names]
     else:
         data = [ImageData(b64_json=_base64(picture.content)) for picture in ordered]
@@ -48,9 +50,9 @@ def image_reply(
         output_format=spec.output_format,
         quality=reply_quality(body),
         size=str(spec.cascade.full_size),
-        usage=usage(service, generation, len(ordered)),
+        usage=usage(model, generation, len(ordered)),
         safety_identifier=body.safety_identifier,
-        rmd=report(service, generation, ordered),
+        rmd=report(model, generation, ordered),
     ).model_dump(exclude_none=False)
 
 
@@ -65,23 +67,23 @@ def partial_event(body: ImageRequest, generation: Generation, picture: PartialPi
 
 
 def completed_event(
-    service: Service, body: ImageRequest, generation: Generation, picture: FinishedPicture
+    model: ServedModel, body: ImageRequest, generation: Generation, picture: FinishedPicture
 ) -> dict[str, Any]:
     """Return an ``image_generation.completed`` event with the usage of this one picture."""
-    rmd = report(service, generation, [picture]).model_dump()
+    rmd = report(model, generation, [picture]).model_dump()
     return {
         "type": "image_generation.completed",
         **_event_fields(body, generation, picture.content, str(generation.spec.cascade.full_size)),
-        "usage": usage(service, generation, 1).model_dump(),
+        "usage": usage(model, generation, 1).model_dump(),
         "safety_identifier": body.safety_identifier,
         "rmd": {"index": picture.index, **rmd, "seed": generation.spec.seeds[picture.index]},
     }
 
 
-def usage(service: Service, generation: Generation, pictures: int) -> Usage:
+def usage(model: ServedModel, generation: Generation, pictures: int) -> Usage:
     """Return the token counts: the prompt's, and the picture tokens of the finished pictures at full size."""
     text = generation.text_tokens
-    output = service.model.backbone.tokens(generation.spec.cascade.full_size) * pictures
+    output = model.backbone.tokens(generation.spec.cascade.full_size) * pictures
     return Usage(
         input_tokens=text,
         input_tokens_details=InputTokensDetails(text_tokens=text),
@@ -90,7 +92,7 @@ def usage(service: Service, generation: Generation, pictures: int) -> Usage:
     )
 
 
-def report(service: Service, generation: Generation, pictures: Sequence[FinishedPicture]) -> RmdReport:
+def report(model: ServedModel, generation: Generation, pictures: Sequence[FinishedPicture]) -> RmdReport:
     """Return the ``rmd`` object: how the pictures were made and where the time went."""
     spec = generation.spec
     records = [picture.record for picture in pictures]
@@ -110,7 +112,7 @@ def report(service: Service, generation: Generation, pictures: Sequence[Finished
         seed=spec.seeds[0],
         seeds=list(spec.seeds),
         schedule=spec.schedule,
-        executor=service.model.executor_kind,
+        executor=model.executor_kind,
         stages=stages,
         seconds=SecondsReport(
             queue=round(fmean(record.queue for record in records), 6),
@@ -120,8 +122,8 @@ def report(service: Service, generation: Generation, pictures: Sequence[Finished
             compute=round(compute, 6),
             total=round(time.monotonic() - generation.arrived, 6),
         ),
-        teacher_seconds={baseline.kind: round(baseline.seconds, 6) for baseline in service.model.baselines},
-        speedup={kind: round(ratio, 3) for kind, ratio in service.speedups(compute).items()},
+        teacher_seconds={baseline.kind: round(baseline.seconds, 6) for baseline in model.baselines},
+        speedup={kind: round(ratio, 3) for kind, ratio in model.speedups(compute).items()},
     )
 
 

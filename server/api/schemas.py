@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -13,37 +14,30 @@ LARGEST_SEED = 2**63 - 1
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 
 
-class ImageRequest(BaseModel):
-    """Body of ``POST /v1/images/generations``: OpenAI's fields, then ours."""
+def _encodable(value: str | None) -> str | None:
+    """Refuse lone surrogates, which JSON can carry, no tokenizer can read and no reply can quote."""
+    if value is not None:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PydanticCustomError("unicode_text", "Input should be valid Unicode text") from None
+    return value
+
+
+def _not_empty(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("empty_prompt", "Input should not be empty: say what to draw")
+    return value
+
+
+class GenerationRequest(BaseModel):
+    """What pictures and films have in common: OpenAI's fields, then ours."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(None, description="A model id from /v1/models; none: the one this server holds.")
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="Number of pictures; seeds count up from `seed`.")
     size: str | None = Field(None, description='"WIDTHxHEIGHT" of the model\'s sizes, or "auto".')
-    quality: Quality | None = Field(None, description="Accepted for compatibility; schedules decide the quality.")
-    response_format: Literal["b64_json", "url"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        None, description="Quality of JPEG and WebP, 0 to 100."
-    )
-    background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are always opaque.")
-    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted and ignored.")
-    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and ignored.")
-    user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Accepted and ignored.")
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="Echoed; never logged.")
-    stream: bool | None = Field(None, description="Answer with Server-Sent Events.")
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
-        None, description="Low-resolution results to show on the way; only with stream."
-    )
-    # Sent by OpenAI's own clients for models that are not ours.
-    complexity: Any = Field(None, description="Accepted and ignored.")
-    frame_count: Any = Field(None, description="Accepted and ignored.")
-    frame_duration_ms: Any = Field(None, description="Accepted and ignored.")
-    svg: Any = Field(None, description="Accepted and ignored.")
-    prompt_rewriter: Any = Field(None, description="Accepted and ignored.")
-
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = Field(
         None, description="The same request with the same seed gives the same picture. Drawn at random if absent."
     )
@@ -66,23 +60,71 @@ class ImageRequest(BaseModel):
             raise PydanticCustomError("finite_number", "Input should be a finite number")
         return value
 
-    @field_validator("prompt", "negative_prompt", "model", "size", "schedule", "user", "safety_identifier")
+    _encodable_texts = field_validator("prompt", "negative_prompt", "model", "size", "schedule")(_encodable)
+    _text = field_validator("prompt")(_not_empty)
+
+
+class ImageRequest(GenerationRequest):
+    """Body of ``POST /v1/images/generations``: OpenAI's fields, and ours."""
+
+    n: Annotated[int, Field(ge=1)] | None = Field(None, description="Number of pictures; seeds count up from `seed`.")
+    quality: Quality | None = Field(None, description="Accepted for compatibility; schedules decide the quality.")
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of JPEG and WebP, 0 to 100."
+    )
+    background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are always opaque.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted and ignored.")
+    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and ignored.")
+    user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Accepted and ignored.")
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="Echoed; never logged.")
+    stream: bool | None = Field(None, description="Answer with Server-Sent Events.")
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        None, description="Low-resolution results to show on the way; only with stream."
+    )
+    # Sent by OpenAI's own clients for models that are not ours.
+    complexity: Any = Field(None, description="Accepted and ignored.")
+    frame_count: Any = Field(None, description="Accepted and ignored.")
+    frame_duration_ms: Any = Field(None, description="Accepted and ignored.")
+    svg: Any = Field(None, description="Accepted and ignored.")
+    prompt_rewriter: Any = Field(None, description="Accepted and ignored.")
+
+    _encodable_names = field_validator("user", "safety_identifier")(_encodable)
+
+
+class VideoRequest(GenerationRequest):
+    """Body of ``POST /v1/videos``, as JSON or as a form."""
+
+    seconds: Annotated[str, Field(max_length=32)] | None = Field(
+        None, description="Length of the film; within half a second of what the model makes."
+    )
+    input_reference: Any = Field(None, description="Not taken: films are drawn from text alone.")
+    fps: Annotated[int, Field(ge=1, le=60)] | None = Field(
+        None, description="Frames a second at which the film plays; default: what the model learned from."
+    )
+    num_frames: Annotated[int, Field(ge=1)] | None = Field(None, description="Frames of the film.")
+
+    @field_validator("seconds", mode="before")
     @classmethod
-    def _encodable(cls, value: str | None) -> str | None:
-        """Refuse lone surrogates, which JSON can carry, no tokenizer can read and no reply can quote."""
-        if value is not None:
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                raise PydanticCustomError("unicode_text", "Input should be valid Unicode text") from None
+    def _a_number(cls, value: Any) -> Any:
+        """OpenAI's clients send a text; a plain number is as good."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value:g}"
+        if isinstance(value, str) and not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", value):
+            raise PydanticCustomError("number_text", 'Input should be a number of seconds, such as "5"')
         return value
 
-    @field_validator("prompt")
-    @classmethod
-    def _not_empty(cls, value: str) -> str:
-        if not value.strip():
-            raise PydanticCustomError("empty_prompt", "Input should not be empty: say what to draw")
-        return value
+
+class RemixRequest(BaseModel):
+    """Body of ``POST /v1/videos/{id}/remix``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(description="What to draw instead, from the same noise.")
+
+    _encodable_text = field_validator("prompt")(_encodable)
+    _text = field_validator("prompt")(_not_empty)
 
 
 class InputTokensDetails(BaseModel):
@@ -156,6 +198,50 @@ class ImageReply(BaseModel):
     usage: Usage
     safety_identifier: str | None = None
     rmd: RmdReport
+
+
+class VideoError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """A video job; times are seconds since 1970."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: Annotated[int, Field(ge=0, le=100)]
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    seconds: str
+    size: str
+    prompt: str
+    remixed_from_video_id: str | None
+    error: VideoError | None
+    rmd: dict[str, Any] = Field(description="Schedule, seed and frames; once completed, how it was made.")
+
+
+class VideoList(BaseModel):
+    """Reply of ``GET /v1/videos``."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """Reply of ``DELETE /v1/videos/{id}``."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
 
 
 class ErrorBody(BaseModel):

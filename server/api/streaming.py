@@ -81,7 +81,7 @@ class ImageEventStream(Response):
                     await send(_event(partial_event(self._body, self._generation, event)))
                 elif isinstance(event, FinishedPicture):
                     left -= 1
-                    await send(_event(completed_event(self._service, self._body, self._generation, event)))
+                    await send(_event(completed_event(self._service.model, self._body, self._generation, event)))
             seconds = time.monotonic() - self._generation.arrived
             self._service.metrics.request_seconds.labels(self._generation.spec.schedule).observe(seconds)
         except ApiError as error:

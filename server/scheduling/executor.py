@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from server.errors import ApiError, Fault
-from server.media import Pixels, encode_picture
+from server.media import Pixels, encode_film, encode_picture, encode_spritesheet, encode_thumbnail
 from server.metrics import Metrics
 from server.model import ServedModel
 from server.scheduling.latency import StationKey
 from server.scheduling.policy import StagePolicy
 from server.scheduling.request import (
+    Advanced,
     Entry,
     Failed,
     FinishedPicture,
@@ -163,6 +164,8 @@ class DeviceExecutor:
                     for entry in entries:
                         if isinstance(entry, Item):
                             entry.record.queue += now - entry.joined
+                            if station.key.kind == "denoise" and entry.step == 0:
+                                _report(entry)
                     return station, entries
                 self._changed.wait()
         return None
@@ -232,6 +235,8 @@ class DeviceExecutor:
                 if entry.generation.failed:
                     self._leave(entry)
                 elif isinstance(entry, Item):
+                    if key.kind == "denoise":
+                        _report(entry)
                     self._stations.join(entry.station(), entry)
                 self._running.remove(entry)
             self._packaging += len(done.pictures)
@@ -288,7 +293,12 @@ class DeviceExecutor:
         if isinstance(entry, Item):
             entry.record.queue += started - entry.joined
             metadata["rmd:seed"] = str(entry.seed)
-        content = encode_picture(pixels, spec.output_format, spec.output_compression, metadata)
+        thumbnail, spritesheet = b"", b""
+        if spec.frames_per_second is not None:
+            content = encode_film(pixels, spec.frames_per_second)
+            thumbnail, spritesheet = encode_thumbnail(pixels), encode_spritesheet(pixels)
+        else:
+            content = encode_picture(pixels, spec.output_format, spec.output_compression, metadata)
         if isinstance(entry, Preview) and key.size is not None:
             generation.sink(PartialPicture(entry.item.index, entry.partial_index, key.size, content))
         elif isinstance(entry, Item):
@@ -298,7 +308,7 @@ class DeviceExecutor:
                     return  # it ended while its picture was being compressed
                 self._count(entry)
                 self._leave(entry)  # its place is free before the client hears of it
-                generation.sink(FinishedPicture(entry.index, content, entry.record))
+                generation.sink(FinishedPicture(entry.index, content, entry.record, thumbnail, spritesheet))
 
     def _count(self, item: Item) -> None:
         spec, record = item.generation.spec, item.record
@@ -359,6 +369,12 @@ class DeviceExecutor:
             entry.left = True
             entry.generation.remaining_items -= 1
             entry.generation.permit.leave(finished=not entry.generation.failed)
+
+
+def _report(item: Item) -> None:
+    """Say how far a film is. Pictures are too quick for that."""
+    if item.generation.spec.frames_per_second is not None:
+        item.generation.sink(Advanced(item.share))
 
 
 def _rows(key: StationKey, entries: Sequence[Entry]) -> int:

@@ -32,6 +32,8 @@ class GenerationSpec:
     output_format: OutputFormat = "png"
     output_compression: int | None = None
     metadata: tuple[tuple[str, str], ...] = ()
+    frames_per_second: int | None = None
+    """Of a film, whose progress is reported; None for pictures."""
 
     @property
     def guided(self) -> bool:
@@ -68,11 +70,23 @@ class PartialPicture:
 
 @dataclass(frozen=True)
 class FinishedPicture:
-    """Event: one picture is complete."""
+    """Event: one picture, or film, is complete. Films come with two pictures of themselves."""
 
     index: int
     content: bytes
     record: ItemRecord
+    thumbnail: bytes = b""
+    spritesheet: bytes = b""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """Event, of films only: the first step begins (share 0), or a step is done.
+
+    ``share`` of the expected work behind the item, text left out.
+    """
+
+    share: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class Failed:
     error: ApiError
 
 
-Event = PartialPicture | FinishedPicture | Failed
+Event = PartialPicture | FinishedPicture | Advanced | Failed
 
 
 class Generation:
@@ -142,7 +156,7 @@ class Entry(abc.ABC):
 
 
 class Item(Entry):
-    """One picture. ``step`` is the next denoising step; ``latents`` are float32 (1, C, H, W)."""
+    """One picture or film. ``step`` is the next denoising step; ``latents`` are float32 (1, C, [T], H, W)."""
 
     def __init__(self, generation: Generation, index: int, seed: int) -> None:
         super().__init__(generation)
@@ -162,6 +176,11 @@ class Item(Entry):
     def remaining_seconds(self) -> float:
         """Expected seconds from this item's next step to its finished picture."""
         return self.generation.costs[min(self.step, len(self.generation.costs) - 1)]
+
+    @property
+    def share(self) -> float:
+        """The share of this item's expected work that is done."""
+        return 1.0 - self.remaining_seconds / max(self.generation.costs[0], 1e-9)
 
     def station(self) -> StationKey:
         """Return where this item stands next: its next step's size, or decode after the last one."""

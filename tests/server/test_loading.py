@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from engines.errors import BackendUnavailable, EngineMissing
 from engines.planning import EngineOptions
 from engines.runner import EngineExecutor
-from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
-from rmd.checkpoint import write_cascade_json
+from rmd.backbones.tiny import write_tiny_folder
 from rmd.size import Size
 from server import loading
 from server.compiled import choose_engines
@@ -77,16 +75,6 @@ def test_without_its_folder_the_teacher_is_not_offered(tmp_path: Path) -> None:
         refused = house.draw(schedule="teacher")
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "schedule"
         assert house.draw(seed=1).status_code == 200
-
-
-def test_a_film_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:
-    cascades = tiny_cascades("wan-1.3b")
-    write_cascade_json(tmp_path, backbone="wan-1.3b", cascades=cascades, default=next(iter(cascades)))
-    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    seen: list[Progress] = []
-    with pytest.raises(ValueError, match=rf"{tmp_path.name} makes films .*rmd generate"):
-        load_model(make_settings(tmp_path), seen.append)
-    assert len(seen) == 1
 
 
 def test_batches_that_do_not_fit_in_memory_are_not_used(

@@ -1,0 +1,257 @@
+"""The table of video jobs (SQLAlchemy; SQLite by default, PostgreSQL by URL).
+
+A worker holds a job by a lease that it renews while it works. Whatever ends a worker ends its leases, and the job is
+anybody's again: that is all there is to surviving a restart, and several servers may share one database. Every
+change of a job's state is one conditional UPDATE, so that of two that race only one counts.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import JSON, ColumnElement, Engine, String, create_engine, delete, event, func, select, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
+
+Status = Literal["queued", "in_progress", "completed", "failed"]
+_OPEN: tuple[Status, ...] = ("queued", "in_progress")
+_ENDED: tuple[Status, ...] = ("completed", "failed")
+CANCELLED = "cancelled"
+
+
+class _Base(MappedAsDataclass, DeclarativeBase):
+    pass
+
+
+class VideoJob(_Base):
+    """One job. Times are seconds since 1970.
+
+    Attributes:
+        id: its name on the wire.
+        account: digest of the API key it belongs to; other keys do not see it.
+        model: the served model's id.
+        request: the validated request, with its seed drawn: what the film is made from, whenever it is made.
+        seconds, size: as replied, such as "5" and "832x480".
+        worker, lease_until: who works on it, and until when nobody else may.
+        attempts: how often work on it began without ending, this one included.
+        bytes: of its files; 0 where there are none (any more).
+        report: the ``rmd`` object, once it is finished.
+    """
+
+    __tablename__ = "videos"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True, init=False)
+    account: Mapped[str] = mapped_column(String(64), index=True)
+    model: Mapped[str] = mapped_column(String(256))
+    request: Mapped[dict[str, Any]] = mapped_column(JSON)
+    seconds: Mapped[str] = mapped_column(String(32))
+    size: Mapped[str] = mapped_column(String(32))
+    created_at: Mapped[float]
+    remixed_from: Mapped[str | None] = mapped_column(String(64), default=None)
+    id: Mapped[str] = mapped_column(
+        String(64), unique=True, default_factory=lambda: f"video_{secrets.token_hex(16)}", init=False
+    )
+    status: Mapped[Status] = mapped_column(String(16), default="queued", index=True)
+    progress: Mapped[int] = mapped_column(default=0)
+    completed_at: Mapped[float | None] = mapped_column(default=None)
+    expires_at: Mapped[float | None] = mapped_column(default=None)
+    error_code: Mapped[str | None] = mapped_column(String(64), default=None)
+    error_message: Mapped[str | None] = mapped_column(default=None)
+    worker: Mapped[str | None] = mapped_column(String(64), default=None)
+    lease_until: Mapped[float] = mapped_column(default=0.0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    bytes: Mapped[int] = mapped_column(default=0)
+    report: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+
+    @property
+    def open(self) -> bool:
+        """True while it waits or is worked on."""
+        return self.status in _OPEN
+
+
+@dataclass(frozen=True)
+class Page:
+    """A part of a list of jobs, and whether more follow."""
+
+    jobs: Sequence[VideoJob]
+    has_more: bool
+
+
+class JobStore:
+    """All reads and writes of the table. Used from any thread.
+
+    Args:
+        url: an SQLAlchemy database URL.
+
+    Raises:
+        ValueError: the database cannot be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._engine = create_engine(url)
+            if self._engine.dialect.name == "sqlite":
+                _make_durable(self._engine)
+            _Base.metadata.create_all(self._engine)
+        except (SQLAlchemyError, ImportError) as error:
+            # The URL may hold a password, and drivers quote it.
+            raise ValueError(
+                f"the database of video jobs cannot be opened ({type(error).__name__}); check video_database"
+            ) from None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+    def _session(self) -> Session:
+        return Session(self._engine, expire_on_commit=False)
+
+    # -- clients -----------------------------------------------------------------------------------------------------
+
+    def add(self, job: VideoJob) -> VideoJob:
+        """Write a new job; once this returns, it is not lost."""
+        with self._session() as session, session.begin():
+            session.add(job)
+        return job
+
+    def get(self, account: str, job_id: str) -> VideoJob | None:
+        """Return a job of this account."""
+        with self._session() as session:
+            return session.scalar(select(VideoJob).where(VideoJob.id == job_id, VideoJob.account == account))
+
+    def page(self, account: str, after: str | None, limit: int, newest_first: bool) -> Page:
+        """Return up to ``limit`` of an account's jobs, those behind the job ``after``.
+
+        Raises:
+            KeyError: there is no such job.
+        """
+        query = select(VideoJob).where(VideoJob.account == account)
+        if after is not None:
+            cursor = self.get(account, after)
+            if cursor is None:
+                raise KeyError(after)
+            beyond = VideoJob.number < cursor.number if newest_first else VideoJob.number > cursor.number
+            query = query.where(beyond)
+        order = VideoJob.number.desc() if newest_first else VideoJob.number.asc()
+        with self._session() as session:
+            found = session.scalars(query.order_by(order).limit(limit + 1)).all()
+        return Page(found[:limit], len(found) > limit)
+
+    def cancel(self, job_id: str, now: float, expires_at: float) -> bool:
+        """End a job that is not finished; False where it is."""
+        values = {"error_code": CANCELLED, "error_message": "The job was cancelled.", "progress": 0}
+        return self._change(_is_open(job_id), status="failed", completed_at=now, expires_at=expires_at, **values)
+
+    def delete(self, job_id: str) -> None:
+        """Forget a finished job."""
+        with self._session() as session, session.begin():
+            session.execute(delete(VideoJob).where(VideoJob.id == job_id, VideoJob.status.not_in(_OPEN)))
+
+    def count_open(self, model: str) -> int:
+        """Return how many jobs of a model wait or are worked on."""
+        counts = self.counts(model)
+        return sum(counts[status] for status in _OPEN)
+
+    def counts(self, model: str) -> dict[str, int]:
+        """Return the number of a model's jobs by status."""
+        query = select(VideoJob.status, func.count()).where(VideoJob.model == model).group_by(VideoJob.status)
+        with self._session() as session:
+            found = dict(session.execute(query).tuples().all())
+        return {status: found.get(status, 0) for status in _OPEN + _ENDED}
+
+    # -- the worker --------------------------------------------------------------------------------------------------
+
+    def claim(self, model: str, worker: str, now: float, lease_until: float) -> VideoJob | None:
+        """Take the oldest job of a model that nobody holds; None where there is none."""
+        free = (VideoJob.model == model, VideoJob.status.in_(_OPEN), VideoJob.lease_until <= now)
+        while True:
+            with self._session() as session:
+                found = session.scalar(select(VideoJob).where(*free).order_by(VideoJob.number).limit(1))
+            if found is None:
+                return None
+            mine = {"worker": worker, "lease_until": lease_until, "attempts": found.attempts + 1}
+            # Had it been begun before, it waits again: what was done of it is gone.
+            if self._change([VideoJob.id == found.id, *free], status="queued", progress=0, **mine):
+                found.attempts += 1
+                return found
+
+    def renew(self, job_id: str, worker: str, lease_until: float) -> bool:
+        """Hold a job for longer; False where it is no longer this worker's (cancelled, or the lease had lapsed)."""
+        return self._change(_is_held(job_id, worker), lease_until=lease_until)
+
+    def advance(self, job_id: str, worker: str, progress: int) -> bool:
+        """Note that work goes on."""
+        return self._change(_is_held(job_id, worker), status="in_progress", progress=progress)
+
+    def complete(
+        self,
+        job_id: str,
+        worker: str,
+        now: float,
+        expires_at: float,
+        files_bytes: int,
+        report: Mapping[str, Any],
+    ) -> bool:
+        """Finish a job whose files lie on the shelf."""
+        done = {"status": "completed", "progress": 100, "completed_at": now, "expires_at": expires_at}
+        return self._change(_is_held(job_id, worker), **done, bytes=files_bytes, report=dict(report))
+
+    def fail(self, job_id: str, worker: str, now: float, expires_at: float, code: str, message: str) -> bool:
+        """End a job without a film."""
+        why = {"error_code": code, "error_message": message}
+        return self._change(_is_held(job_id, worker), status="failed", completed_at=now, expires_at=expires_at, **why)
+
+    def release(self, job_id: str, worker: str) -> bool:
+        """Give a job back unfinished, through no fault of its own: it may begin again at once, here or elsewhere."""
+        values = {"worker": None, "lease_until": 0.0, "attempts": VideoJob.attempts - 1}
+        return self._change(_is_held(job_id, worker), status="queued", progress=0, **values)
+
+    # -- tidying -----------------------------------------------------------------------------------------------------
+
+    def give_up_waiting(self, now: float, created_before: float, expires_at: float) -> None:
+        """Fail jobs that nobody has taken for too long, such as those of a model that is no longer served."""
+        why = {"error_code": "deadline_exceeded", "error_message": "No server took the job in time."}
+        waiting = [VideoJob.status.in_(_OPEN), VideoJob.lease_until <= now, VideoJob.created_at < created_before]
+        self._change(waiting, status="failed", completed_at=now, expires_at=expires_at, **why)
+
+    def forget_expired(self, now: float) -> None:
+        """Delete the jobs whose time has passed; their files are the shelf's to sweep."""
+        with self._session() as session, session.begin():
+            session.execute(delete(VideoJob).where(VideoJob.status.not_in(_OPEN), VideoJob.expires_at <= now))
+
+    def with_files(self) -> list[VideoJob]:
+        """Return the jobs that have files, oldest first."""
+        with self._session() as session:
+            return list(session.scalars(select(VideoJob).where(VideoJob.bytes > 0).order_by(VideoJob.number)))
+
+    def drop_files(self, job_id: str) -> None:
+        """Note that a job's files are gone."""
+        self._change([VideoJob.id == job_id], bytes=0)
+
+    def _change(self, which: Sequence[ColumnElement[bool]], **values: Any) -> bool:
+        with self._session() as session, session.begin():
+            result = session.execute(update(VideoJob).where(*which).values(**values))
+        return bool(result.rowcount)  # type: ignore[attr-defined]
+
+
+def _is_open(job_id: str) -> list[ColumnElement[bool]]:
+    return [VideoJob.id == job_id, VideoJob.status.in_(_OPEN)]
+
+
+def _is_held(job_id: str, worker: str) -> list[ColumnElement[bool]]:
+    return [*_is_open(job_id), VideoJob.worker == worker]
+
+
+def _make_durable(engine: Engine) -> None:
+    """Let readers and the writer work side by side, and let a committed job outlast a power cut."""
+
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA busy_timeout=10000")
+        cursor.close()

@@ -1,0 +1,294 @@
+"""Video jobs without a network: leases, races, and what is kept how long."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmd.backbones.tiny import tiny_cascades
+from server.errors import ApiError, Fault
+from server.jobs.runner import FilmMaker, JobLimits, JobRunner
+from server.jobs.shelf import FilmShelf
+from server.jobs.store import JobStore, VideoJob
+from server.scheduling.admission import Admission
+from server.scheduling.request import (
+    Advanced,
+    Event,
+    Failed,
+    FinishedPicture,
+    Generation,
+    GenerationSpec,
+    ItemRecord,
+)
+
+NOW = 1000.0
+LATER = NOW + 60
+
+
+def job(model: str = "m", account: str = "", created_at: float = NOW) -> VideoJob:
+    request = {"prompt": "a red rocket"}
+    return VideoJob(account=account, model=model, request=request, seconds="1", size="32x32", created_at=created_at)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
+    yield store
+    store.close()
+
+
+def test_the_oldest_job_is_claimed_first_and_by_one_worker_only(store: JobStore) -> None:
+    first, second = store.add(job()), store.add(job())
+    store.add(job(model="another"))
+    claimed = [store.claim("m", worker, NOW, LATER) for worker in ("a", "b", "c")]
+    assert [found and found.id for found in claimed] == [first.id, second.id, None]
+
+
+def test_a_lapsed_lease_is_anybodys_and_its_holder_can_change_nothing_more(store: JobStore) -> None:
+    added = store.add(job())
+    assert store.claim("m", "a", NOW, LATER)
+    assert store.advance(added.id, "a", 40)
+    assert store.claim("m", "b", LATER - 1, LATER + 60) is None
+    again = store.claim("m", "b", LATER, LATER + 60)
+    assert again and again.id == added.id and again.attempts == 2
+    found = store.get("", added.id)
+    assert found and (found.status, found.progress) == ("queued", 0)
+    assert not store.renew(added.id, "a", LATER + 60)
+    assert not store.advance(added.id, "a", 50)
+    assert not store.complete(added.id, "a", LATER, LATER + 60, 1, {})
+    assert store.complete(added.id, "b", LATER, LATER + 60, 1, {"schedule": "2+2"})
+    assert not store.fail(added.id, "b", LATER, LATER + 60, "x", "y")  # it is finished
+    found = store.get("", added.id)
+    assert found and (found.status, found.progress, found.report) == ("completed", 100, {"schedule": "2+2"})
+
+
+def test_giving_a_job_back_is_no_attempt(store: JobStore) -> None:
+    added = store.add(job())
+    for _ in range(5):
+        claimed = store.claim("m", "a", NOW, LATER)
+        assert claimed and claimed.attempts == 1
+        assert store.release(added.id, "a")
+
+
+def test_cancelling_comes_before_finishing_or_not_at_all(store: JobStore) -> None:
+    added = store.add(job())
+    store.claim("m", "a", NOW, LATER)
+    assert store.cancel(added.id, NOW, LATER)
+    assert not store.complete(added.id, "a", NOW, LATER, 1, {})
+    assert not store.cancel(added.id, NOW, LATER)
+    found = store.get("", added.id)
+    assert found and (found.status, found.error_code) == ("failed", "cancelled")
+
+
+def test_what_nobody_takes_is_reported_and_what_has_expired_is_forgotten(store: JobStore) -> None:
+    old, fresh = store.add(job("gone", created_at=NOW - 100)), store.add(job("gone"))
+    store.give_up_waiting(NOW, NOW - 50, LATER)
+    found = store.get("", old.id)
+    assert found and (found.status, found.error_code) == ("failed", "deadline_exceeded")
+    store.forget_expired(LATER)
+    assert store.get("", old.id) is None
+    waiting = store.get("", fresh.id)
+    assert waiting and waiting.status == "queued"
+
+
+def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path: Path) -> None:
+    for url in (f"sqlite:///{tmp_path}/none/x.sqlite3", "nonsense", "nosuch://user:secret@host/db"):
+        with pytest.raises(ValueError, match="video_database") as raised:
+            JobStore(url)
+        assert "secret" not in str(raised.value)
+
+
+def test_a_shelf_keeps_whole_folders_and_sweeps_what_was_abandoned(tmp_path: Path) -> None:
+    shelf = FilmShelf(tmp_path / "films")
+    shelf.put("video_1", {"video.mp4": b"old"})
+    shelf.put("video_1", {"video.mp4": b"new"})
+    path = shelf.path("video_1", "video.mp4")
+    assert path and path.read_bytes() == b"new" and shelf.path("video_1", "thumbnail.webp") is None
+    shelf.put("video_2", {"video.mp4": b"x"})
+    killed = tmp_path / "films" / ".video_3-abcd"
+    killed.mkdir()
+    (tmp_path / "films" / "jobs.sqlite3").write_bytes(b"")
+    long_ago = time.time() - 7200
+    for folder in (killed, tmp_path / "films" / "video_1", tmp_path / "films" / "jobs.sqlite3"):
+        os.utime(folder, (long_ago, long_ago))
+    shelf.sweep({"video_1"})
+    assert sorted(entry.name for entry in (tmp_path / "films").iterdir()) == ["jobs.sqlite3", "video_1", "video_2"]
+
+
+class Maker:
+    """Takes specs and finishes them when the test says so."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, tuple[Generation, Callable[[Event], None]]] = {}
+        self.cancelled: list[str] = []
+        self.refusal: ApiError | None = None
+        self.admission = Admission(64, 10**9)
+
+    def prepare(self, request: Mapping[str, Any]) -> GenerationSpec:
+        cascade = tiny_cascades("wan-1.3b")["3+3"]
+        return GenerationSpec(request["prompt"], "3+3", cascade, "student", (1,), frames_per_second=16)
+
+    def submit(self, spec: GenerationSpec, sink: Callable[[Event], None], job_id: str) -> Generation:
+        if self.refusal is not None:
+            raise self.refusal
+        generation = Generation(spec, self.admission.acquire(1, 1), time.monotonic() + 60, sink, [1.0], job_id)
+        self.taken[job_id] = (generation, sink)
+        return generation
+
+    def cancel(self, generation: Generation, error: ApiError) -> None:
+        self.cancelled.append(generation.request_id)
+
+    def tell(self, job_id: str, event: Event) -> None:
+        self.taken[job_id][1](event)
+
+
+FILM = FinishedPicture(0, b"film", ItemRecord(), b"thumbnail", b"sheet")
+
+
+class Desk:
+    """A runner over a maker that only does what it is told."""
+
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        self.maker = Maker()
+        self.store = JobStore(f"sqlite:///{folder / 'jobs.sqlite3'}")
+        self.shelf = FilmShelf(folder / "films")
+        maker = FilmMaker(
+            self.maker.prepare, self.maker.submit, self.maker.cancel, lambda generation, film: {"schedule": "3+3"}
+        )
+        bounds = JobLimits(**{"queue": 8, "together": 2, "seconds": 3600.0, "bytes": 10**6, **limits})
+        self.runner = JobRunner(self.store, self.shelf, maker, "m", bounds)
+        self.runner.start()
+
+    def status(self, job: VideoJob) -> str:
+        found = self.store.get("", job.id)
+        return f"{found.status} {found.progress} {found.error_code or ''}".strip() if found else "gone"
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+    def until_status(self, job: VideoJob, status: str) -> None:
+        self.until(lambda: self.status(job) == status)
+
+    def accept(self) -> VideoJob:
+        return self.runner.accept(job(created_at=time.time()))
+
+
+@pytest.fixture
+def desks(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
+    opened: list[Desk] = []
+
+    def open_desk(**limits: Any) -> Desk:
+        opened.append(Desk(tmp_path, **limits))
+        return opened[-1]
+
+    yield open_desk
+    for desk in opened:
+        desk.runner.stop()
+
+
+def test_jobs_run_together_up_to_the_bound_and_the_rest_stay_in_line(desks: Callable[..., Desk]) -> None:
+    desk = desks(together=2)
+    jobs = [desk.accept() for _ in range(3)]
+    desk.until(lambda: len(desk.maker.taken) == 2)
+    assert desk.status(jobs[0]) == "queued 0"  # nothing has begun
+    desk.maker.tell(jobs[0].id, Advanced(0.0))
+    desk.until_status(jobs[0], "in_progress 0")
+    desk.maker.tell(jobs[0].id, Advanced(0.5))
+    desk.until_status(jobs[0], "in_progress 49")
+    assert jobs[2].id not in desk.maker.taken
+    desk.maker.tell(jobs[0].id, FILM)
+    desk.until_status(jobs[0], "completed 100")
+    desk.until(lambda: jobs[2].id in desk.maker.taken)
+
+
+def test_a_full_scheduler_leaves_jobs_in_line_and_a_hopeless_request_fails(desks: Callable[..., Desk]) -> None:
+    desk = desks()
+    desk.maker.refusal = ApiError(Fault.QUEUE_FULL, "full")
+    waiting = desk.accept()
+    time.sleep(0.2)
+    assert desk.status(waiting) == "queued 0"
+    desk.maker.refusal = ApiError(Fault.NOT_FOUND, "no such model", code="model_not_found")
+    hopeless = desk.accept()
+    desk.until_status(hopeless, "failed 0 model_not_found")
+    assert desk.status(waiting) == "failed 0 model_not_found"
+
+
+def test_a_job_cancelled_at_another_server_is_dropped_at_its_next_step(desks: Callable[..., Desk]) -> None:
+    mine = desks()
+    running = mine.accept()
+    mine.until(lambda: running.id in mine.maker.taken)
+    other = desks()
+    found = other.store.get("", running.id)
+    assert found is not None
+    other.runner.remove(found)
+    mine.maker.tell(running.id, Advanced(0.3))
+    mine.until(lambda: mine.maker.cancelled == [running.id])
+    assert mine.status(running) == "failed 0 cancelled"
+
+
+def test_what_a_stopping_executor_gives_up_is_taken_by_the_next_server(desks: Callable[..., Desk]) -> None:
+    first = desks()
+    running = first.accept()
+    first.until(lambda: running.id in first.maker.taken)
+    first.maker.tell(running.id, Advanced(0.5))
+    first.until_status(running, "in_progress 49")
+    first.maker.refusal = ApiError(Fault.DRAINING, "stopping")
+    first.maker.tell(running.id, Failed(ApiError(Fault.DRAINING, "The server is stopping.")))
+    first.until_status(running, "queued 0")
+    first.runner.stop()
+    second = desks()
+    second.until(lambda: running.id in second.maker.taken)
+
+
+def test_a_job_that_takes_its_server_down_each_time_is_reported(desks: Callable[..., Desk], tmp_path: Path) -> None:
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
+    deadly = store.add(job(created_at=time.time()))
+    for life in range(3):  # each dies with its lease
+        assert store.claim("m", f"worker {life}", time.time(), 0.0)
+    store.close()
+    desk = desks()
+    desk.until_status(deadly, "failed 0 engine_failed")
+    assert not desk.maker.taken
+
+
+def test_a_film_that_cannot_be_kept_is_reported(desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = desks()
+
+    def full(job_id: str, files: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(desk.shelf, "put", full)
+    made = desk.accept()
+    desk.until(lambda: made.id in desk.maker.taken)
+    desk.maker.tell(made.id, FILM)
+    desk.until_status(made, "failed 0 storage_failed")
+
+
+def test_the_oldest_films_leave_when_there_are_too_many(desks: Callable[..., Desk]) -> None:
+    desk = desks(bytes=40, together=3)  # a film and its pictures have 18 bytes
+    made = [desk.accept() for _ in range(3)]
+    desk.until(lambda: len(desk.maker.taken) == 3)
+    for one in made:
+        desk.maker.tell(one.id, FILM)
+        desk.until_status(one, "completed 100")
+    desk.until(lambda: desk.shelf.path(made[0].id, "video.mp4") is None)
+    assert all(desk.shelf.path(one.id, "video.mp4") for one in made[1:])
+    assert desk.status(made[0]) == "completed 100"
+
+
+def test_a_finished_job_is_forgotten_with_its_film(desks: Callable[..., Desk]) -> None:
+    desk = desks()
+    made = desk.accept()
+    desk.until(lambda: made.id in desk.maker.taken)
+    desk.maker.tell(made.id, FILM)
+    desk.until_status(made, "completed 100")
+    desk.runner.remove(made)
+    assert desk.status(made) == "gone" and desk.shelf.path(made.id, "video.mp4") is None
