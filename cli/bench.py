@@ -34,7 +34,7 @@ def speedup(
     ] = None,
     backend: Annotated[str, typer.Option(help="Of those engines.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="Of those engines, as they were built.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the networks.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the networks; auto: the device's own.")] = "auto",
     scale: Annotated[str, typer.Option(help="full, or tiny: a rehearsal of the same path.")] = "full",
     batches: Annotated[str, typer.Option(help="Pictures at a time, comma-separated.")] = "1,8",
     variants: Annotated[
@@ -88,7 +88,7 @@ def engines_command(
     backends: Annotated[str, typer.Option(help="Opened side by side, comma-separated.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="As the engines were built.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="As the engines were built.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="As the engines were built; auto: the device's own.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, as the engines were built.")] = None,
     batches: Annotated[str, typer.Option(help="Of the whole schedules.")] = "1,8",

@@ -16,7 +16,7 @@ def command(
     backend: Annotated[str, typer.Option(help="auto, inductor, eager, tensorrt or tensorrt_rtx.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,2,4,8 (default 1,2,4,8).")] = None,
     device: Annotated[str, typer.Option(help="Torch device, cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the device's own.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="Compilers at once (default: as many as fit).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that the CPU engines will run on.")] = None,
     plan_only: Annotated[

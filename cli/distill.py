@@ -104,8 +104,9 @@ def _run(
     import torch
     from accelerate import Accelerator
 
+    from rmd.backbones.base import parse_dtype
     from training.checkpointing import checkpoints
-    from training.distil import DTYPES, Distillation
+    from training.distil import PRECISIONS, Distillation
     from training.teacher_folder import Teacher
 
     if not resume and checkpoints(run / "checkpoints"):
@@ -121,7 +122,8 @@ def _run(
     if settings.iterations is None and settings.minutes is None and not export_only:
         raise ValueError("the run has no end: give --minutes or --iterations")
     place = Accelerator(cpu=device == "cpu").device if device in ("auto", "cpu") else torch.device(device)
-    teacher = Teacher.open(teacher_folder, backbone, DTYPES[settings.precision], place)
+    dtype = parse_dtype(PRECISIONS[settings.precision], place)
+    teacher = Teacher.open(teacher_folder, backbone, dtype, place)
     prompt_set = _prompts(teacher, prompt_file, data, max_prompts, settings, run, needed=not export_only)
     distillation = Distillation.build(teacher, prompt_set, settings, run, say=_say, to_export=export_only)
     trainer = distillation.trainer

@@ -88,7 +88,7 @@ def measure(
     engines: Engines = Path("engines-cache"),
     backend: Annotated[str, typer.Option(help="Backend of the engines.")] = "auto",
     device: Annotated[str, typer.Option(help="Torch device, cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Dtype of the engines.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the engines; auto: the device's own.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="Their batch sizes, if they are not the default ones.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, as the engines were built.")] = None,
 ) -> None:

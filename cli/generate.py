@@ -34,7 +34,10 @@ def command(
     backend: Annotated[str, typer.Option(help="With --engines: which backend's; without: eager.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32; left out: bfloat16 with engines, else float32.")
+        str | None,
+        typer.Option(
+            help="bfloat16, float16, float32, auto (the device's own). Default: auto with engines, else float32."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; with --engines as they were built.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts drawn together.", min=1)] = 4,
@@ -114,16 +117,12 @@ def _open(
     buckets: tuple[int, ...] | None,
 ) -> list[tuple[str, Backbone, Cascade]]:
     """Heading, backbone and cascade of each schedule; the students' schedules share one backbone."""
-    import torch
-
+    from rmd.backbones.base import dtype_name, parse_dtype
     from rmd.backbones.registry import get_backbone
     from rmd.checkpoint import CheckpointFolder
 
     store = None if backend == "eager" else engines
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    dtype = dtype or ("float32" if store is None else "bfloat16")
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(dtypes)}")
+    kind = parse_dtype(dtype or ("float32" if store is None else "auto"), device)
     folder = CheckpointFolder.read(path)
     names = [name or folder.default for name in names]
     for name in names:
@@ -134,14 +133,14 @@ def _open(
     def load(weights: Path) -> Backbone:
         if weights not in loaded:
             backbone = get_backbone(folder.backbone_name).load(
-                weights, dtype=dtypes[dtype], device=device, weights=store is None
+                weights, dtype=kind, device=device, weights=store is None
             )
             if store is not None:
                 from engines.runner import EngineExecutor
 
                 source = None if weights == path else weights  # the teacher runs in the student's engines
                 backbone.executor = EngineExecutor.open(
-                    path, store, backend, device, dtype=dtype, buckets=buckets, weights_from=source
+                    path, store, backend, device, dtype=dtype_name(kind), buckets=buckets, weights_from=source
                 )
             loaded[weights] = backbone
         return loaded[weights]

@@ -79,7 +79,7 @@ def plan_checkpoint(
     checkpoint: Path | str,
     backend: str = "auto",
     device: str = "cpu",
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     buckets: Sequence[int] | None = None,
 ) -> CheckpointPlan:
     """Every engine that the checkpoint's schedules need, the teacher's size included.
@@ -105,7 +105,7 @@ def loadable_options(
     store: EngineStore,
     backend: str = "auto",
     device: str = "cpu",
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     buckets: Sequence[int] | None = None,
 ) -> tuple[EngineOptions, str]:
     """What to load engines with, and one sentence when it is not the first choice.
@@ -140,7 +140,7 @@ def build_checkpoint(
     progress: Report | None = None,
     *,
     device: str = "cpu",
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     buckets: Sequence[int] | None = None,
     workers: int | None = None,
     announce: Callable[[str], None] | None = None,

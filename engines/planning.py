@@ -17,7 +17,7 @@ from engines.errors import EngineError
 from engines.memory import MemoryPlan, available_bytes, weight_bytes, workspace_bytes
 from engines.spec import EngineSpec
 from engines.target import parse_device, this_machine
-from rmd.backbones.base import Backbone, weights_dtype
+from rmd.backbones.base import Backbone, BackboneError, dtype_name, parse_dtype, weights_dtype
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
@@ -45,14 +45,14 @@ class EngineOptions:
     Attributes:
         backend: a resolved backend name.
         device: "cpu" or "cuda", the first GPU.
-        dtype: such as "bfloat16".
+        dtype: such as "bfloat16"; "auto" becomes the device's own.
         buckets: batch sizes of the denoiser; the decoder takes every other one, and so does the text encoder, but
             compiled for a CPU, where it takes the second of those alone.
     """
 
     backend: str
     device: str = "cpu"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     buckets: tuple[int, ...] = DEFAULT_BUCKETS
 
     def __post_init__(self) -> None:
@@ -61,15 +61,17 @@ class EngineOptions:
             raise EngineError(f"buckets {list(self.buckets)}: give batch sizes of at least 1, such as 1,2,4,8")
         if list(self.buckets) != sorted(set(self.buckets)):
             object.__setattr__(self, "buckets", tuple(sorted(set(self.buckets))))
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise EngineError(f"dtype {self.dtype!r}: use bfloat16, float16 or float32")
+        try:
+            object.__setattr__(self, "dtype", dtype_name(parse_dtype(self.dtype, self.device)))
+        except BackboneError as error:
+            raise EngineError(str(error)) from None
 
     @classmethod
     def resolve(
         cls,
         backend: str = "auto",
         device: str = "cpu",
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         buckets: Sequence[int] | None = None,
     ) -> tuple[EngineOptions, str]:
         """Options with the backend chosen, and one sentence about the choice when it is not the first.

@@ -53,7 +53,7 @@ class EngineExecutor:
         backend: str = "auto",
         device: str = "cpu",
         *,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         buckets: Sequence[int] | None = None,
         weights_from: Path | str | None = None,
         cuda_graphs: bool = True,
@@ -83,7 +83,7 @@ class EngineExecutor:
             backbone = load_backbone(folder, options)
         else:
             kind = get_backbone(folder.backbone_name)
-            backbone = kind.load(Path(weights_from), dtype=getattr(torch, dtype), device=device)
+            backbone = kind.load(Path(weights_from), dtype=getattr(torch, options.dtype), device=device)
         plan = CheckpointPlan(folder, options, backbone)
         foreign = weights_from is not None and Path(weights_from).resolve() != folder.path.resolve()
         return cls.from_plan(plan, store, cuda_graphs=cuda_graphs, foreign=foreign)

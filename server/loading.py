@@ -15,7 +15,7 @@ import torch
 from engines.errors import EngineError
 from engines.planning import EngineOptions
 from engines.runner import EngineExecutor
-from rmd.backbones.base import Backbone
+from rmd.backbones.base import Backbone, parse_dtype
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
@@ -56,7 +56,7 @@ def load_model(settings: ServerSettings, report: Report) -> ServedModel:
         options = build_missing(settings, options, lambda done, total, text: report(Progress(done, total, text)))
 
     report(Progress(1, 4, "loading the weights"))
-    dtype = getattr(torch, settings.dtype)
+    dtype = parse_dtype(settings.dtype, settings.device)
     backbone = get_backbone(checkpoint.backbone_name).load(checkpoint.path, dtype=dtype, device=settings.device)
     teacher = _load_teacher(settings, checkpoint, dtype)
     lanes, schedules = {STUDENT: backbone}, {n: Schedule(n, c, STUDENT) for n, c in checkpoint.cascades.items()}

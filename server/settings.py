@@ -34,7 +34,9 @@ class ServerSettings(BaseSettings):
     engines: Path = Field(Path("engines-cache"), description="the folder of built engines")
     backend: str = Field("auto", description="engine backend, or 'eager' for none")
     device: str = Field("cpu", description="torch device the executor thread owns")
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto", description="of the networks; auto: the device's own"
+    )
     threads: int | None = Field(None, ge=1, description="torch threads of the executor; default: torch's own")
     build_missing: bool = Field(True, description="build missing engines at the first start")
     serve_teacher: bool = Field(True, description="offer schedule 'teacher' where its folder is found")

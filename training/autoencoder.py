@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from training.data.dataset import PictureSet
 from training.files import load_tensors, save_model, save_tensors, write_json
+from training.precision import native_autocast
 
 Log = Callable[[str], None]
 
@@ -100,7 +101,7 @@ def measure(model: EmbeddedAutoencoder, pictures: Tensor) -> dict[str, float]:
     """
     full = flatten_pictures(pictures, None, pictures.shape[1])
     half = F.avg_pool2d(full, 2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with native_autocast("cpu"):
         latents_full, latents_half = model.encode(full).float(), model.encode(half).float()
         return {
             "full": psnr(model.decode(latents_full).float(), full),
@@ -113,7 +114,7 @@ def measure(model: EmbeddedAutoencoder, pictures: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def measure_latent_statistics(model: EmbeddedAutoencoder, batches: Sequence[Tensor]) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of the raw latents over all ``batches`` (pictures in [-1, 1])."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with native_autocast("cpu"):
         raw = [model.encoder(batch).float().transpose(0, 1).flatten(1) for batch in batches]
     values = torch.cat(raw, 1)
     return values.mean(1).tolist(), values.std(1).tolist()
@@ -188,13 +189,13 @@ def train_autoencoder(
         low = step % 3 == 2
         count = config.batch * (2 if low else 1)
         batch = flatten_pictures(pixels[rng.choice(train, count)], generator, full_size // 2 if low else full_size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with native_autocast("cpu"):
             latents = network.encoder(batch)
             output = network.decoder(latents)
         loss = reconstruction_loss(output.float(), batch)
         loss = loss + config.latent_penalty * latents.float().pow(2).mean()
         if low:
-            with torch.autocast("cpu", torch.bfloat16):
+            with native_autocast("cpu"):
                 output = network.decoder(upsample_twice(latents))
             loss = loss + config.upsampling_weight * reconstruction_loss(output.float(), upsample_twice(batch))
         optimizer.zero_grad(set_to_none=True)

@@ -33,7 +33,7 @@ from training.sheets import draw_pictures, teacher_sampling, with_denoiser, writ
 from training.teacher_folder import Teacher, exported_cascades, training_cascade
 from training.trainer import Trainer
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 INITIAL_FILE = "initial.json"
 
 

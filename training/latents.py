@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.data.captions import GROUNDS, WHITE, compose_caption
+from training.precision import native_autocast
 
 TEXT_TOKENS = 24
 
@@ -144,7 +145,7 @@ def encode_training_set(
             pixels = (part[:, None, ..., :3] * alpha + backdrop * (1 - alpha)).flatten(0, 1).permute(0, 3, 1, 2) * 2 - 1
             pixels = pixels.to(memory_format=torch.channels_last)
             for store, picture in ((high, pixels), (low, F.avg_pool2d(pixels, 2))):
-                with torch.autocast(pixels.device.type, torch.bfloat16):
+                with native_autocast(pixels.device):
                     latent = autoencoder.encode(picture)
                 store.append(latent.float().bfloat16().contiguous().unflatten(0, (-1, grounds_each)).cpu())
             progress("latents", min(1.0, (start + 64) / len(records)))

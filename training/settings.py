@@ -102,7 +102,7 @@ class DistillSettings(BaseSettings):
     warm_start_rate: float | None = Field(None, gt=0, description="generator's rate there; generator_rate by default")
 
     # Machine.
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device has it")
     gradient_checkpointing: bool = False
     compile: bool = False
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")

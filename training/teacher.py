@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rmd.backbones.base import native_dtype
 from rmd.machine import device_name
 from training.attention import training_attention
 from training.interrupts import stopped_by_signals
@@ -74,9 +75,9 @@ class TeacherSettings(BaseModel):
 
 
 class TeacherTrainer:
-    """The training loop and its state: float32 master weights, a bfloat16 working copy, EMA, two optimisers.
+    """The training loop and its state: float32 master weights, a working copy, EMA, two optimisers.
 
-    Everything, the encoded set included, lies on ``device``.
+    The working copy is in the device's own dtype. Everything, the encoded set included, lies on ``device``.
 
     Matrices inside the blocks go to Muon; modulations, embeddings, biases and the output to AdamW (Muon gains little
     on modulations and costs most there).
@@ -99,7 +100,8 @@ class TeacherTrainer:
         model = initial_transformer(settings.initial, self.config).to(self.device)
         self.master = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
         self.ema = {name: p.detach().clone() for name, p in self.master.items()}
-        self.model = model.to(torch.bfloat16)
+        self.dtype = native_dtype(self.device)
+        self.model = model.to(self.dtype)
         self.working = dict(self.model.named_parameters())
         if settings.compile:
             compile_blocks(self.model)
@@ -136,7 +138,7 @@ class TeacherTrainer:
         rows = data.captions_of[n, g, self._integers(captions, size)]
         rows = torch.where(self._uniform(size) < s.drop_text, 0, rows)
         latents = (data.low if low else data.high)[n, g].float()
-        return latents, data.tokens[rows], data.pooled[rows]
+        return latents, data.tokens[rows].to(self.dtype), data.pooled[rows].to(self.dtype)
 
     def times(self, size: int, low: bool) -> Tensor:
         """(B,) times: logit-normal(0, 1), a share of them uniform so that both ends are seen.
@@ -322,10 +324,10 @@ class TeacherTrainer:
         return True
 
     def ema_model(self) -> SD3Transformer2DModel:
-        """A bfloat16 transformer with the averaged weights."""
+        """A transformer with the averaged weights, in the device's dtype."""
         model = SD3Transformer2DModel(**self.config)
         model.load_state_dict(self.ema, strict=False)  # buffers (position table) are not trained
-        return model.to(torch.bfloat16).eval()
+        return model.to(self.dtype).eval()
 
 
 def velocity_loss(model: Any, x0: Tensor, eps: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
@@ -334,13 +336,13 @@ def velocity_loss(model: Any, x0: Tensor, eps: Tensor, t: Tensor, tokens: Tensor
     Args:
         x0, eps: (B, C, H, W) float32 latents and noise.
         t: (B,) times in [0, 1].
-        tokens, pooled: (B, L, D) and (B, D) text, bfloat16.
+        tokens, pooled: (B, L, D) and (B, D) text, in the model's dtype.
     """
     w = t[:, None, None, None]
     patches = x0.shape[-1] * x0.shape[-2] // model.config.patch_size**2
     with training_attention(x0.device.type, tokens.shape[1] + patches):
         velocity = model(
-            hidden_states=((1 - w) * x0 + w * eps).bfloat16(),
+            hidden_states=((1 - w) * x0 + w * eps).to(tokens.dtype),
             timestep=t * 1000,
             encoder_hidden_states=tokens,
             pooled_projections=pooled,
@@ -354,9 +356,11 @@ def velocity_loss(model: Any, x0: Tensor, eps: Tensor, t: Tensor, tokens: Tensor
 def picture_loss(model: Any, data: TeacherData, batch: int = 128, seed: int = 0) -> float:
     """The velocity loss on the white pictures of a set at the full size, with their plain captions.
 
-    The same noise and evenly spread times on every call, so that two states of a training compare.
+    The same noise and evenly spread times on every call, so that two states of a training compare. The model is in the
+    device's dtype.
     """
     device = data.high.device
+    dtype = native_dtype(device)
     random = torch.Generator().manual_seed(seed)
     count = len(data.high)
     times = ((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=random)].to(device)
@@ -365,7 +369,8 @@ def picture_loss(model: Any, data: TeacherData, batch: int = 128, seed: int = 0)
         x0 = data.high[rows, 0].float()
         eps = torch.randn(x0.shape, generator=random).to(device)
         captions = data.captions_of[rows, 0, 0]
-        loss = velocity_loss(model, x0, eps, times[rows], data.tokens[captions], data.pooled[captions])
+        text = data.tokens[captions].to(dtype), data.pooled[captions].to(dtype)
+        loss = velocity_loss(model, x0, eps, times[rows], *text)
         total += loss.item() * len(rows)
     return total / count
 

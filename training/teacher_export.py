@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rmd.backbones.base import native_dtype
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import teacher_cascade
 from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
@@ -57,7 +58,7 @@ def find_text_encoder() -> Path:
 
 
 def load_text_encoder(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and bfloat16 ``BertModel`` of a folder with safetensors weights.
+    """Tokenizer and ``BertModel`` of a folder with safetensors weights, rounded to bfloat16 as they are shipped.
 
     Raises:
         FileNotFoundError: the folder has no ``model.safetensors``.
@@ -68,7 +69,7 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
         raise FileNotFoundError(f"{folder} holds no model.safetensors: {_TEXT_ENCODER_ADVICE}")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     encoder = BertModel.from_pretrained(str(folder), dtype=torch.bfloat16, use_safetensors=True, local_files_only=True)
-    return tokenizer, encoder.eval()
+    return tokenizer, encoder.to(native_dtype("cpu")).eval()
 
 
 def export_shared(models: Path, autoencoder: Any, tokenizer: Any, text_encoder: Any) -> Path:

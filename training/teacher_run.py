@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
-from rmd.backbones.base import usable_device
+from rmd.backbones.base import native_dtype, usable_device
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.checkpoint import CheckpointFolder
 from training.autoencoder import AutoencoderConfig, train_autoencoder
@@ -223,7 +223,7 @@ class TeacherRun:
     def _on_save(self, trainer: TeacherTrainer) -> None:
         model = trainer.ema_model()
         export_teacher(self.run / "export", model, self.record(trainer))
-        losses = self.picture_losses(model.to(self.device))
+        losses = self.picture_losses(model.to(self.device, trainer.dtype))
         # A run whose time is up saves once more when it is run again.
         cut_lines(self.run / "losses.jsonl", trainer.step - 1, "step")
         append_line(self.run / "losses.jsonl", {"step": trainer.step, **losses})
@@ -243,7 +243,8 @@ class TeacherRun:
 
     def draw_sheet(self, step: int) -> Path:
         """Draws ``sheets/step-<step>.png`` from the folder that was exported last."""
-        backbone = EmbeddedBackbone.load(self.run / "export" / TEACHER_FOLDER, device=self.device)
+        dtype = native_dtype(self.device)
+        backbone = EmbeddedBackbone.load(self.run / "export" / TEACHER_FOLDER, dtype=dtype, device=self.device)
         prompts = sheet_prompts(self.pictures)
         path = self.run / "sheets" / f"step-{step:06d}.png"
         write_teacher_sheet(path, self.pictures, prompts, draw_teacher(backbone, [p.text for p in prompts]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from engines.benchmark.timing import Interleaved, Timing, time_interleaved
 from engines.manifest import Manifest
 from engines.planning import DEFAULT_BUCKETS
 from engines.runner import EngineExecutor
-from rmd.backbones.base import EagerExecutor
+from rmd.backbones.base import EagerExecutor, dtype_name, parse_dtype
 from rmd.cascade import Cascade
 from rmd.size import Size
 
@@ -50,7 +50,7 @@ class EngineBenchSettings:
     engines: Path
     backends: tuple[str, ...] = ("auto",)
     device: str = "cpu"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     buckets: tuple[int, ...] | None = None
     repeats: int = 15
     loop_batches: tuple[int, ...] = (1, 8)
@@ -68,7 +68,9 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     """
     device = torch.device(settings.device)
     progress("loading")
-    subject = checkpoint_subject(settings.checkpoint, getattr(torch, settings.dtype), device)
+    dtype = parse_dtype(settings.dtype, device)
+    settings = replace(settings, dtype=dtype_name(dtype))
+    subject = checkpoint_subject(settings.checkpoint, dtype, device)
     backbone = subject.backbone
     eager = EagerExecutor(backbone.component_modules())
     opened: dict[str, EngineExecutor] = {}

@@ -13,7 +13,7 @@ import argparse
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from engines.benchmark.subjects import (
     random_subject,
 )
 from engines.benchmark.timing import Timing, time_interleaved
-from rmd.backbones.base import usable_device
+from rmd.backbones.base import dtype_name, parse_dtype, usable_device
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SpeedupSettings:
         engines: folder of built engines (adds the variant "engines"; needs a checkpoint).
         backend: of those engines.
         buckets: of those engines; None for the default ones.
-        device, dtype: such as "cuda" and "bfloat16".
+        device, dtype: such as "cuda" and "bfloat16"; "auto" is the device's own dtype.
         scale: "full" or "tiny" (see :func:`random_subject`).
         batches: pictures at a time.
         variants: None for the device's own list.
@@ -61,7 +61,7 @@ class SpeedupSettings:
     backend: str = "auto"
     buckets: tuple[int, ...] | None = None
     device: str = "cpu"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     scale: str = "full"
     batches: tuple[int, ...] = (1, 8)
     variants: tuple[str, ...] | None = None
@@ -85,9 +85,8 @@ def run_speedup(settings: SpeedupSettings, progress: Callable[[str], None] = lam
     device = usable_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {settings.dtype!r} is not one of torch's, such as bfloat16")
+    dtype = parse_dtype(settings.dtype, device)
+    settings = replace(settings, dtype=dtype_name(dtype))
     began = time.monotonic()
     progress("building the networks")
     subject = (
@@ -272,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--backend", default="auto", help="of those engines")
     options.add_argument("--buckets", help="of those engines, as they were built")
     options.add_argument("--device", default="cpu")
-    options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--dtype", default="auto")
     options.add_argument("--scale", default="full", choices=("full", "tiny"), help="tiny rehearses the same path")
     options.add_argument("--batches", default="1,8")
     options.add_argument("--variants", help="eager, compiled, tensorrt, inductor, each also +graphs; comma-separated")

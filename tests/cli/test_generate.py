@@ -105,7 +105,7 @@ def test_film(tmp_path: Path) -> None:
         (["fox", "--prompts", "x.txt"], "give either one prompt"),
         (["--prompts", "absent.txt"], "there is no such file"),
         (["fox", "--schedule", "9+9"], r"--schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
-        (["fox", "--dtype", "int8"], "--dtype 'int8' is not one of"),
+        (["fox", "--dtype", "int8"], "dtype 'int8': use auto, bfloat16"),
         (["fox", "--backend", "inductor"], "needs --engines FOLDER"),
         (["fox", "--out", "fox.jpg"], "this makes a .png file"),
         (["fox", "--schedule", "2+2", "--schedule", "0+4", "--out", "fox.png"], "give a folder, or --sheet"),

@@ -197,7 +197,7 @@ def test_an_engine_in_a_cuda_graph_checks_weights_before_any_is_changed(net: nn.
         ({"buckets": ()}, EngineError, "give batch sizes"),
         ({"backend": "tensorrt"}, BackendUnavailable, "'tensorrt' is not available"),
         ({"backend": "onnx"}, BackendUnavailable, "unknown backend 'onnx'"),
-        ({"dtype": "int8"}, EngineError, "use bfloat16, float16 or float32"),
+        ({"dtype": "int8"}, EngineError, "use auto, bfloat16, float16, float32"),
         ({"device": "gpu"}, BackendUnavailable, "unknown device 'gpu'; use cpu or cuda"),
         ({"device": "cuda"}, BackendUnavailable, "torch sees no CUDA device; use --device cpu"),
     ],

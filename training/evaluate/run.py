@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmd.backbones.base import Backbone, Executor
+from rmd.backbones.base import Backbone, Executor, dtype_name, native_dtype
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder, TeacherSpec, file_digest
@@ -105,6 +105,7 @@ class Models:
         for schedule in ("0+4", "1+3", "2+2", "3+1"):
             self.cascades.setdefault(schedule, preset(PROFILES_OF[self.backbone_name], schedule=schedule))
         self.folders = {"student": folder, "teacher": settings.teacher or teacher_folder}
+        self.dtype = native_dtype(settings.device)
         self._loaded: dict[str, Backbone] = {}
 
     def folder(self, weights: str) -> Path:
@@ -119,10 +120,10 @@ class Models:
         return folder
 
     def load(self, weights: str) -> Backbone:
-        """The backbone with those weights, in bfloat16."""
+        """The backbone with those weights, in the device's own dtype."""
         if weights not in self._loaded:
             backbone = get_backbone(self.backbone_name).load(
-                self.folder(weights), dtype=torch.bfloat16, device=self.settings.device
+                self.folder(weights), dtype=self.dtype, device=self.settings.device
             )
             backbone.sizes = self.cascades[self.default].sizes  # the teacher's own schedule runs at the largest
             if self.settings.compile:
@@ -134,13 +135,15 @@ class Models:
         return self._loaded[weights]
 
     def digest(self, weights: str) -> str:
-        """sha256 over the digests of the denoiser's and the autoencoder's weight files; with what runs them."""
+        """sha256 over the digests of denoiser's and autoencoder's weight files; with what runs them, and in what."""
         folder = self.folder(weights)
         files = sorted(
             path for part in ("transformer", "unet", "vae") for path in (folder / part).glob("*.safetensors")
         )
         digest = hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
-        return digest if self.settings.executor is None else f"{digest} {self.settings.executor_name}"
+        how = [self.settings.executor_name] if self.settings.executor is not None else []
+        how += [dtype_name(self.dtype)] if self.dtype != torch.bfloat16 else []
+        return " ".join([digest, *how])
 
 
 PROFILES_OF = {"wan-14b": "wan", "wan-1.3b": "wan", **{name: name for name in PROFILES}}
