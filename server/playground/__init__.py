@@ -13,7 +13,7 @@ _FOLDER = Path(__file__).parent
 _HEADERS = {
     # Nothing is loaded from elsewhere, and no other site may frame the page to borrow its key.
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; media-src blob:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",

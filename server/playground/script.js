@@ -1,11 +1,12 @@
 // The playground: what a client of the public API does, and nothing else. Every picture is streamed, so a cascade's
-// low-resolution result is seen before the full one replaces it.
+// low-resolution result is seen before the full one replaces it. A film is a job, which is polled.
 
 const byId = (id) => document.getElementById(id);
 const form = byId("form");
 const POLL_MILLISECONDS = 1000;
 
 let schedules = {};
+let films = false;
 let stop = new AbortController();
 
 /** The server's answer, or an Error with the message of its error object. */
@@ -57,6 +58,8 @@ async function connect() {
   }
   const [model] = (await (await call("v1/models")).json()).data;
   schedules = model.rmd.schedules;
+  films = model.rmd.media === "video";
+  byId("count").hidden = films;
   byId("model").textContent = model.id;
   byId("schedule").replaceChildren(
     ...Object.entries(schedules).map(([name, { stages }]) => {
@@ -80,10 +83,8 @@ function requestBody() {
   const body = {
     prompt: byId("prompt").value,
     schedule: byId("schedule").value,
-    n: byId("n").valueAsNumber,
-    stream: true,
-    partial_images: 1,
   };
+  if (!films) Object.assign(body, { n: byId("n").valueAsNumber, stream: true, partial_images: 1 });
   if (byId("seed").value) body.seed = byId("seed").valueAsNumber;
   if (schedules[body.schedule].guidance_scale !== null) {
     if (byId("guidance").value) body.guidance_scale = byId("guidance").valueAsNumber;
@@ -93,7 +94,7 @@ function requestBody() {
 }
 
 /** A new article on top, with an empty frame for each picture. */
-function newRun({ prompt, schedule, n }) {
+function newRun({ prompt, schedule, n = 1 }) {
   const run = byId("run").content.cloneNode(true).firstElementChild;
   run.querySelector("h2").textContent = prompt;
   run.querySelector("p").textContent = schedule;
@@ -121,11 +122,58 @@ function show(figure, prompt, event) {
     figure.querySelector("figcaption").textContent = event.size;
     return;
   }
-  const { seed, seconds, speedup } = event.rmd;
-  link.href = image.src;
-  link.download = `${seed}.${event.output_format}`;
+  finish(figure, image.src, event.output_format, event.rmd);
+}
+
+/** What is finished can be saved, and says what it took. */
+function finish(figure, url, suffix, { seed, seconds, speedup }) {
+  const link = figure.querySelector("a");
+  link.href = url;
+  link.download = `${seed}.${suffix}`;
   const times = Object.entries(speedup).map(([kind, ratio]) => `, ${ratio.toPrecision(3)} x the ${kind} teacher`);
   figure.querySelector("figcaption").textContent = `seed ${seed}: ${seconds.compute.toPrecision(2)} s${times.join("")}`;
+}
+
+/** Draws pictures into their frames as the stream brings them; returns how many were finished. */
+async function drawPictures(body, frames) {
+  const reply = await call("v1/images/generations", post(body));
+  let finished = 0;
+  for await (const news of eventsOf(reply)) {
+    if (news.error) throw new Error(news.error.message);
+    show(frames[news.rmd.index], body.prompt, news);
+    finished += news.type === "image_generation.completed";
+  }
+  if (finished < frames.length) throw new Error("The connection was lost.");
+  return finished;
+}
+
+/** Orders a film, polls its job and shows it in its frame; returns 1. Whoever stops it cancels the job. */
+async function drawFilm(body, [figure]) {
+  let job = await (await call("v1/videos", post(body))).json();
+  const path = `v1/videos/${job.id}`;
+  try {
+    while (job.status === "queued" || job.status === "in_progress") {
+      say(job.status === "queued" ? "waiting" : `drawing: ${job.progress} %`);
+      await new Promise((resolve) => setTimeout(resolve, POLL_MILLISECONDS));
+      job = await (await call(path, { signal: stop.signal })).json();
+    }
+  } catch (error) {
+    if (error.name === "AbortError") await call(path, { method: "DELETE" });
+    throw error;
+  }
+  if (job.error) throw new Error(job.error.message);
+  const content = await (await call(`${path}/content`, { signal: stop.signal })).blob();
+  const video = document.createElement("video");
+  Object.assign(video, { src: URL.createObjectURL(content), controls: true, loop: true, muted: true, autoplay: true });
+  figure.prepend(video);
+  figure.querySelector("a").textContent = "save";
+  finish(figure, video.src, "mp4", job.rmd);
+  return 1;
+}
+
+function post(body) {
+  const headers = { "Content-Type": "application/json" };
+  return { method: "POST", headers, body: JSON.stringify(body), signal: stop.signal };
 }
 
 async function draw(event) {
@@ -140,23 +188,12 @@ async function draw(event) {
   byId("stop").hidden = false;
   say("drawing");
   try {
-    const reply = await call("v1/images/generations", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-      signal: stop.signal,
-    });
-    for await (const news of eventsOf(reply)) {
-      if (news.error) throw new Error(news.error.message);
-      show(frames[news.rmd.index], body.prompt, news);
-      finished += news.type === "image_generation.completed";
-    }
-    if (finished < frames.length) throw new Error("The connection was lost.");
+    finished = await (films ? drawFilm : drawPictures)(body, frames);
     say(`${finished} in ${((performance.now() - begin) / 1000).toPrecision(2)} s`);
   } catch (error) {
     say(error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
     frames.filter((frame) => !frame.querySelector("a[href]")).forEach((frame) => frame.remove());
-    if (!finished) run.remove();
+    if (!run.querySelector("a[href]")) run.remove();
   } finally {
     byId("draw").disabled = false;
     byId("stop").hidden = true;

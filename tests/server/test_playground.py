@@ -26,7 +26,8 @@ def test_the_script_finds_every_element_and_calls_routes_that_exist(house: House
     assert wanted
     assert wanted <= set(re.findall(r'id="([^"]+)"', page))
     for path in re.findall(r'(?:fetch|call)\("([^"]+)"', script):
-        assert house.client.get(f"/{path}").status_code in (200, 405), path
+        reply = house.client.get(f"/{path}")
+        assert reply.status_code in (200, 405) or reply.json()["error"]["code"] == "model_makes_pictures", path
 
 
 def test_the_page_allows_its_own_files_only(house: House) -> None:
