@@ -235,9 +235,10 @@ class Service:
         self.admission.expect(seconds_each)
         if model.films:
             self._jobs = self._open_jobs(model, seconds_each)
-            self._jobs.start()
         self.progress = Progress(self.progress.total, self.progress.total, READY_TEXT)
         self._model = model
+        if self._jobs is not None:
+            self._jobs.start()  # only now are its films taken
         self._notify_progress(self.progress)
         log.info("ready: %s on %s", model.model_id, model.executor_kind)
 
