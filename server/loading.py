@@ -30,8 +30,9 @@ log = logging.getLogger("rmd.server")
 
 Report = Callable[[Progress], None]
 
-_REPEATS = 3
-_PATIENCE_SECONDS = 1.0
+# Widths are chosen by these timings, so one slice of time lost to a neighbour must not decide them.
+_REPEATS = 10
+_PATIENCE_SECONDS = 0.5
 _BASELINE_REPEATS = 10
 _BASELINE_PATIENCE_SECONDS = 5.0
 _STEADY = 1.5

@@ -149,7 +149,8 @@ async function drawPictures(body, frames) {
 
 /** Orders a film, polls its job and shows it in its frame; returns 1. Whoever stops it cancels the job. */
 async function drawFilm(body, [figure]) {
-  let job = await (await call("v1/videos", post(body))).json();
+  // Not to be stopped half way: the server might have taken a job that nobody here could cancel.
+  let job = await (await call("v1/videos", { ...post(body), signal: null })).json();
   const path = `v1/videos/${job.id}`;
   try {
     while (job.status === "queued" || job.status === "in_progress") {
