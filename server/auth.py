@@ -24,7 +24,7 @@ class KeyRing:
 
     def account(self, authorization: str | None) -> str:
         """Return whose requests these are: a digest of the key; all callers are one where no key is asked for."""
-        return "" if self.open else hashlib.sha256((authorization or "").encode()).hexdigest()
+        return "" if self.open else _digest(authorization).hex()
 
     def check(self, authorization: str | None) -> None:
         """Let the caller in or raise :class:`ApiError` (401).
@@ -33,8 +33,8 @@ class KeyRing:
         """
         if self.open:
             return
-        scheme, _, key = (authorization or "").partition(" ")
-        offered = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+        scheme = (authorization or "").partition(" ")[0]
+        offered = _digest(authorization)
         matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(
@@ -42,3 +42,9 @@ class KeyRing:
                 "This server asks for an API key: send it as 'Authorization: Bearer <key>'.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+def _digest(authorization: str | None) -> bytes:
+    """Return the SHA-256 of the key in an Authorization header."""
+    key = (authorization or "").partition(" ")[2].strip()
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()

@@ -131,8 +131,9 @@ class BoundBody:
         if too_long:
             if more:
                 await _discard(receive)
-            text = f"The body is longer than {self.max_bytes} bytes; shorten the prompt."
-            error = ApiError(Fault.TOO_LARGE, text, param="prompt")
+            form = Headers(scope=scope).get("content-type", "").lower().startswith("multipart/")
+            advice, param = ("send texts, no files", None) if form else ("shorten the prompt", "prompt")
+            error = ApiError(Fault.TOO_LARGE, f"The body is longer than {self.max_bytes} bytes; {advice}.", param=param)
             await error.response()(scope, receive, send)
             return
         await self.app(scope, _replay(body, receive), send)

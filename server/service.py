@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -91,6 +92,7 @@ class Service:
             lambda: loader(settings, self._report),
             self.metrics,
             package_threads=settings.package_threads,
+            film_seconds=settings.video_deadline_seconds,
             on_ready=self._ready,
             on_failed=self._failed,
             on_picture=self._picture_done,
@@ -175,12 +177,12 @@ class Service:
         Raises:
             ApiError: 503 where not accepting, 429 where the queue is full.
         """
-        film = spec.frames_per_second is not None
-        deadline_seconds = self.settings.video_deadline_seconds if film else self.settings.deadline_seconds
         self.check_accepting()
         permit = self.admission.acquire(len(spec.seeds), len(spec.seeds) * spec.cascade.full_size.pixels)
         try:
-            deadline = time.monotonic() + deadline_seconds
+            # A film waits in line for as long as it takes; its time runs from its first step.
+            film = spec.frames_per_second is not None
+            deadline = math.inf if film else time.monotonic() + self.settings.deadline_seconds
             costs = self.model.costs(spec.cascade, spec.lane)
             generation = Generation(spec, permit, deadline, sink, costs, request_id)
             self._executor.submit(generation)

@@ -80,11 +80,10 @@ def native_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype in which the device is fast: bfloat16, or float32 on a CPU that only emulates it.
 
     That is most desktops and laptops: on two cores with AVX2 and no more, a matrix product in bfloat16 took 120 times
-    as long as in float32. GPUs from before Ampere get float16.
+    as long as in float32.
     """
     if torch.device(device).type == "cuda":
-        emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.float16 if emulated else torch.bfloat16
+        return torch.bfloat16
     multiplies = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # oneDNN's own answer
     return torch.bfloat16 if multiplies is not None and multiplies() else torch.float32
 

@@ -54,7 +54,7 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
     if key is None:
         return JSONResponse(await _while_connected(request, draw()))
     check_idempotency_key(key)
-    owner = hashlib.sha256(request.headers.get("authorization", "").encode()).digest()
+    owner = service.keys.account(request.headers.get("authorization")).encode()
     digest = hashlib.sha256(await request.body()).digest()
     reply, replayed = await service.replies.run(owner, key, digest, draw, lambda stored: _at_hand(service, stored))
     return JSONResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)

@@ -109,7 +109,7 @@ class VideoRequest(GenerationRequest):
     @classmethod
     def _a_number(cls, value: Any) -> Any:
         """OpenAI's clients send a text; a plain number is as good."""
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**6:
             value = f"{value:g}"
         if isinstance(value, str) and not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", value):
             raise PydanticCustomError("number_text", 'Input should be a number of seconds, such as "5"')

@@ -6,6 +6,7 @@ the thread renews leases, takes further jobs and, now and then, tidies up.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
@@ -28,6 +29,8 @@ log = logging.getLogger("rmd.server")
 _LEASE_SECONDS = 30.0
 _TICK_SECONDS = 5.0
 _TIDY_SECONDS = 60.0
+_RETRY_SECONDS = 1.0
+_MOST_ENDED = 10_000
 _MOST_ATTEMPTS = 3
 _LONGEST_RETRY = 120
 
@@ -95,6 +98,7 @@ class JobRunner:
         self._admitting = threading.Lock()
         self._events: queue.SimpleQueue[tuple[str, Event] | None] = queue.SimpleQueue()
         self._running: dict[str, Generation] = {}  # by job; the thread's own
+        self._suspect = False  # the one that runs was begun before, by a worker that ended: no company
         self._stopping = False
         self._renewed = self._tidied = 0.0
         self._thread = threading.Thread(target=self._main, name="rmd-jobs", daemon=True)
@@ -152,14 +156,15 @@ class JobRunner:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        event: tuple[str, Event] | None = None
         while True:
-            try:
-                event = self._events.get(timeout=_TICK_SECONDS)
-            except queue.Empty:
-                event = None
+            if event is None:
+                with contextlib.suppress(queue.Empty):
+                    event = self._events.get(timeout=_TICK_SECONDS)
             try:
                 if event is not None:
                     self._heed(*event)
+                    event = None
                 if self._stopping and self._events.empty():
                     self._give_back()
                     return
@@ -168,27 +173,34 @@ class JobRunner:
                     self._tidy()
                     self._feed()
             except SQLAlchemyError as error:
-                # The database may be back before the leases lapse; if not, the jobs begin again from there.
+                # What has not been written down is tried again: a finished film must not be lost to a locked database.
                 log.error("the database of video jobs failed: %s", error)
                 if self._stopping:
                     return
-                time.sleep(1.0)
+                time.sleep(_RETRY_SECONDS)
             except Exception:  # of one job: its lease lapses, and it is tried again a few times
                 log.exception("a video job could not be handled")
+                if event is not None:
+                    self._running.pop(event[0], None)
+                event = None
 
     def _feed(self) -> None:
         """Give waiting jobs to the executor while it takes them."""
-        while len(self._running) < self._limits.together:
+        while len(self._running) < (1 if self._suspect else self._limits.together):
             now = time.time()
             job = self.store.claim(self._model, self._worker, now, now + _LEASE_SECONDS)
             if job is None:
                 return
-            if job.attempts > _MOST_ATTEMPTS:
+            if job.attempts >= _MOST_ATTEMPTS:
                 self._fail(job.id, "engine_failed", f"{_MOST_ATTEMPTS} times a server stopped while it made this film.")
                 continue
+            if job.attempts and self._running:  # it may have been the cause: not in company
+                self.store.release(job.id, self._worker)
+                return
             try:
                 spec = self._maker.prepare(job.request)
                 self._running[job.id] = self._maker.submit(spec, self._sink(job.id), job.id)
+                self._suspect = job.attempts > 0
             except ApiError as error:
                 if error.fault.value.retry:  # full, draining: it stays in line
                     self.store.release(job.id, self._worker)
@@ -208,7 +220,6 @@ class JobRunner:
             if not self.store.advance(job_id, self._worker, math.floor(99 * event.share)):
                 self._drop(job_id)
             return
-        self._running.pop(job_id)
         if isinstance(event, FinishedPicture):
             self._finish(job_id, generation, event)
         elif isinstance(event, Failed):
@@ -216,8 +227,11 @@ class JobRunner:
                 self._maker.cancel(generation, event.error)
             elif event.error.fault is Fault.DRAINING:
                 self.store.release(job_id, self._worker)
+            elif event.error.fault is Fault.NOT_READY:  # the device broke, perhaps by this very film
+                self.store.release(job_id, self._worker, counts=True)
             else:
                 self._fail(job_id, event.error.code, event.error.message)
+        self._running.pop(job_id)
 
     def _finish(self, job_id: str, generation: Generation, film: FinishedPicture) -> None:
         now = time.time()
@@ -259,6 +273,7 @@ class JobRunner:
         self.store.give_up_waiting(now, now - self._limits.seconds, now + self._limits.seconds)
         expired = [job.id for job in self.store.with_files() if job.expires_at is not None and job.expires_at <= now]
         self.store.forget_expired(now)
+        self.store.forget_surplus(_MOST_ENDED)
         for job_id in expired:
             self.shelf.remove(job_id)
         self.shelf.sweep({job.id for job in self.store.with_files()})

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import JSON, ColumnElement, Engine, String, create_engine, delete, event, func, select, update
+from sqlalchemy import JSON, ColumnElement, Engine, String, case, create_engine, delete, event, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
@@ -36,7 +36,7 @@ class VideoJob(_Base):
         request: the validated request, with its seed drawn: what the film is made from, whenever it is made.
         seconds, size: as replied, such as "5" and "832x480".
         worker, lease_until: who works on it, and until when nobody else may.
-        attempts: how often work on it began without ending, this one included.
+        attempts: how often a worker began it, this one included. Only a first step begins a job.
         bytes: of its files; 0 where there are none (any more).
         report: the ``rmd`` object, once it is finished.
     """
@@ -152,8 +152,9 @@ class JobStore:
 
     def count_open(self, model: str) -> int:
         """Return how many jobs of a model wait or are worked on."""
-        counts = self.counts(model)
-        return sum(counts[status] for status in _OPEN)
+        query = select(func.count()).where(VideoJob.status.in_(_OPEN), VideoJob.model == model)
+        with self._session() as session:
+            return session.scalar(query) or 0
 
     def counts(self, model: str) -> dict[str, int]:
         """Return the number of a model's jobs by status."""
@@ -172,10 +173,9 @@ class JobStore:
                 found = session.scalar(select(VideoJob).where(*free).order_by(VideoJob.number).limit(1))
             if found is None:
                 return None
-            mine = {"worker": worker, "lease_until": lease_until, "attempts": found.attempts + 1}
             # Had it been begun before, it waits again: what was done of it is gone.
-            if self._change([VideoJob.id == found.id, *free], status="queued", progress=0, **mine):
-                found.attempts += 1
+            mine = {"worker": worker, "lease_until": lease_until, "status": "queued", "progress": 0}
+            if self._change([VideoJob.id == found.id, *free], **mine):
                 return found
 
     def renew(self, job_id: str, worker: str, lease_until: float) -> bool:
@@ -183,8 +183,10 @@ class JobStore:
         return self._change(_is_held(job_id, worker), lease_until=lease_until)
 
     def advance(self, job_id: str, worker: str, progress: int) -> bool:
-        """Note that work goes on."""
-        return self._change(_is_held(job_id, worker), status="in_progress", progress=progress)
+        """Note that work begins, or goes on."""
+        begun = case((VideoJob.status == "queued", 1), else_=0)
+        values = {"progress": progress, "attempts": VideoJob.attempts + begun}
+        return self._change(_is_held(job_id, worker), status="in_progress", **values)
 
     def complete(
         self,
@@ -204,9 +206,14 @@ class JobStore:
         why = {"error_code": code, "error_message": message}
         return self._change(_is_held(job_id, worker), status="failed", completed_at=now, expires_at=expires_at, **why)
 
-    def release(self, job_id: str, worker: str) -> bool:
-        """Give a job back unfinished, through no fault of its own: it may begin again at once, here or elsewhere."""
-        values = {"worker": None, "lease_until": 0.0, "attempts": VideoJob.attempts - 1}
+    def release(self, job_id: str, worker: str, counts: bool = False) -> bool:
+        """Give a job back unfinished: it may begin again at once, here or elsewhere.
+
+        Args:
+            counts: it may have been the cause; otherwise having begun it does not count as an attempt.
+        """
+        begun = 0 if counts else case((VideoJob.status == "in_progress", 1), else_=0)
+        values = {"worker": None, "lease_until": 0.0, "attempts": VideoJob.attempts - begun}
         return self._change(_is_held(job_id, worker), status="queued", progress=0, **values)
 
     # -- tidying -----------------------------------------------------------------------------------------------------
@@ -222,10 +229,21 @@ class JobStore:
         with self._session() as session, session.begin():
             session.execute(delete(VideoJob).where(VideoJob.status.not_in(_OPEN), VideoJob.expires_at <= now))
 
+    def forget_surplus(self, most: int) -> None:
+        """Delete the oldest ended jobs without files beyond ``most``: requests cost little, and so are not bounded."""
+        ended = select(VideoJob.number).where(VideoJob.status.not_in(_OPEN), VideoJob.bytes == 0)
+        kept_from = ended.order_by(VideoJob.number.desc()).offset(most).limit(1)
+        with self._session() as session, session.begin():
+            last = session.scalar(kept_from)
+            if last is not None:
+                surplus = VideoJob.status.not_in(_OPEN), VideoJob.bytes == 0, VideoJob.number <= last
+                session.execute(delete(VideoJob).where(*surplus))
+
     def with_files(self) -> list[VideoJob]:
-        """Return the jobs that have files, oldest first."""
+        """Return the jobs that have files, those finished first in front."""
+        query = select(VideoJob).where(VideoJob.bytes > 0).order_by(VideoJob.completed_at, VideoJob.number)
         with self._session() as session:
-            return list(session.scalars(select(VideoJob).where(VideoJob.bytes > 0).order_by(VideoJob.number)))
+            return list(session.scalars(query))
 
     def drop_files(self, job_id: str) -> None:
         """Note that a job's files are gone."""

@@ -7,6 +7,7 @@ run it, hand its entries on. Nothing else touches the device, so no lock is held
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ class DeviceExecutor:
         load: builds or loads the model; runs on the device thread.
         metrics: where batches and pictures are counted.
         package_threads: threads that compress pictures beside the device.
+        film_seconds: a film's time, from its first step to its last.
         on_ready: called on the device thread once the model is loaded.
         on_failed: called on the device thread where loading raised, or the loop itself broke.
         on_picture: called with (generation, item) for each finished picture.
@@ -68,18 +70,20 @@ class DeviceExecutor:
         metrics: Metrics,
         *,
         package_threads: int = 2,
+        film_seconds: float = 3600.0,
         on_ready: Callable[[ServedModel], None] = lambda model: None,
         on_failed: Callable[[BaseException], None] = lambda error: None,
         on_picture: Callable[[Generation, Item], None] = lambda generation, item: None,
     ) -> None:
         self._load = load
         self._metrics = metrics
+        self._film_seconds = film_seconds
         self._on_ready = on_ready
         self._on_failed = on_failed
         self._on_picture = on_picture
         self._stations = Stations()
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._broken = False
         self._running: list[Entry] = []  # taken from a station, not yet handed on; the device thread's own
         self._packaging = 0
         self._model: ServedModel | None = None
@@ -143,6 +147,7 @@ class DeviceExecutor:
                 self._run(runner, model, *batch)
                 self._running = []
         except BaseException as error:  # the thread must never die silently: readiness has to say so
+            self._broken = True
             log.error("the device thread ended: %s", error, exc_info=self._model is not None)
             self._on_failed(error)
         finally:
@@ -165,6 +170,8 @@ class DeviceExecutor:
                         if isinstance(entry, Item):
                             entry.record.queue += now - entry.joined
                             if station.key.kind == "denoise" and entry.step == 0:
+                                if entry.generation.deadline == math.inf:
+                                    entry.generation.deadline = now + self._film_seconds
                                 _report(entry)
                     return station, entries
                 self._changed.wait()
@@ -348,8 +355,13 @@ class DeviceExecutor:
 
     def _give_up(self, entries: Sequence[Entry]) -> None:
         """Fail entries that stand at no station with 503. Called with the lock held."""
+        why = (
+            (Fault.NOT_READY, "The server's device failed.")
+            if self._broken
+            else (Fault.DRAINING, "The server is stopping.")
+        )
         for entry in entries:
-            self._settle(entry.generation, ApiError(Fault.DRAINING, "The server is stopping.", retry_after=1))
+            self._settle(entry.generation, ApiError(*why, retry_after=1))
             self._leave(entry)
 
     def _settle(self, generation: Generation, error: ApiError) -> None:

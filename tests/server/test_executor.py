@@ -72,11 +72,11 @@ def test_a_device_that_breaks_within_a_retried_batch_leaves_nobody_waiting(
     monkeypatch.setattr(model.backbone, "encode_prompts", breaking)
     executor, admission, found = run_until_broken(model, 4)
     assert len(alone) == 2
-    assert sorted(found) == [["draining"]] * 3 + [["engine_failed"]]
+    assert sorted(found) == [["engine_failed"], *[["not_ready"]] * 3]
 
     late, events = admitted(model, admission, "too late")
     executor.submit(late)
-    assert codes(events) == ["draining"] and admission.items == 0
+    assert codes(events) == ["not_ready"] and admission.items == 0
     executor.stop()
 
 
@@ -88,7 +88,7 @@ def test_a_device_that_breaks_under_several_blames_none_of_them(
 
     monkeypatch.setattr(model.backbone, "encode_prompts", breaking)
     executor, _, found = run_until_broken(model, 3)
-    assert found == [["draining"]] * 3, "each may be asked for elsewhere"
+    assert found == [["not_ready"]] * 3, "each may be asked for elsewhere"
     executor.stop()
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from rmd.backbones.tiny import tiny_cascades
 from server.errors import ApiError, Fault
+from server.jobs import runner as runner_module
 from server.jobs.runner import FilmMaker, JobLimits, JobRunner
 from server.jobs.shelf import FilmShelf
 from server.jobs.store import JobStore, VideoJob
@@ -55,7 +57,7 @@ def test_a_lapsed_lease_is_anybodys_and_its_holder_can_change_nothing_more(store
     assert store.advance(added.id, "a", 40)
     assert store.claim("m", "b", LATER - 1, LATER + 60) is None
     again = store.claim("m", "b", LATER, LATER + 60)
-    assert again and again.id == added.id and again.attempts == 2
+    assert again and again.id == added.id and again.attempts == 1
     found = store.get("", added.id)
     assert found and (found.status, found.progress) == ("queued", 0)
     assert not store.renew(added.id, "a", LATER + 60)
@@ -67,12 +69,31 @@ def test_a_lapsed_lease_is_anybodys_and_its_holder_can_change_nothing_more(store
     assert found and (found.status, found.progress, found.report) == ("completed", 100, {"schedule": "2+2"})
 
 
-def test_giving_a_job_back_is_no_attempt(store: JobStore) -> None:
+def test_only_a_begun_job_whose_worker_did_not_give_it_back_was_attempted(store: JobStore) -> None:
     added = store.add(job())
-    for _ in range(5):
-        claimed = store.claim("m", "a", NOW, LATER)
-        assert claimed and claimed.attempts == 1
-        assert store.release(added.id, "a")
+
+    def attempts() -> int:
+        found = store.get("", added.id)
+        assert found is not None
+        return found.attempts
+
+    assert store.claim("m", "a", NOW, LATER) and store.release(added.id, "a")
+    assert attempts() == 0
+    assert store.claim("m", "a", NOW, LATER) and store.advance(added.id, "a", 0) and store.advance(added.id, "a", 30)
+    assert attempts() == 1
+    assert store.release(added.id, "a") and attempts() == 0
+    assert store.claim("m", "a", NOW, LATER) and store.advance(added.id, "a", 0)
+    assert store.release(added.id, "a", counts=True) and attempts() == 1
+
+
+def test_ended_jobs_without_films_are_bounded(store: JobStore) -> None:
+    ended = [store.add(job()) for _ in range(5)]
+    waiting = store.add(job())
+    for one in ended:
+        assert store.cancel(one.id, NOW, LATER)
+    store.forget_surplus(2)
+    assert [store.get("", one.id) is None for one in ended] == [True, True, True, False, False]
+    assert store.get("", waiting.id) is not None
 
 
 def test_cancelling_comes_before_finishing_or_not_at_all(store: JobStore) -> None:
@@ -253,10 +274,53 @@ def test_a_job_that_takes_its_server_down_each_time_is_reported(desks: Callable[
     deadly = store.add(job(created_at=time.time()))
     for life in range(3):  # each dies with its lease
         assert store.claim("m", f"worker {life}", time.time(), 0.0)
+        assert store.advance(deadly.id, f"worker {life}", 10)
     store.close()
     desk = desks()
     desk.until_status(deadly, "failed 0 engine_failed")
     assert not desk.maker.taken
+
+
+def test_a_job_that_may_have_broken_the_device_is_counted_and_tried_again_alone(desks: Callable[..., Desk]) -> None:
+    desk = desks(together=3)
+    jobs = [desk.accept() for _ in range(3)]
+    desk.until(lambda: len(desk.maker.taken) == 3)
+    desk.maker.tell(jobs[1].id, Advanced(0.2))
+    desk.until_status(jobs[1], "in_progress 19")
+    desk.maker.taken.clear()
+    broken = Failed(ApiError(Fault.NOT_READY, "The server is stopping."))
+    for one in (jobs[1], jobs[0]):
+        desk.runner._events.put((one.id, broken))
+    desk.until(lambda: jobs[0].id in desk.maker.taken)
+    found = desk.store.get("", jobs[1].id)
+    assert found and found.attempts == 1 and jobs[1].id not in desk.maker.taken  # others run
+    for one in (jobs[0], jobs[2]):
+        desk.runner._events.put((one.id, FILM))
+    desk.until(lambda: jobs[1].id in desk.maker.taken)
+    later = desk.accept()
+    time.sleep(0.2)
+    assert later.id not in desk.maker.taken  # no company for the suspect
+    desk.maker.tell(jobs[1].id, FILM)
+    desk.until(lambda: later.id in desk.maker.taken)
+
+
+def test_a_finished_film_outlasts_a_locked_database(
+    desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_RETRY_SECONDS", 0.01)
+    desk = desks()
+    made = desk.accept()
+    desk.until(lambda: made.id in desk.maker.taken)
+    complete, failures = desk.store.complete, iter([True, True, False])
+
+    def locked(*arguments: Any) -> bool:
+        if next(failures):
+            raise OperationalError("UPDATE videos", {}, Exception("database is locked"))
+        return complete(*arguments)
+
+    monkeypatch.setattr(desk.store, "complete", locked)
+    desk.maker.tell(made.id, FILM)
+    desk.until_status(made, "completed 100")
 
 
 def test_a_film_that_cannot_be_kept_is_reported(desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,8 +338,9 @@ def test_a_film_that_cannot_be_kept_is_reported(desks: Callable[..., Desk], monk
 
 def test_the_oldest_films_leave_when_there_are_too_many(desks: Callable[..., Desk]) -> None:
     desk = desks(bytes=40, together=3)  # a film and its pictures have 18 bytes
-    made = [desk.accept() for _ in range(3)]
+    ordered = [desk.accept() for _ in range(3)]
     desk.until(lambda: len(desk.maker.taken) == 3)
+    made = ordered[::-1]  # the last one ordered is finished first
     for one in made:
         desk.maker.tell(one.id, FILM)
         desk.until_status(one, "completed 100")

@@ -350,7 +350,7 @@ def test_a_cpu_that_only_emulates_bfloat16_gets_float32(monkeypatch: pytest.Monk
     for answer, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer)
         assert native_dtype("cpu") == parse_dtype("auto", "cpu") == dtype
-    assert native_dtype("cuda") in (torch.bfloat16, torch.float16)
+    assert native_dtype("cuda") == torch.bfloat16
     assert dtype_name(parse_dtype("float16", "cpu")) == "float16"
     with pytest.raises(BackboneError, match="use auto, bfloat16"):
         parse_dtype("int8", "cpu")
