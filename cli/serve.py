@@ -27,7 +27,7 @@ def command(
     threads: Annotated[int | None, typer.Option(help="Torch threads.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
-    """Serve a checkpoint over OpenAI's image API.
+    """Serve a checkpoint over OpenAI's image API, or its video API where the model makes films.
 
     Every setting can also come from the environment (RMD_PORT=8000 ...) or a YAML file (--config). API keys come
     from RMD_API_KEYS or the file, never from a flag, which every process list would show.
