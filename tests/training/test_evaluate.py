@@ -14,6 +14,7 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+from rmd.backbones.base import dtype_name, native_dtype
 from rmd.backbones.tiny import write_tiny_folder
 from training.data.dataset import PictureSet, Record
 from training.data.split import twin_of, unit_hash
@@ -337,7 +338,7 @@ def _settings(checkpoint: Path, data: Path, folder: Path, **changes: object) -> 
         "limit": 8,
         "teacher_steps": 3,
         "batch": 5,
-        "feature_dtype": "bfloat16",
+        "feature_dtype": dtype_name(native_dtype("cpu")),
         **changes,
     }
     return EvaluationSettings(checkpoint, None, data, folder / "out", folder / "cache", **options)
