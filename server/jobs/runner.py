@@ -107,6 +107,7 @@ class JobRunner:
 
     def start(self) -> None:
         """Take up what was left unfinished, then whatever comes."""
+        self._events.put(None)  # at once, not at the first tick
         self._thread.start()
 
     def stop(self, timeout: float = 30.0) -> None:
