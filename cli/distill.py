@@ -104,7 +104,7 @@ def _run(
     import torch
     from accelerate import Accelerator
 
-    from rmd.backbones.base import parse_dtype
+    from rmd.dtypes import parse_dtype
     from training.checkpointing import checkpoints
     from training.distil import PRECISIONS, Distillation
     from training.teacher_folder import Teacher

@@ -117,9 +117,9 @@ def _open(
     buckets: tuple[int, ...] | None,
 ) -> list[tuple[str, Backbone, Cascade]]:
     """Heading, backbone and cascade of each schedule; the students' schedules share one backbone."""
-    from rmd.backbones.base import dtype_name, parse_dtype
     from rmd.backbones.registry import get_backbone
     from rmd.checkpoint import CheckpointFolder
+    from rmd.dtypes import dtype_name, parse_dtype
 
     store = None if backend == "eager" else engines
     kind = parse_dtype(dtype or ("float32" if store is None else "auto"), device)

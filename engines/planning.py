@@ -17,9 +17,10 @@ from engines.errors import EngineError
 from engines.memory import MemoryPlan, available_bytes, weight_bytes, workspace_bytes
 from engines.spec import EngineSpec
 from engines.target import parse_device, this_machine
-from rmd.backbones.base import Backbone, BackboneError, dtype_name, parse_dtype, weights_dtype
+from rmd.backbones.base import Backbone, BackboneError, weights_dtype
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
+from rmd.dtypes import dtype_name, parse_dtype
 from rmd.size import Size
 
 DEFAULT_BUCKETS = (1, 2, 4, 8)

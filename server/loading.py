@@ -15,10 +15,11 @@ import torch
 from engines.errors import EngineError
 from engines.planning import EngineOptions
 from engines.runner import EngineExecutor
-from rmd.backbones.base import Backbone, parse_dtype
+from rmd.backbones.base import Backbone
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
+from rmd.dtypes import parse_dtype
 from rmd.size import Size
 from server.compiled import attach_engines, build_missing, choose_engines
 from server.model import COMPILED_TEACHER, EAGER_TEACHER, TEACHER_SCHEDULE, Schedule, ServedModel, TeacherBaseline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rmd.backbones.base import native_dtype
+from rmd.dtypes import native_dtype
 
 
 def native_autocast(device: torch.device | str) -> torch.autocast:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmd.backbones.base import native_dtype
+from rmd.dtypes import native_dtype
 from rmd.machine import device_name
 from training.attention import training_attention
 from training.interrupts import stopped_by_signals

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from rmd.backbones.base import native_dtype
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import teacher_cascade
 from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
+from rmd.dtypes import native_dtype
 from rmd.profiles import PROFILES
 from training.data.sources import notice_text
 from training.files import load_tensors, save_model, write_json

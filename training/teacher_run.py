@@ -11,9 +11,10 @@ from typing import Any, get_args
 import torch
 
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
-from rmd.backbones.base import native_dtype, usable_device
+from rmd.backbones.base import usable_device
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.checkpoint import CheckpointFolder
+from rmd.dtypes import native_dtype
 from training.autoencoder import AutoencoderConfig, train_autoencoder
 from training.data.dataset import PictureSet
 from training.data.split import Split

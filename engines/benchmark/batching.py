@@ -23,8 +23,9 @@ from engines.benchmark.timing import Interleaved, Timing, time_interleaved
 from engines.manifest import Manifest
 from engines.planning import DEFAULT_BUCKETS
 from engines.runner import EngineExecutor
-from rmd.backbones.base import EagerExecutor, dtype_name, parse_dtype
+from rmd.backbones.base import EagerExecutor
 from rmd.cascade import Cascade
+from rmd.dtypes import dtype_name, parse_dtype
 from rmd.size import Size
 
 DIFFUSERS = "diffusers"

@@ -30,7 +30,8 @@ from engines.benchmark.subjects import (
     random_subject,
 )
 from engines.benchmark.timing import Timing, time_interleaved
-from rmd.backbones.base import dtype_name, parse_dtype, usable_device
+from rmd.backbones.base import usable_device
+from rmd.dtypes import dtype_name, parse_dtype
 
 
 @dataclass(frozen=True)

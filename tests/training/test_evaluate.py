@@ -14,8 +14,8 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from rmd.backbones.base import dtype_name, native_dtype
 from rmd.backbones.tiny import write_tiny_folder
+from rmd.dtypes import dtype_name, native_dtype
 from training.data.dataset import PictureSet, Record
 from training.data.split import twin_of, unit_hash
 from training.evaluate.alignment import _fit, fit_projection

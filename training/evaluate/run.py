@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmd.backbones.base import Backbone, Executor, dtype_name, native_dtype
+from rmd.backbones.base import Backbone, Executor
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder, TeacherSpec, file_digest
+from rmd.dtypes import dtype_name, native_dtype
 from rmd.presets import preset
 from rmd.profiles import PROFILES
 from training.data.dataset import PictureSet

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rmd.backbones.base import BackboneError, EagerExecutor, dtype_name, native_dtype, parse_dtype
+from rmd.backbones.base import BackboneError, EagerExecutor
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone, load_checkpoint
 from rmd.backbones.tiny import TINY_BACKBONES, tiny_config, tiny_sizes, write_tiny_folder
@@ -342,15 +342,3 @@ def test_listing_names_imports_no_network() -> None:
 def test_a_table_network_never_sees_a_time_beyond_its_table(tiny_backbone, name: str, last: float) -> None:
     seen = tiny_backbone(name).network_timestep(torch.tensor([0.5, 1.0]))
     assert seen.tolist() == [500.0, last]
-
-
-def test_a_cpu_that_only_emulates_bfloat16_gets_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert native_dtype("cpu") == (torch.bfloat16 if supported else torch.float32)
-    for answer, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer)
-        assert native_dtype("cpu") == parse_dtype("auto", "cpu") == dtype
-    assert native_dtype("cuda") == torch.bfloat16
-    assert dtype_name(parse_dtype("float16", "cpu")) == "float16"
-    with pytest.raises(BackboneError, match="use auto, bfloat16"):
-        parse_dtype("int8", "cpu")
