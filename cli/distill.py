@@ -102,11 +102,11 @@ def _run(
     share: str,
 ) -> None:
     import torch
-    from accelerate import Accelerator
 
     from rmd.dtypes import parse_dtype
     from training.checkpointing import checkpoints
     from training.distil import PRECISIONS, Distillation
+    from training.processes import processes
     from training.teacher_folder import Teacher
 
     if not resume and checkpoints(run / "checkpoints"):
@@ -121,11 +121,15 @@ def _run(
         )
     if settings.iterations is None and settings.minutes is None and not export_only:
         raise ValueError("the run has no end: give --minutes or --iterations")
-    place = Accelerator(cpu=device == "cpu").device if device in ("auto", "cpu") else torch.device(device)
+    accelerator = processes(device)
+    place = accelerator.device if device in ("auto", "cpu", "cuda") else torch.device(device)
     dtype = parse_dtype(PRECISIONS[settings.precision], place)
     teacher = Teacher.open(teacher_folder, backbone, dtype, place)
-    prompt_set = _prompts(teacher, prompt_file, data, max_prompts, settings, run, needed=not export_only)
-    distillation = Distillation.build(teacher, prompt_set, settings, run, say=_say, to_export=export_only)
+    with accelerator.main_process_first():  # the others read what it has encoded and drawn
+        prompt_set = _prompts(teacher, prompt_file, data, max_prompts, settings, run, needed=not export_only)
+        distillation = Distillation.build(
+            teacher, prompt_set, settings, run, say=_say, to_export=export_only, accelerator=accelerator
+        )
     trainer = distillation.trainer
     if resume:
         found = trainer.resume(change_settings, to_export=export_only)

@@ -12,7 +12,7 @@ from typing import Any
 from engines.errors import EngineCorrupt
 from engines.spec import EngineSpec, TensorSpec
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -42,8 +42,6 @@ class Manifest:
         files: by name inside the engine's folder.
         inputs: named inputs, in the order in which the engine takes them.
         output: the one output.
-        blocks: compiled blocks; an engine that is one graph has 1.
-        fallback_operators: operators left to eager execution; empty in a whole engine.
         weights_mode: how it holds its weights; see :class:`~engines.spec.EngineSpec`.
         constants: constant's name -> how it is made from the network's parameters; for "embedded" and
             "refittable" only those whose values fit one parameter alone.
@@ -61,8 +59,6 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     weights_mode: str
-    blocks: int = 1
-    fallback_operators: tuple[str, ...] = ()
     constants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     embedded_bytes: int = 0
     relative_l2: float | None = None
@@ -103,8 +99,6 @@ class Manifest:
             # A guided request takes two rows of one batch, the unconditional and the conditional one.
             "profiles": [{"batch": batch, "guided_requests": batch // 2} for batch in self.spec.batches],
             "weights_mode": self.weights_mode,
-            "blocks": self.blocks,
-            "fallback_operators": list(self.fallback_operators),
             "constants": {name: dict(recipe) for name, recipe in sorted(self.constants.items())},
             "embedded_bytes": self.embedded_bytes,
             "relative_l2": self.relative_l2,
@@ -145,8 +139,6 @@ class Manifest:
                 inputs=tuple(TensorSpec.from_dict(entry) for entry in data["inputs"]),
                 output=TensorSpec.from_dict(data["output"]),
                 weights_mode=str(data["weights_mode"]),
-                blocks=int(data["blocks"]),
-                fallback_operators=tuple(data["fallback_operators"]),
                 constants=data["constants"],
                 embedded_bytes=int(data["embedded_bytes"]),
                 relative_l2=data["relative_l2"],

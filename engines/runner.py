@@ -15,7 +15,7 @@ from engines.compilers.base import Engine, EngineMemory
 from engines.errors import EngineError, EngineInputError, EngineMismatch, EngineMissing
 from engines.manifest import Manifest
 from engines.planning import CheckpointPlan, EngineOptions, load_backbone
-from engines.spec import EngineSpec
+from engines.spec import EngineSpec, graph_digest
 from engines.store import EngineStore
 from engines.weights import Recipe, WeightBank
 from rmd.backbones.registry import get_backbone
@@ -281,13 +281,19 @@ class EngineExecutor:
         # On the CPU: a second model on the device may not fit beside the first.
         options = EngineOptions(self.kind, "cpu", _dtype(self._engines))
         modules: dict[str, nn.Module] = load_backbone(folder, options).component_modules()
-        return {
-            name: dict(
-                [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-            )
-            for name, module in modules.items()
-            if name in self._banks and name not in same
-        }
+        states = {}
+        for name, module in modules.items():
+            if name not in self._banks or name in same:
+                continue
+            graphs = {manifest.spec.graph for manifest in self.manifests() if manifest.spec.component == name}
+            if graphs != {graph_digest(module)}:
+                raise EngineMismatch(
+                    f"{weights}: its {name} is another network or has other settings (a scaling factor, say) than the "
+                    f"loaded engines; build engines for it (rmd build)"
+                )
+            tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+            states[name] = dict(tensors)
+        return states
 
     def unload(self) -> None:
         """Free all engines and weights."""

@@ -171,6 +171,11 @@ def graph_digest(module: nn.Module) -> str:
             plain = isinstance(value, bool | int | float | str | tuple)
             if plain and not attribute.startswith("_") and attribute not in _NOT_THE_GRAPH:
                 digest.update(f" {attribute}={value!r}\n".encode())
+        # diffusers computes attention in a plain object.
+        processor = getattr(child, "processor", None)
+        if processor is not None and not isinstance(processor, nn.Module):
+            sources.add(type(processor))
+            digest.update(f" processor={type(processor).__module__}.{type(processor).__qualname__}\n".encode())
         config = getattr(child, "config", None)
         if config is not None:
             digest.update(_config_text(config).encode())

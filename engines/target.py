@@ -33,6 +33,8 @@ class Target:
         compute_capability: such as "9.0"; empty for the CPU.
         cuda: CUDA version of torch; empty for the CPU.
         driver: major version of the GPU driver; empty for the CPU.
+        gpu: its model: plans and kernels are timed on one, and another of the same capability may refuse them; empty
+            for the CPU.
     """
 
     device: str
@@ -41,6 +43,7 @@ class Target:
     compute_capability: str = ""
     cuda: str = ""
     driver: str = ""
+    gpu: str = ""
 
     def to_dict(self) -> dict[str, str]:
         """As stored in a manifest."""
@@ -61,6 +64,7 @@ class Target:
             for label, theirs, ours in (
                 ("device", self.device, here.device),
                 ("platform", self.platform, here.platform),
+                ("GPU", self.gpu, here.gpu),
                 ("GPU compute capability", self.compute_capability, here.compute_capability),
                 ("CUDA", self.cuda, here.cuda),
                 ("GPU driver major version", self.driver, here.driver),
@@ -105,7 +109,8 @@ def this_machine(device: torch.device | str) -> Target:
     if kind == "cpu":
         return Target("cpu", name, instruction_set=_instruction_set())
     major, minor = torch.cuda.get_device_capability(device)
-    return Target(kind, name, "", f"{major}.{minor}", torch.version.cuda or "", _driver_major())
+    gpu = torch.cuda.get_device_name(device)
+    return Target(kind, name, "", f"{major}.{minor}", torch.version.cuda or "", _driver_major(), gpu)
 
 
 def machine_with(device: str) -> Target:

@@ -246,12 +246,29 @@ def check_weights(folder: Path) -> None:
         if path.suffix == ".safetensors":
             check_safetensors(path)
             found = True
-        elif path.name.endswith(".safetensors.index.json"):
-            for name in sorted(set(field_of(mapping(read_json(path)), "weight_map", mapping).values())):
-                if not (path.parent / str(name)).is_file():
-                    raise FileNotFoundError(f"{path} lists {name}, which is not there; fetch or copy it again")
+        elif is_index(path):
+            check_index(path)
     if not found:
         raise ValueError(f"{folder} holds no safetensors weights; give a diffusers folder with a {CASCADE_FILE}")
+
+
+def is_index(path: Path) -> bool:
+    """Whether the file lists the parts of a model's weights; its name may hold a variant, such as fp16."""
+    return ".safetensors.index." in path.name and path.suffix == ".json"
+
+
+def check_index(path: Path) -> None:
+    """Check that the parts which an index lists are safetensors files beside it: loaders take them as they come.
+
+    Raises:
+        ValueError: it lists a file of another kind, or one elsewhere.
+        FileNotFoundError: a part is not there.
+    """
+    for part in sorted({str(name) for name in field_of(mapping(read_json(path)), "weight_map", mapping).values()}):
+        if Path(part).name != part or not part.endswith(".safetensors"):
+            raise ValueError(f"{path} lists {part!r}; only safetensors files beside it are read")
+        if not (path.parent / part).is_file():
+            raise FileNotFoundError(f"{path} lists {part}, which is not there; fetch or copy it again")
 
 
 def check_safetensors(path: Path) -> None:

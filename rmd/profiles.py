@@ -153,7 +153,7 @@ PROFILES: dict[str, BackboneProfile] = {
     ),
 }
 
-# The lists below are the timesteps that the checkpoints' own model cards ask for. A table index such as 999 is kept as
+# Timesteps under which public students are sampled. A table index such as 999 is kept as
 # it is: on the variance-preserving models timestep i is the table's entry i.
 _TRAILING_4 = (999, 749, 499, 249)
 _LCM_4 = (999, 759, 499, 259)
@@ -169,9 +169,9 @@ STEP_LISTS: dict[str, StepList] = {
     "sdxl-lightning": _single("sdxl", _TRAILING_4),
     # SD3.5's scheduler spaces Turbo's sigmas between already shifted ends, hence the last, nearly clean step.
     "sd3.5-turbo": _single("sd3", (1000, 858, 602, 9), flow_shift=3.0),
-    "yoso-pixart": _single("pixart", (999,)),
     # Fresh noise between the steps.
     "dmd2-sdxl": _single("sdxl", _TRAILING_4, step_noise_intensity=0.0),
+    # LCM's LoRA, merged. Its whole UNets take their guidance as an input, which is not supported.
     "lcm-sdxl": _single("sdxl", _LCM_4, step_noise_intensity=0.0),
     # TDM: deterministic steps; its SD3 weights are sampled under flow shift 6.
     "tdm-sdxl": _single("sdxl", _TRAILING_4),

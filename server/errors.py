@@ -35,6 +35,7 @@ class Fault(Enum):
 
     BAD_FIELD = FaultKind(400, "invalid_request_error", "invalid_value", "bad_request", False)
     BAD_KEY = FaultKind(401, "authentication_error", "invalid_api_key", "unauthorized", False)
+    FOREIGN_PAGE = FaultKind(403, "permission_error", "cross_site", "unauthorized", False)
     NOT_FOUND = FaultKind(404, "invalid_request_error", "not_found", "not_found", False)
     WRONG_METHOD = FaultKind(405, "invalid_request_error", "method_not_allowed", "bad_request", False)
     SLOW_BODY = FaultKind(408, "invalid_request_error", "body_timeout", "bad_request", True)
@@ -131,6 +132,7 @@ def fault_for_status(status: int) -> Fault:
     by_status = {
         400: Fault.BAD_FIELD,
         401: Fault.BAD_KEY,
+        403: Fault.FOREIGN_PAGE,
         404: Fault.NOT_FOUND,
         405: Fault.WRONG_METHOD,
         408: Fault.SLOW_BODY,

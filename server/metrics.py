@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.errors import COMPLETED, OUTCOMES
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+GENERATION_ROUTES = ("/v1/images/generations", "/v1/videos")
 
 _REQUEST_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120, 300)
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2, 5, 10)
@@ -102,7 +106,7 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "rmd_request_seconds",
-            "Seconds from admission to the finished reply, completed generations only.",
+            "Seconds from admission (a film's from its job's creation) to the finished reply, completed ones only.",
             ["schedule"],
             buckets=_REQUEST_BUCKETS,
             registry=self.registry,
@@ -118,6 +122,7 @@ class Metrics:
         self.dropped = Counter(
             "rmd_dropped_items", "Pictures given up before they were finished.", ["outcome"], registry=self.registry
         )
+        self.videos = Counter("rmd_videos", "Video jobs by how they ended.", ["outcome"], registry=self.registry)
         self.batch_size = Histogram(
             "rmd_batch_size",
             "Pictures (encode: texts) served together in one batch, by station.",
@@ -164,6 +169,19 @@ class Metrics:
             "rmd_device_busy_seconds", "Seconds the executor thread spent in batches.", registry=self.registry
         )
         self.registry.register(_StateCollector(snapshot))
+        ProcessCollector(registry=self.registry)
+        # From the start: a counter that appears with its first failure has no increase that an alert could see.
+        for outcome in OUTCOMES:
+            self.videos.labels(outcome)
+            self.dropped.labels(outcome)
+            for route in GENERATION_ROUTES:
+                self.requests.labels(route, outcome)
+
+    def video_ended(self, schedule: str, outcome: str, seconds: float) -> None:
+        """Count a video job that ended ``seconds`` after it was sent."""
+        self.videos.labels(outcome).inc()
+        if outcome == COMPLETED:
+            self.request_seconds.labels(schedule).observe(seconds)
 
     def render(self) -> bytes:
         """Return the exposition text."""

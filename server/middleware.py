@@ -86,8 +86,13 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key, then run the application inside."""
         if scope["type"] == "http" and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
+            headers = Headers(scope=scope)
             try:
-                self.keys.check(Headers(scope=scope).get("authorization"))
+                # Only browsers send it. Otherwise any page that is open beside a server without keys could order films
+                # from it: a form needs no leave.
+                if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+                    raise ApiError(Fault.FOREIGN_PAGE, "Pages of other sites may not use this server.")
+                self.keys.check(headers.get("authorization"))
             except ApiError as error:
                 await _discard(receive)
                 await error.response()(scope, receive, send)

@@ -121,10 +121,15 @@ class ServedModel:
         decode = [StationKey("decode", size=size) for size in self.sizes]
         return (StationKey("encode"), *denoise, *decode)
 
-    def costs(self, cascade: Cascade, lane: str) -> tuple[float, ...]:
-        """Return the expected seconds of one lone picture from each step to its end; the last entry is decoding."""
+    def costs(self, cascade: Cascade, lane: str, shared: bool = False) -> tuple[float, ...]:
+        """Return the expected seconds of one picture from each step to its end; the last entry is decoding.
+
+        Args:
+            shared: its part of batches in the best company, instead of alone.
+        """
         rows = 1 if cascade.guidance_scale == 1.0 else 2
-        costs = [self.latencies.seconds(StationKey("decode", size=cascade.full_size), 1)]
+        seconds = self.latencies.shared if shared else self.latencies.seconds
+        costs = [seconds(StationKey("decode", size=cascade.full_size), 1)]
         for step in reversed(cascade.steps):
-            costs.append(costs[-1] + self.latencies.seconds(StationKey("denoise", lane, step.size), rows))
+            costs.append(costs[-1] + seconds(StationKey("denoise", lane, step.size), rows))
         return tuple(reversed(costs))

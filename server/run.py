@@ -91,6 +91,7 @@ def make_server(service: Service) -> DrainingServer:
         create_app(service),
         host=settings.host,
         port=settings.port,
+        http="h11",  # bounds request line and headers at 64 KiB; httptools keeps whatever is sent
         log_level=settings.log_level,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_LAST_REPLIES_SECONDS,

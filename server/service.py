@@ -23,7 +23,7 @@ from server.jobs.shelf import FilmShelf
 from server.jobs.store import JobStore
 from server.metrics import Metrics, Snapshot
 from server.model import ServedModel
-from server.scheduling.admission import Admission
+from server.scheduling.admission import LONGEST_RETRY, Admission
 from server.scheduling.executor import DeviceExecutor
 from server.scheduling.request import Event, Generation, GenerationSpec, Item
 from server.settings import ServerSettings
@@ -32,6 +32,8 @@ log = logging.getLogger("rmd.server")
 
 READY_TEXT = "ready"
 _SPEEDUP_WINDOW = 100
+LAST_BATCH_SECONDS = 5.0
+"""What a stop waits for the batch that runs: films in it go back in line, pictures are reported failed."""
 
 
 class State(Enum):
@@ -129,7 +131,7 @@ class Service:
     def stop(self) -> None:
         """Stop the device thread; video jobs that it had to leave unfinished go back in line."""
         self._draining = True
-        self._executor.stop()
+        self._executor.stop(LAST_BATCH_SECONDS)
         if self._jobs is not None:
             self._jobs.stop()
 
@@ -178,18 +180,47 @@ class Service:
             ApiError: 503 where not accepting, 429 where the queue is full.
         """
         self.check_accepting()
-        permit = self.admission.acquire(len(spec.seeds), len(spec.seeds) * spec.cascade.full_size.pixels)
+        film = spec.frames_per_second is not None
+        costs = self.model.costs(spec.cascade, spec.lane)
+        if not film:
+            self._check_time(spec, costs[0])
+        # Films are bounded by videos_together already; their pixels are no measure of what a queue of pictures holds.
+        permit = self.admission.acquire(len(spec.seeds), 0 if film else len(spec.seeds) * spec.cascade.full_size.pixels)
         try:
-            # A film waits in line for as long as it takes; its time runs from its first step.
-            film = spec.frames_per_second is not None
+            # A film waits in line for as long as it takes; the executor counts its work.
             deadline = math.inf if film else time.monotonic() + self.settings.deadline_seconds
-            costs = self.model.costs(spec.cascade, spec.lane)
             generation = Generation(spec, permit, deadline, sink, costs, request_id)
             self._executor.submit(generation)
         except BaseException:
             permit.release()
             raise
         return generation
+
+    def _check_time(self, spec: GenerationSpec, work: float) -> None:
+        """Refuse what cannot be ready in time, even in the best company.
+
+        Raises:
+            ApiError: 400 where it could not be ready in an empty house either, 429 where too much goes before it.
+        """
+        gain = self.model.costs(spec.cascade, spec.lane, shared=True)[0] / work
+        limit = self.settings.deadline_seconds
+        own = len(spec.seeds) * work * gain
+        if own > limit:
+            raise ApiError(
+                Fault.BAD_FIELD,
+                f"{len(spec.seeds)} picture(s) of schedule '{spec.schedule}' take about {own:.0f} s here, and a request "
+                f"may take {limit:g} s; ask for fewer, or for another schedule.",
+                param="n" if len(spec.seeds) > 1 else "schedule",
+                code="takes_too_long",
+            )
+        late = self._executor.backlog(work) * gain + own - limit
+        if late > 0:
+            raise ApiError(
+                Fault.QUEUE_FULL,
+                f"The queue is full: this would not be ready within {limit:g} s; "
+                "try again after the seconds in Retry-After.",
+                retry_after=min(max(math.ceil(late), 1), LONGEST_RETRY),
+            )
 
     def cancel(self, generation: Generation, error: ApiError) -> None:
         """End a request early. Does nothing where it has ended already."""
@@ -255,6 +286,9 @@ class Service:
                 submit=self.submit,
                 cancel=self.cancel,
                 report=lambda generation, film: report(model, generation, [film]).model_dump(),
+                ended=lambda job, outcome: self.metrics.video_ended(
+                    str(job.request["schedule"]), outcome, time.time() - job.created_at
+                ),
             ),
             model.model_id,
             JobLimits(

@@ -60,7 +60,7 @@ class ServerSettings(BaseSettings):
     )
     video_queue: int = Field(64, ge=1, description="films that may wait or be made at once; they outlast restarts")
     videos_together: int = Field(8, ge=1, description="films given to the scheduler at once, to share batches")
-    video_deadline_seconds: float = Field(3600.0, gt=0, description="a film's time, from its first step")
+    video_deadline_seconds: float = Field(3600.0, gt=0, description="of work on a film; waiting is not counted")
     video_seconds: float = Field(86400.0, gt=0, description="life of a finished film")
     video_gigabytes: float = Field(10.0, gt=0, description="disk kept for finished films; the oldest leave first")
     drain_seconds: float = Field(60.0, ge=0, description="longest wait for accepted requests at SIGTERM")

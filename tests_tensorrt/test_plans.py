@@ -46,7 +46,6 @@ def is_whole(folder: Path) -> bool:
 def check(manifest: Manifest, module: nn.Module, store: EngineStore) -> None:
     plan = (store.folder(manifest.key) / PLAN).read_bytes()
     assert len(plan) == manifest.files[PLAN].bytes > 10_000
-    assert manifest.blocks == 1 and manifest.fallback_operators == ()
     assert manifest.spec.settings["attn_bias_is_causal"] is False
     assert dict(manifest.spec.versions)["tensorrt-rtx-cu13-libs"] == package_version("tensorrt-rtx-cu13-libs") != ""
     assert json.loads(manifest.to_json())["weights_mode"] == "embedded"

@@ -29,5 +29,7 @@ def training_attention(device_type: str = "cpu", tokens: int = 0) -> Iterator[No
 @contextmanager
 def scoring_attention() -> Iterator[None]:
     """PyTorch's own choice again, inside :func:`training_attention`: without a backward the fused kernel is faster."""
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    with sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+    ):
         yield

@@ -30,7 +30,8 @@ def save_checkpoint(
     """
     final = folder / f"step-{iteration:08d}"
     partial = folder / f".{final.name}-partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in folder.glob(".step-*-partial"):  # of a save that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     for role, tensors in roles.items():
         save_tensors(tensors, partial / f"{role}.safetensors")

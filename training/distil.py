@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from rmd.backbones.base import Backbone
@@ -58,11 +59,13 @@ class Distillation:
         say: Callable[[str], None] = lambda _text: None,
         *,
         to_export: bool = False,
+        accelerator: Accelerator | None = None,
     ) -> Distillation:
         """Set up method, networks and trainer; draws the teacher's samples where the method needs some.
 
         Args:
             to_export: nothing is trained, so no samples are needed.
+            accelerator: the run's processes; this one alone by default.
         """
         cascade = training_cascade(teacher, settings)
         scale = settings.guidance_scale if settings.guidance_scale is not None else teacher.guidance_scale
@@ -76,7 +79,8 @@ class Distillation:
                 real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
             # In any case: a discriminator's head is among the weights that a checkpoint holds.
             attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
-        trainer = Trainer(method, networks, settings, run, tokens=teacher.backbone.tokens(cascade.full_size))
+        tokens = teacher.backbone.tokens(cascade.full_size)
+        trainer = Trainer(method, networks, settings, run, accelerator=accelerator, tokens=tokens)
         if trainer.accelerator.is_main_process:
             keep_initial_record(settings, run)
         return cls(teacher, method, networks, trainer, settings, run)

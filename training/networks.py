@@ -63,7 +63,9 @@ def compile_blocks(network: Any) -> None:
 
 def trainable_copy(teacher: nn.Module, settings: DistillSettings) -> nn.Module:
     """A copy whose weights (all, or those of a LoRA) are trained."""
-    module = copy.deepcopy(teacher).requires_grad_(settings.lora_rank == 0)
+    # Under a LoRA the weights stay as they are, and all roles may hold the same ones: 28 GB each for Wan-14B.
+    shared = {id(weight): weight for weight in teacher.parameters()} if settings.lora_rank else {}
+    module = copy.deepcopy(teacher, shared).requires_grad_(settings.lora_rank == 0)
     name, network = network_of(module)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -76,7 +78,7 @@ def trainable_copy(teacher: nn.Module, settings: DistillSettings) -> nn.Module:
             target_modules=list(settings.lora_targets),
             init_lora_weights="gaussian",
         )
-        # float32 adapters are small and need no masters; the wrapper casts where they meet the network.
+        # Adapters in the network's own dtype, over float32 masters like any other trained weight.
         setattr(module, name, get_peft_model(network, config, autocast_adapter_dtype=False))
     return module
 
@@ -95,12 +97,15 @@ def network_of(denoiser: nn.Module) -> tuple[str, Any]:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A digest over up to 64 evenly spaced values of each parameter: tells two sets of weights apart in a moment."""
+    """A digest over up to 64 evenly spaced values of each parameter: tells two sets of weights apart in a moment.
+
+    Of the values in bfloat16, so that weights read in another precision are still the same ones.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         values = parameter.flatten()
         some = values[:: max(1, values.numel() // 64)][:64]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+        digest.update(name.encode() + some.bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

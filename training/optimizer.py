@@ -53,6 +53,7 @@ class MasterAdamW:
         """
         for parameter, master in self.separate:
             master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None  # at once: both together are half as much again
         grads = [master.grad for master in self.masters if master.grad is not None]
         if reduce is not None:
             reduce(grads)

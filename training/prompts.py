@@ -15,6 +15,7 @@ from rmd.backbones.base import Backbone
 from training.data.captions import GROUNDS, WHITE
 from training.data.dataset import PictureSet, caption
 from training.files import load_tensors, save_tensors
+from training.networks import fingerprint
 from training.randomness import Randomness
 
 PLAIN_WEIGHT = 3
@@ -105,13 +106,14 @@ def encode_prompts(
 
     Args:
         prompts: with repetitions; how often one stands there is how often it is drawn.
-        cache: folder of encoded sets, one file for each set of texts and backbone.
+        cache: folder of encoded sets, one file for each set of texts and text encoders.
         progress: told the share that is done.
     """
     texts = list(dict.fromkeys(prompts))
     row_of = {text: row for row, text in enumerate(texts)}
     order = torch.tensor([row_of[text] for text in prompts])
-    key = hashlib.sha256("\n".join([backbone.name, str(backbone.dtype), *texts]).encode()).hexdigest()[:16]
+    encoders = [fingerprint(m) for name, m in backbone.component_modules().items() if name.startswith("text_encoder")]
+    key = hashlib.sha256("\n".join([backbone.name, str(backbone.dtype), *encoders, *texts]).encode()).hexdigest()[:16]
     path = cache / f"{key}.safetensors"
     if path.is_file():
         stored = load_tensors(path)

@@ -30,8 +30,8 @@ HOUSEKEEPING = frozenset(
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "rmd": {},
     "tdm": {
-        "interval": "step", "loss": "elementwise_huber", "fake_weighting": "snr", "importance_weight": True,
-        "low_stage_iterations": 0, "score_noise_intensity": 0.0,
+        "interval": "step", "loss": "elementwise_huber", "normalise": True, "fake_weighting": "snr",
+        "importance_weight": True, "low_stage_iterations": 0, "score_noise_intensity": 0.0,
     },
     "dmd2": {
         "interval": "full", "loss": "squared", "normalise": True, "fake_weighting": "velocity", "fake_steps": 5,
@@ -141,6 +141,12 @@ class DistillSettings(BaseSettings):
             )
         if self.fake_warmup_iterations and self.warm_start_iterations:
             raise ValueError("fake_warmup_iterations and warm_start_iterations exclude each other: set one to 0")
+        if self.gan_weight and self.method != "dmd2":
+            raise ValueError(f"gan_weight is DMD2's loss, and method {self.method!r} has none: set it to 0")
+        if self.mmd_weight and self.method != "swd":
+            raise ValueError(f"mmd_weight is SwD's loss, and method {self.method!r} has none: set it to 0")
+        if self.rollout == "pipelined" and self.method == "swd":
+            raise ValueError("rollout=pipelined: SwD draws each step's states from clean samples, not from roll-outs")
         return self
 
     @classmethod

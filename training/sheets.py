@@ -41,14 +41,19 @@ def with_denoiser(backbone: Backbone, denoiser: nn.Module) -> Backbone:
 
 @torch.no_grad()
 def draw_pictures(backbone: Backbone, cascade: Cascade, prompts: Sequence[str], seed: int = 0) -> Tensor:
-    """One picture a prompt: (N, 3, H, W) uint8; of a film, its middle frame."""
-    conditioning = backbone.encode_prompts(prompts)
-    uncond = backbone.encode_unconditional(len(prompts)) if cascade.guidance_scale != 1.0 else None
-    latents = sample(backbone, cascade, conditioning, [seed + i for i in range(len(prompts))], uncond)
-    pixels = backbone.decode(latents, cascade.full_size)
-    if pixels.ndim == 5:
-        pixels = pixels[:, :, pixels.shape[2] // 2]
-    return (pixels * 255).round().to(torch.uint8).cpu()
+    """One picture a prompt: (N, 3, H, W) uint8; of a film, its middle frame.
+
+    One after the other: during training there is little memory left.
+    """
+    uncond = backbone.encode_unconditional(1) if cascade.guidance_scale != 1.0 else None
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        latents = sample(backbone, cascade, backbone.encode_prompts([prompt]), [seed + i], uncond)
+        pixels = backbone.decode(latents, cascade.full_size)
+        if pixels.ndim == 5:
+            pixels = pixels[:, :, pixels.shape[2] // 2]
+        pictures.append((pixels * 255).round().to(torch.uint8).cpu())
+    return torch.cat(pictures)
 
 
 def write_sheet(rows: Mapping[str, Tensor], prompts: Sequence[str], path: Path) -> None:

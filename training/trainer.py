@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,7 @@ class Trainer:
         self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **options)  # type: ignore[arg-type]
         self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
         self.progress = Progress()
+        self._saved: int | None = None  # the newest iteration that this process wrote
         self._stop = self._stop_wanted = False
 
     # ---- one update -------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ class Trainer:
         samples: list[ScoreSample | None] = [None] * len(matched)
         figures: dict[str, float] = {}
         if warm:
-            loss = method.warm_start_loss(predictions, matched, networks.teacher, self.random)
+            loss = method.warm_start_loss(predictions, networks.teacher, self.random)
             figures["warm_start_loss"] = float(loss.detach())
             rate = settings.warm_start_rate or settings.generator_rate
         else:
@@ -195,10 +197,10 @@ class Trainer:
     def _reduce(self, grads: list[Tensor]) -> None:
         if self.accelerator.num_processes == 1:
             return
-        flat = torch.cat([grad.flatten() for grad in grads])
-        flat = self.accelerator.reduce(flat, reduction="mean")
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        # In place, one after the other: accelerate's reduce, or one flat tensor, would hold them all twice.
+        for grad in grads:
+            torch.distributed.all_reduce(grad)
+        torch._foreach_div_(grads, self.accelerator.num_processes)
 
     def _watch(self, figures: dict[str, float]) -> None:
         norms = [value for name, value in figures.items() if name.endswith("grad_norm")]
@@ -263,12 +265,20 @@ class Trainer:
                 self._record(figures)
                 self.hooks.on_update(self.share_done(), figures)
                 iteration = self.progress.iteration
-                if settings.sheet_every and iteration % settings.sheet_every == 0 and self.accelerator.is_main_process:
-                    self.hooks.on_sheet(self)
                 if iteration % settings.save_every == 0:
                     self.save()
-        self.save()
+                if settings.sheet_every and iteration % settings.sheet_every == 0 and self.accelerator.is_main_process:
+                    self._draw_sheet()
+        if self._saved != self.progress.iteration:
+            self.save()
         return not self._stop
+
+    def _draw_sheet(self) -> None:
+        """A sheet is a record: where it cannot be drawn (memory, disk), the run goes on without it."""
+        try:
+            self.hooks.on_sheet(self)
+        except (RuntimeError, OSError) as error:
+            warnings.warn(f"no sheet at update {self.progress.iteration}: {error}", stacklevel=2)
 
     def _agree(self) -> None:
         """Processes take the mean time and any wish to stop, so that they cool down and leave together."""
@@ -315,6 +325,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint (first process only)."""
+        self._saved = self.progress.iteration
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return

@@ -26,7 +26,6 @@ class Capabilities:
     Attributes:
         available: it can build here.
         reason: why not, else "".
-        weights_modes: how its engines may hold weights, its first choice first.
         static_shapes: engines take exactly their batch; False means that any number of rows runs.
         profiles: one engine serves several batches; otherwise there is one engine a batch.
         parallel: several builds may run at once.
@@ -34,7 +33,6 @@ class Capabilities:
 
     available: bool
     reason: str = ""
-    weights_modes: tuple[str, ...] = ()
     static_shapes: bool = True
     profiles: bool = False
     parallel: bool = True
@@ -103,25 +101,17 @@ class Engine(ABC):
         """The recorded median of a run, None when it was never timed."""
         return self.manifest.latency_seconds.get(self.batch)
 
-    def run(self, inputs: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The network's output.
 
         Args:
             inputs: by name; names, shapes and dtypes as in the manifest, contiguous or not.
-            out: where to put the output; else a new tensor.
 
         Raises:
             EngineInputError: a name, shape or dtype is wrong; the message says which and what is expected.
         """
         self.check_inputs(inputs)
-        output = self._run([inputs[name] for name, _, _ in self._expected])
-        if out is None:
-            return output
-        if out.shape != output.shape or out.dtype != output.dtype:
-            raise EngineInputError(
-                f"out is {tuple(out.shape)} {out.dtype}, the engine makes {tuple(output.shape)} {output.dtype}"
-            )
-        return out.copy_(output)
+        return self._run([inputs[name] for name, _, _ in self._expected])
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """See :meth:`run`. Compiled code itself would read wrong shapes silently."""

@@ -31,8 +31,8 @@ class EagerCompiler(Compiler):
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""
         if device == "cuda" and not torch.cuda.is_available():
-            return Capabilities(False, "torch sees no CUDA device", ("module",), False, profiles=True, parallel=False)
-        return Capabilities(True, "", ("module",), static_shapes=False, profiles=True, parallel=False)
+            return Capabilities(False, "torch sees no CUDA device", False, profiles=True, parallel=False)
+        return Capabilities(True, static_shapes=False, profiles=True, parallel=False)
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """None."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -23,8 +22,10 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
+from engines.compilers.exported import package, used_tensors, user_inputs
 from engines.compilers.packing import (
     EAGER_ROUNDING,
+    WEIGHTS_OUTSIDE,
     UnexplainedConstantError,
     compile_packed,
     own_kernels,
@@ -56,7 +57,7 @@ _EXTENSIONS = {
 
 
 # An engine for a GPU has host code too: without this it would be for the very CPU that it was built beside.
-_ANY_HOST = {"cpp.march": ""}
+_ANY_HOST = {"cpp.march": "", **WEIGHTS_OUTSIDE}
 
 
 class InductorCompiler(Compiler):
@@ -66,23 +67,22 @@ class InductorCompiler(Compiler):
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""
-        modes = ("packed", "shared")
         from torch._inductor import config
 
         compilers = [name for name in config.cpp.cxx if name]
         if not any(shutil.which(name) for name in compilers):
-            return Capabilities(False, f"no C++ compiler ({' or '.join(compilers)}) is installed", modes)
+            return Capabilities(False, f"no C++ compiler ({' or '.join(compilers)}) is installed")
         if device == "cuda" and not torch.cuda.is_available():
-            return Capabilities(False, "torch sees no CUDA device", modes)
+            return Capabilities(False, "torch sees no CUDA device")
         if device == "cuda" and CUDA_HOME is None:
-            return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)", modes)
-        return Capabilities(True, "", modes, parallel=device == "cpu")
+            return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)")
+        return Capabilities(True, "", parallel=device == "cpu")
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """See :meth:`Compiler.settings`."""
         settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False}
         if request.target.device == "cpu":
-            settings |= EAGER_ROUNDING | {"threads": torch.get_num_threads()}
+            settings |= EAGER_ROUNDING | WEIGHTS_OUTSIDE | {"threads": torch.get_num_threads()}
         else:
             settings |= _ANY_HOST
         if request.dtype == "float32":
@@ -119,17 +119,17 @@ class InductorCompiler(Compiler):
                 note = f"weights are not packed: {error}"
                 log.info("%s: %s", spec.title, note)
                 (folder / PACKAGE).unlink(missing_ok=True)
-        rounding = EAGER_ROUNDING if spec.target.device == "cpu" else _ANY_HOST
-        names, output, recipes = self._compile_shared(module, inputs, folder, rounding)
+        options = EAGER_ROUNDING | WEIGHTS_OUTSIDE if spec.target.device == "cpu" else _ANY_HOST
+        names, output, recipes = self._compile_shared(module, inputs, folder, options)
         return self._manifest(spec, names, output, "shared", recipes, watch).updated(note=note)
 
     def _compile_shared(
-        self, module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, rounding: Mapping[str, Any]
+        self, module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, options: Mapping[str, Any]
     ) -> tuple[list[str], Tensor, dict[str, Recipe]]:
         with torch.no_grad():
             program = torch.export.export(module, (), kwargs=dict(inputs), strict=False)
             output = module(**inputs)
-            package(program, folder / PACKAGE, {**rounding, "aot_inductor.package_constants_in_so": False})
+            package(program, folder / PACKAGE, {**options, "aot_inductor.package_constants_in_so": False})
         wanted = _loader(folder / PACKAGE).get_constant_fqns()
         held = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
         inside = {name: program.constants[name] for name in wanted if name not in held and name in program.constants}
@@ -137,6 +137,12 @@ class InductorCompiler(Compiler):
         if lacking:
             raise EngineError(
                 f"the compiled graph reads {lacking[0]!r}, which is no parameter, buffer or constant of it"
+            )
+        outside = {held[name].data_ptr() for name in wanted if name in held}
+        baked = [name for name in used_tensors(program) if held[name].data_ptr() not in outside]
+        if baked:
+            raise EngineError(
+                f"the compiled graph holds the values of {baked[0]!r} itself, and other weights could not reach them"
             )
         _save(inside, folder)
         return user_inputs(program, inputs), output, {name: Recipe((name,)) for name in wanted if name in held}
@@ -218,39 +224,6 @@ def _plain(tensor: Tensor) -> Tensor:
         strides.append(step)
         step *= size
     return tensor.as_strided(tensor.shape, strides[::-1])
-
-
-def package(program: Any, path: Path, configuration: Mapping[str, Any]) -> None:
-    """Compile an exported program into a package.
-
-    Raises:
-        OSError: the disk is full.
-        EngineError: it does not compile; the message holds the compiler's own.
-    """
-    try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(configuration))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        text = str(error)
-        if "No space left on device" in text:
-            raise OSError(errno.ENOSPC, "No space left on device") from error
-        lines = [line for line in text.strip().splitlines() if line.strip()]
-        raise EngineError(
-            f"AOTInductor could not compile the graph: {lines[0] if lines else type(error).__name__}"
-        ) from error
-
-
-def user_inputs(program: Any, inputs: Mapping[str, Tensor]) -> list[str]:
-    """The inputs' names in the order in which the compiled graph takes them.
-
-    Raises:
-        EngineError: the graph dropped or renamed one.
-    """
-    names = [str(name) for name in program.graph_signature.user_inputs]
-    if sorted(names) != sorted(inputs):
-        raise EngineError(f"the exported graph takes {', '.join(names)}, the component {', '.join(inputs)}")
-    return names
 
 
 def _save(constants: Mapping[str, Tensor], folder: Path) -> None:

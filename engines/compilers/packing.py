@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.compilers.exported import package, user_inputs
 from engines.errors import EngineError
 from engines.rewrites import rewrite
 from engines.weights import Recipe, find_recipe
@@ -29,10 +30,14 @@ from engines.weights import Recipe, find_recipe
 # Batch 1 fuses other operations than batch 2. With bfloat16 rounded where eager rounds it, and not only where a kernel
 # happens to end, every batch computes the same bits, and those are nearer to eager's.
 EAGER_ROUNDING: dict[str, Any] = {"emulate_precision_casts": True}
+# Otherwise vectors of up to 8 values (a decoder's last bias, say) stand in the code as numbers, and an engine that two
+# checkpoints share, or that is refitted, computes with those of the one that it was built from.
+WEIGHTS_OUTSIDE: dict[str, Any] = {"always_keep_tensor_constants": True}
 
 _PACKING: dict[str, Any] = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 _CONFIGURATION: dict[str, Any] = {
     **EAGER_ROUNDING,
+    **WEIGHTS_OUTSIDE,
     "fx_graph_cache": False,
     "aot_inductor.package_constants_in_so": False,
     # Only debuggers and profilers miss these, and the C++ compiler is faster without.
@@ -72,8 +77,6 @@ def compile_packed(
     Raises:
         UnexplainedConstantError: a constant's origin is unclear; the package must not be used.
     """
-    from engines.compilers.inductor import package, user_inputs
-
     stand_in = _with_random_weights(module)
     rewritten = rewrite(stand_in, inputs)
     with torch.no_grad():

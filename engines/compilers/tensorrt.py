@@ -26,6 +26,7 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
+from engines.compilers.exported import used_tensors
 from engines.compilers.tensorrt_conversion import (
     changed_fixed,
     export_batches,
@@ -35,7 +36,6 @@ from engines.compilers.tensorrt_conversion import (
     read_rest,
     recorded_weights,
     save_rest,
-    used_parameters,
 )
 from engines.errors import BackendUnavailable, EngineError, EngineMismatch
 from engines.manifest import Manifest
@@ -56,7 +56,7 @@ class TensorRTCompiler(Compiler):
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`. The library is imported only when all else is in place."""
         reason = self._obstacle(device)
-        return Capabilities(not reason, reason, (self._mode,), profiles=True, parallel=False)
+        return Capabilities(not reason, reason, profiles=True, parallel=False)
 
     @property
     def _mode(self) -> str:
@@ -123,7 +123,7 @@ class TensorRTCompiler(Compiler):
         save_rest(
             folder,
             {name: weight for name, weight in recorded.items() if recipes[name] is None},
-            {name: held[name] for name in used_parameters(program) if name in held and name not in traced},
+            {name: held[name] for name in used_tensors(program) if name in held and name not in traced},
         )
         by_name = {item.name: item for item in spec.inputs}
         return Manifest(
@@ -282,12 +282,13 @@ class TensorRTEngine(Engine):
         torch.cuda.synchronize()  # a refit beside pending work is undefined
         refitter = self._tensorrt.Refitter(self._engine, self._logger)
         recipes = {name: Recipe.from_dict(recipe) for name, recipe in self.manifest.constants.items()}
-        made = {name: recipe.make(state).detach().to(self.device).contiguous() for name, recipe in recipes.items()}
-        made |= read_rest(self._plan.folder, self.device)
+        # On the CPU, and kept until the refit is done: a second set of weights may not fit beside the plan's.
+        made = {name: recipe.make(state).detach().cpu().contiguous() for name, recipe in recipes.items()}
+        made |= read_rest(self._plan.folder)
         for name, tensor in made.items():
             kind = getattr(self._tensorrt, _TYPES[tensor.dtype])
             holder = self._tensorrt.Weights(kind, tensor.data_ptr(), tensor.numel())
-            if not refitter.set_named_weights(name, holder, self._tensorrt.TensorLocation.DEVICE):
+            if not refitter.set_named_weights(name, holder, self._tensorrt.TensorLocation.HOST):
                 raise EngineError(f"TensorRT does not take new weights for {name!r} in {self.manifest.spec.title}")
         missing = refitter.get_missing_weights()
         if missing:

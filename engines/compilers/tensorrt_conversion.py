@@ -127,19 +127,13 @@ REST = "rest.safetensors"
 FIXED = "fixed.json"
 
 
-def used_parameters(program: Any) -> list[str]:
-    """Parameters that an exported program computes with; a decoder's folder also holds its encoder, for one."""
-    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    return [name for node, name in program.graph_signature.inputs_to_parameters.items() if node in used]
-
-
 def save_rest(folder: Path, constants: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> None:
     """Keep beside a plan what a refit has to give it back, and what must not change.
 
     Args:
         constants: weights of the plan that are none of the network's parameters, by the plan's names. A refit has to
             name every weight of a plan.
-        fixed: parameters whose place in the plan is not known.
+        fixed: parameters and buffers whose place in the plan is not known.
     """
     from safetensors.torch import save_file
 
@@ -149,15 +143,15 @@ def save_rest(folder: Path, constants: Mapping[str, Tensor], fixed: Mapping[str,
     (folder / FIXED).write_text(json.dumps(kept, indent=1))
 
 
-def read_rest(folder: Path, device: torch.device) -> dict[str, Tensor]:
+def read_rest(folder: Path) -> dict[str, Tensor]:
     """The constants that :func:`save_rest` kept."""
     from safetensors.torch import load_file
 
-    return load_file(folder / REST, device=str(device)) if (folder / REST).is_file() else {}
+    return load_file(folder / REST) if (folder / REST).is_file() else {}
 
 
 def changed_fixed(folder: Path, state: Mapping[str, Tensor]) -> list[str]:
-    """The parameters whose place is not known and that ``state`` has with another value."""
+    """The parameters and buffers whose place is not known and that ``state`` has with another value."""
     return [
         name
         for name, (dtype, digest) in json.loads((folder / FIXED).read_text()).items()

@@ -16,7 +16,7 @@ import torch
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
-from rmd.checkpoint import PICKLE_SUFFIXES, check_safetensors, read_json
+from rmd.checkpoint import PICKLE_SUFFIXES, check_index, check_safetensors, is_index, read_json
 
 HUB_PREFIX = "hub:"
 _HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
@@ -87,11 +87,13 @@ class DiffusersFolder:
             return build_random(target, self.config(component), dtype, torch.device("meta"))
         folder = self.path / component
         variant = self._variant(folder, component)
-        for file in sorted(folder.glob("*.safetensors")):
-            try:
+        try:
+            for file in sorted(folder.glob("*.safetensors")):
                 check_safetensors(file)
-            except ValueError as error:
-                raise BackboneError(str(error)) from None
+            for file in filter(is_index, sorted(folder.iterdir())):
+                check_index(file)
+        except (ValueError, FileNotFoundError) as error:
+            raise BackboneError(str(error)) from None
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
         from_transformers = target.startswith("transformers:")
         options["dtype" if from_transformers else "torch_dtype"] = dtype

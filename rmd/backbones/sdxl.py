@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from rmd.backbones.base import Conditioning
+from rmd.backbones.base import BackboneError, Conditioning
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.wrappers import CLIPEncoder, ImageDecoder, UNetDenoiser
 from rmd.size import Size
@@ -36,7 +36,13 @@ class SDXLBackbone(DiffusersBackbone):
     tokenizers: ClassVar[Mapping[str, int]] = {"tokenizer": 77, "tokenizer_2": 77}
 
     def wrap(self, raw: Mapping[str, Any]) -> dict[str, nn.Module]:
-        """See :meth:`DiffusersBackbone.wrap`."""
+        """See :meth:`DiffusersBackbone.wrap`.
+
+        Raises:
+            BackboneError: a UNet that takes its guidance as an input (LCM's).
+        """
+        if raw["unet"].config.time_cond_proj_dim is not None:
+            raise BackboneError("this UNet takes its guidance as an input (time_cond_proj_dim), which is not supported")
         modules: dict[str, nn.Module] = {"denoiser": UNetDenoiser(raw["unet"])}
         if "vae" in raw:
             modules["decoder"] = ImageDecoder(raw["vae"])

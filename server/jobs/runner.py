@@ -19,9 +19,10 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.errors import ApiError, Fault
+from server.errors import COMPLETED, ApiError, Fault
 from server.jobs.shelf import FILM, SPRITESHEET, THUMBNAIL, FilmShelf
 from server.jobs.store import CANCELLED, JobStore, VideoJob
+from server.scheduling.admission import LONGEST_RETRY
 from server.scheduling.request import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
 
 log = logging.getLogger("rmd.server")
@@ -32,7 +33,6 @@ _TIDY_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
 _MOST_ENDED = 10_000
 _MOST_ATTEMPTS = 3
-_LONGEST_RETRY = 120
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,14 @@ class FilmMaker:
         submit: admit a spec; its events go to the sink. Raises ApiError where it is not taken now.
         cancel: end a generation early.
         report: the ``rmd`` object of a finished film.
+        ended: told of a job that ended, and of its outcome as the metrics call it.
     """
 
     prepare: Callable[[Mapping[str, Any]], GenerationSpec]
     submit: Callable[[GenerationSpec, Callable[[Event], None], str], Generation]
     cancel: Callable[[Generation, ApiError], None]
     report: Callable[[Generation, FinishedPicture], dict[str, Any]]
+    ended: Callable[[VideoJob, str], None] = lambda job, outcome: None
 
 
 class JobRunner:
@@ -97,7 +99,7 @@ class JobRunner:
         self._worker = uuid.uuid4().hex
         self._admitting = threading.Lock()
         self._events: queue.SimpleQueue[tuple[str, Event] | None] = queue.SimpleQueue()
-        self._running: dict[str, Generation] = {}  # by job; the thread's own
+        self._running: dict[str, tuple[VideoJob, Generation]] = {}  # by id; the thread's own
         self._suspect = False  # the one that runs was begun before, by a worker that ended: no company
         self._stopping = False
         self._renewed = self._tidied = 0.0
@@ -132,7 +134,7 @@ class JobRunner:
                     Fault.QUEUE_FULL,
                     f"{waiting} films wait or are being made, and {self._limits.queue} may; "
                     "try again after the seconds in Retry-After.",
-                    retry_after=min(max(math.ceil(surplus * self._seconds_per_film), 1), _LONGEST_RETRY),
+                    retry_after=min(max(math.ceil(surplus * self._seconds_per_film), 1), LONGEST_RETRY),
                 )
             self.store.add(job)
         self._events.put(None)
@@ -143,6 +145,7 @@ class JobRunner:
         now = time.time()
         if self.store.cancel(job.id, now, now + self._limits.seconds):
             self._events.put((job.id, Failed(_cancelled())))
+            self._maker.ended(job, _cancelled().fault.value.outcome)
             return
         self.store.delete(job.id)
         self.shelf.remove(job.id)
@@ -193,36 +196,39 @@ class JobRunner:
             if job is None:
                 return
             if job.attempts >= _MOST_ATTEMPTS:
-                self._fail(job.id, "engine_failed", f"{_MOST_ATTEMPTS} times a server stopped while it made this film.")
+                text = f"{_MOST_ATTEMPTS} times a server stopped while it made this film."
+                self._fail(job, ApiError(Fault.ENGINE_FAILED, text))
                 continue
             if job.attempts and self._running:  # it may have been the cause: not in company
                 self.store.release(job.id, self._worker)
                 return
             try:
                 spec = self._maker.prepare(job.request)
-                self._running[job.id] = self._maker.submit(spec, self._sink(job.id), job.id)
+                self._running[job.id] = job, self._maker.submit(spec, self._sink(job.id), job.id)
                 self._suspect = job.attempts > 0
             except ApiError as error:
                 if error.fault.value.retry:  # full, draining: it stays in line
                     self.store.release(job.id, self._worker)
                     return
-                self._fail(job.id, error.code, error.message)
-                continue
+                self._fail(job, error)
+            except Exception:  # such as a request that another version of the server wrote
+                log.exception("job %s cannot be begun", job.id)
+                self._fail(job, ApiError(Fault.ENGINE_FAILED, "The server cannot make a film from the stored request."))
 
     def _sink(self, job_id: str) -> Callable[[Event], None]:
         return lambda event: self._events.put((job_id, event))
 
     def _heed(self, job_id: str, event: Event) -> None:
         """Write down one event of a job that runs here."""
-        generation = self._running.get(job_id)
-        if generation is None:
+        if job_id not in self._running:
             return
+        job, generation = self._running[job_id]
         if isinstance(event, Advanced):
             if not self.store.advance(job_id, self._worker, math.floor(99 * event.share)):
                 self._drop(job_id)
             return
         if isinstance(event, FinishedPicture):
-            self._finish(job_id, generation, event)
+            self._finish(job, generation, event)
         elif isinstance(event, Failed):
             if event.error.code == CANCELLED:
                 self._maker.cancel(generation, event.error)
@@ -231,40 +237,43 @@ class JobRunner:
             elif event.error.fault is Fault.NOT_READY:  # the device broke, perhaps by this very film
                 self.store.release(job_id, self._worker, counts=True)
             else:
-                self._fail(job_id, event.error.code, event.error.message)
+                self._fail(job, event.error)
         self._running.pop(job_id)
 
-    def _finish(self, job_id: str, generation: Generation, film: FinishedPicture) -> None:
+    def _finish(self, job: VideoJob, generation: Generation, film: FinishedPicture) -> None:
         now = time.time()
         files = {FILM: film.content, THUMBNAIL: film.thumbnail, SPRITESHEET: film.spritesheet}
         try:
-            self.shelf.put(job_id, files)
+            self.shelf.put(job.id, files)
         except OSError as error:
-            log.error("the film of %s cannot be kept: %s", job_id, error)
-            self._fail(job_id, "storage_failed", "The film was made and could not be kept: the server's disk failed.")
+            log.error("the film of %s cannot be kept: %s", job.id, error)
+            text = "The film was made and could not be kept: the server's disk failed."
+            self._fail(job, ApiError(Fault.INTERNAL, text, code="storage_failed"))
             return
         report = self._maker.report(generation, film)
         size = sum(map(len, files.values()))
         # Where the job is no longer ours, the files are another worker's too, or the sweep's.
-        if self.store.complete(job_id, self._worker, now, now + self._limits.seconds, size, report):
+        if self.store.complete(job.id, self._worker, now, now + self._limits.seconds, size, report):
+            self._maker.ended(job, COMPLETED)
             self._bound_bytes()
 
-    def _fail(self, job_id: str, code: str, message: str) -> None:
+    def _fail(self, job: VideoJob, error: ApiError) -> None:
         now = time.time()
-        self.store.fail(job_id, self._worker, now, now + self._limits.seconds, code, message)
+        if self.store.fail(job.id, self._worker, now, now + self._limits.seconds, error.code, error.message):
+            self._maker.ended(job, error.fault.value.outcome)
 
     def _drop(self, job_id: str) -> None:
         """Stop working on a job that is no longer ours."""
-        self._maker.cancel(self._running.pop(job_id), _cancelled())
+        self._maker.cancel(self._running.pop(job_id)[1], _cancelled())
 
     def _renew(self) -> None:
         now = time.time()
         if now - self._renewed < _LEASE_SECONDS / 3:
             return
-        self._renewed = now
         for job_id in list(self._running):
             if not self.store.renew(job_id, self._worker, now + _LEASE_SECONDS):
                 self._drop(job_id)
+        self._renewed = now  # only now: after a failed attempt nothing is claimed before what runs here is held again
 
     def _tidy(self) -> None:
         now = time.time()

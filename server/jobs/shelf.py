@@ -27,7 +27,7 @@ class FilmShelf:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"the folder of films {folder} cannot be written to; give another as video_folder")
+            raise PermissionError(f"the folder of films {folder} cannot be written to; give another as videos")
 
     def put(self, job_id: str, files: Mapping[str, bytes]) -> None:
         """Keep a job's files. Another worker's film of the same job, which has the same bytes, is replaced.

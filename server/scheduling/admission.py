@@ -11,7 +11,8 @@ from collections.abc import Callable
 from server.errors import ApiError, Fault
 
 _REMEMBERED = 32  # departures that the drain rate is taken over
-_LONGEST_RETRY = 120  # the official client does not come back after longer ones
+LONGEST_RETRY = 120
+"""Seconds; the official client does not come back after longer ones."""
 
 
 class Permit:
@@ -118,7 +119,7 @@ class Admission:
             (self._pixels + pixels - self.max_pixels) / mean_pixels,
             1,
         )
-        return min(max(math.ceil(excess * self._seconds_per_item), 1), _LONGEST_RETRY)
+        return min(max(math.ceil(excess * self._seconds_per_item), 1), LONGEST_RETRY)
 
     def _release(self, items: int, pixels: int, last: bool, finished: bool) -> None:
         with self._lock:

@@ -7,7 +7,6 @@ run it, hand its entries on. Nothing else touches the device, so no lock is held
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +57,7 @@ class DeviceExecutor:
         load: builds or loads the model; runs on the device thread.
         metrics: where batches and pictures are counted.
         package_threads: threads that compress pictures beside the device.
-        film_seconds: a film's time, from its first step to its last.
+        film_seconds: a film's time in denoising steps and decoding; waiting is not counted.
         on_ready: called on the device thread once the model is loaded.
         on_failed: called on the device thread where loading raised, or the loop itself broke.
         on_picture: called with (generation, item) for each finished picture.
@@ -105,6 +104,7 @@ class DeviceExecutor:
         """Let the batch in progress finish, fail whatever is left with 503, and end the thread."""
         with self._changed:
             self._stopping = True
+            self._give_up(self._stations.remove(lambda entry: True))  # at once, whatever the batch that runs takes
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(timeout)
@@ -125,6 +125,12 @@ class DeviceExecutor:
         """End a generation: what waits leaves its queue at once, what runs is dropped at the next hand-over."""
         with self._changed:
             self._settle(generation, error)
+
+    def backlog(self, work: float) -> float:
+        """Return the expected work (seconds) that goes before a newcomer's; whoever needs more than it is passed."""
+        with self._changed:
+            ahead = [*self._running, *(entry for station in self._stations for entry in station.entries)]
+            return sum(min(entry.remaining_seconds, work) for entry in ahead if not entry.generation.failed)
 
     def depths(self) -> dict[str, int]:
         """Return how many entries wait at each station, by label."""
@@ -170,8 +176,6 @@ class DeviceExecutor:
                         if isinstance(entry, Item):
                             entry.record.queue += now - entry.joined
                             if station.key.kind == "denoise" and entry.step == 0:
-                                if entry.generation.deadline == math.inf:
-                                    entry.generation.deadline = now + self._film_seconds
                                 _report(entry)
                     return station, entries
                 self._changed.wait()
@@ -335,10 +339,16 @@ class DeviceExecutor:
             id(entry.generation): entry.generation
             for s in self._stations
             for entry in s.entries
-            if entry.generation.deadline - now <= _HOPELESS * entry.remaining_seconds
+            if self._time_left(entry, now) <= _HOPELESS * entry.remaining_seconds
         }
         for generation in late.values():
             self._settle(generation, deadline_error())
+
+    def _time_left(self, entry: Entry, now: float) -> float:
+        """A picture's until its deadline. Of a film only work counts: films that share a device wait for each other."""
+        if isinstance(entry, Item) and entry.generation.spec.frames_per_second is not None:
+            return self._film_seconds - sum(entry.record.stages.values())
+        return entry.generation.deadline - now
 
     def _fail(self, entry: Entry, error: Exception) -> None:
         """Fail one entry's generation with 500; the reason goes to the log, not to the client."""

@@ -62,6 +62,10 @@ class LatencyTable:
         """Return the expected seconds of one batch of ``rows`` rows."""
         return self._base(key, rows) * median(self._ratios.get(key, (1.0,)))
 
+    def shared(self, key: StationKey, rows: int) -> float:
+        """Return the part of ``rows`` rows in the seconds of the bucket that serves most rows a second."""
+        return rows * min(self.seconds(key, bucket) / bucket for bucket in self.buckets(key))
+
     def observe(self, key: StationKey, rows: int, seconds: float) -> None:
         """Correct the station's estimate by one real batch.
 

@@ -40,9 +40,7 @@ def test_an_engine_computes_what_its_network_does(engine: Engine, net: nn.Module
     engine.warmup()
     assert relative_l2(engine, net) <= 1e-5
     inputs = net_inputs(2)
-    out = torch.empty(2, 8, 16)
-    assert engine.run(inputs, out=out) is out
-    assert torch.allclose(out, net(**inputs), atol=1e-5)
+    assert torch.allclose(engine.run(inputs), net(**inputs), atol=1e-5)
     strided = {**inputs, "latents": inputs["latents"].transpose(1, 2).contiguous().transpose(1, 2)}
     assert torch.equal(engine.run(strided), engine.run(inputs))
 
@@ -100,11 +98,9 @@ def test_wrong_inputs_are_named(engine: Engine, change: dict[str, Tensor], messa
         engine.run({**net_inputs(2), **change})
 
 
-def test_missing_inputs_and_a_wrong_output_are_named(engine: Engine) -> None:
+def test_missing_inputs_are_named(engine: Engine) -> None:
     with pytest.raises(EngineInputError, match="lacks timestep"):
         engine.run({"latents": torch.zeros(2, 8, 16)})
-    with pytest.raises(EngineInputError, match=r"out is \(3,\)"):
-        engine.run(net_inputs(2), out=torch.empty(3))
 
 
 def test_a_compiled_engine_takes_its_own_batch_only(compiled: tuple[Path, Manifest], net: nn.Module) -> None:
@@ -180,9 +176,11 @@ class Folded(nn.Module):
         super().__init__()
         self.a = nn.Linear(16, 16)
         self.b = nn.Linear(16, 16)
+        self.few = nn.Linear(16, 4)
 
     def forward(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        return torch.nn.functional.linear(latents, self.a.weight @ self.b.weight) + timestep[:, None, None]
+        hidden = torch.nn.functional.linear(latents, self.a.weight @ self.b.weight) + timestep[:, None, None]
+        return self.few(hidden)
 
 
 def test_weights_that_cannot_be_traced_are_shared_unpacked(tmp_path: Path) -> None:
@@ -194,6 +192,7 @@ def test_weights_that_cannot_be_traced_are_shared_unpacked(tmp_path: Path) -> No
     engine, bank = load(tmp_path, manifest, module)
     other = Folded().eval().requires_grad_(False)
     bank.refit(dict(other.named_parameters()))
+    # Also the bias of 4 values, which inductor would write into the code as numbers.
     assert torch.allclose(engine.run(net_inputs(2)), other(**net_inputs(2)), atol=1e-4)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 from collections.abc import Mapping
@@ -235,6 +236,10 @@ def test_a_new_checkpoint_is_taken_without_a_restart(tiny_checkpoint: Path, eage
     assert torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-5)
     with pytest.raises(EngineError, match="unknown component 'unet'"):
         executor.refit({"unet": {}})
+    config = other / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 9.0}))
+    with pytest.raises(EngineMismatch, match="its decoder is another network or has other settings"):
+        executor.refit(other)
 
 
 def test_the_teachers_weights_run_through_the_same_engines(

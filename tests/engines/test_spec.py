@@ -87,9 +87,11 @@ def test_a_target_names_what_the_machine_lacks() -> None:
     assert built.differences(here) == ["CPU instructions avx99, which this CPU lacks"]
     older = replace(here, instruction_set="")
     assert older.differences(here) == []  # more instructions than it needs
-    gpu = Target("cuda", here.platform, "", "9.0", "13.0", "580")
+    gpu = Target("cuda", here.platform, "", "9.0", "13.0", "580", "NVIDIA H100 PCIe")
     other = replace(gpu, compute_capability="8.9", driver="570")
     assert gpu.differences(other) == ["GPU compute capability 9.0, here 8.9", "GPU driver major version 580, here 570"]
+    # Of one capability, and yet a plan of the one may be refused by the other.
+    assert gpu.differences(replace(gpu, gpu="NVIDIA H200")) == ["GPU NVIDIA H100 PCIe, here NVIDIA H200"]
 
 
 def test_engines_take_the_cpu_or_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +111,6 @@ def test_the_manifest_says_what_was_built(store: tuple[object, Manifest]) -> Non
     assert record["profiles"] == [{"batch": 2, "guided_requests": 1}]
     assert [entry["name"] for entry in record["inputs"]] == ["latents", "timestep"]
     assert record["output"]["shape"] == [2, 8, 16]
-    assert record["blocks"] == 1 and record["fallback_operators"] == []
     assert 0 < record["relative_l2"] < 1e-5 or record["relative_l2"] == 0
     assert record["build_seconds"] > 0 and record["load_seconds"] > 0
     assert set(record["spec"]) == {
@@ -123,7 +124,8 @@ def test_the_manifest_says_what_was_built(store: tuple[object, Manifest]) -> Non
     [
         ("{", "is not JSON"),
         ('{"format": 1}', "field 'format'"),
-        ('{"format": 2}', "missing or wrong"),
+        ('{"format": 2}', "field 'format'"),
+        ('{"format": 3}', "missing or wrong"),
         (None, "is missing"),
     ],
 )

@@ -185,7 +185,7 @@ def test_engines_for_another_device_are_foreign_and_damage_to_them_is_seen(net: 
     key, builder = eager_builder(net)
     store.build(key, builder)
     here = net_spec(net, "eager")
-    there = replace(here, target=Target("cuda", HERE.platform, "", "9.9", "1.0", "1"))
+    there = replace(here, target=Target("cuda", HERE.platform, "", "9.9", "1.0", "1", "a GPU"))
 
     def as_if_on_a_gpu(folder: Path) -> Manifest:
         (folder / "note.txt").write_text("a plan")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from engines.compilers.exported import used_tensors
 from engines.compilers.tensorrt import TensorRTEngine
-from engines.compilers.tensorrt_conversion import only_recipe, read_rest, save_rest, used_parameters
+from engines.compilers.tensorrt_conversion import only_recipe, read_rest, save_rest
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.rewrites import gelu_tanh, rewrite, rewriting
@@ -127,9 +128,9 @@ def test_a_plan_takes_no_new_value_for_a_parameter_whose_place_is_not_known(net:
     engine.check_refit({**other, "up.bias": held["up.bias"].clone()})
     with pytest.raises(EngineError, match=r"'up.bias' changes \(1 in all\).*build the engine again"):
         engine.check_refit({**other, "up.bias": held["up.bias"] + 1})
-    assert read_rest(tmp_path, torch.device("cpu")).keys() == {"norm"}
+    assert read_rest(tmp_path).keys() == {"norm"}
     program = torch.export.export(Unused(), (torch.ones(1, 4),))
-    assert used_parameters(program) == ["used.weight"]
+    assert used_tensors(program) == ["used.weight", "shift"]
 
 
 class Unused(nn.Module):
@@ -138,9 +139,10 @@ class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.used, self.spare = nn.Linear(4, 2, bias=False), nn.Linear(4, 2)
+        self.register_buffer("shift", torch.ones(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.used(x)
+        return self.used(x) + self.shift
 
 
 def sd3(**overrides: object) -> nn.Module:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rmd.backbones.base import BackboneError
+from rmd.backbones.folder import DiffusersFolder
 from rmd.checkpoint import CheckpointFolder, TeacherSpec, file_digest, write_cascade_json
 from rmd.presets import preset
 
@@ -189,6 +191,20 @@ def test_missing_weights_are_refused(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
     with pytest.raises(ValueError, match="no safetensors weights"):
         CheckpointFolder.read(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+@pytest.mark.parametrize("part", ["part.data", "../model.safetensors"])
+def test_an_index_of_other_files_is_refused(folder: Path, name: str, part: str) -> None:
+    """Loaders read a part by its suffix: one that is no safetensors file would be unpickled."""
+    (folder / "transformer" / "part.data").write_bytes(b"")
+    (folder / "transformer" / name).write_text(json.dumps({"weight_map": {"weight": part}}))
+    with pytest.raises(ValueError, match=r"lists '.*'; only safetensors files beside it are read"):
+        CheckpointFolder.read(folder)
+    with pytest.raises(BackboneError, match="only safetensors files beside it are read"):
+        DiffusersFolder(folder, {}).load(
+            "transformer", "diffusers:SD3Transformer2DModel", torch.float32, torch.device("cpu"), True
+        )
 
 
 def test_digests(folder: Path) -> None:

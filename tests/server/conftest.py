@@ -62,3 +62,19 @@ def model(loaded: ServedModel) -> ServedModel:
 def house(checkpoint: Path, model: ServedModel) -> Iterator[House]:
     with serving(model, make_settings(checkpoint)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def film_model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """Tiny random Wan networks; their teacher is the same network, guided, in a few steps."""
+    torch.set_num_threads(1)
+    folder = write_tiny_folder("wan-1.3b", tmp_path_factory.mktemp("films") / "tiny-wan")
+    teacher = TeacherSpec(4, 5.0, 5.0, folder=".")
+    cascades = tiny_cascades("wan-1.3b")
+    write_cascade_json(folder, backbone="wan-1.3b", cascades=cascades, default=next(iter(cascades)), teacher=teacher)
+    return load_model(make_settings(folder, max_batch=2), lambda progress: None)
+
+
+@pytest.fixture
+def film_settings(tmp_path: Path) -> ServerSettings:
+    return make_settings(Path("tiny-wan"), videos=tmp_path / "videos")

@@ -129,6 +129,23 @@ def test_a_body_that_does_not_come_is_not_waited_for(open_house: House, monkeypa
         assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize("where", ["url", "header", "headers"])
+def test_a_request_line_or_headers_without_end_are_cut_off(open_house: House, where: str) -> None:
+    """Before anybody asked for a key."""
+    address = urlsplit(open_house.url)
+    begun = {
+        "url": b"GET /",
+        "header": b"GET / HTTP/1.1\r\nHost: x\r\nX: ",
+        "headers": b"GET / HTTP/1.1\r\nHost: x\r\n",
+    }
+    piece = b"X: y\r\n" * 10_000 if where == "headers" else b"a" * 60_000
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        connection.sendall(begun[where])
+        with pytest.raises(OSError):
+            for _ in range(100):
+                connection.sendall(piece)
+
+
 def test_wrong_methods_and_unknown_routes(open_house: House) -> None:
     wrong = open_house.client.get(URL)
     check_error(wrong, 405, None)

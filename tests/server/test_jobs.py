@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,43 @@ def test_a_film_that_cannot_be_kept_is_reported(desks: Callable[..., Desk], monk
     desk.until(lambda: made.id in desk.maker.taken)
     desk.maker.tell(made.id, FILM)
     desk.until_status(made, "failed 0 storage_failed")
+
+
+def test_a_database_that_was_away_longer_than_a_lease_costs_no_film(
+    desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("_LEASE_SECONDS", 1.5), ("_TICK_SECONDS", 0.05), ("_RETRY_SECONDS", 0.05)):
+        monkeypatch.setattr(runner_module, name, seconds)
+    desk = desks(together=8)
+    running = desk.accept()
+    desk.until(lambda: running.id in desk.maker.taken)
+    desk.maker.tell(running.id, Advanced(0.5))
+    desk.until_status(running, "in_progress 49")
+    attempts: list[float] = []
+
+    def away(*_: Any) -> Any:
+        attempts.append(time.time())
+        raise OperationalError("UPDATE videos", {}, Exception("the database is away"))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(desk.store, "claim", away)
+        broken.setattr(desk.store, "renew", away)
+        back = time.time() + 1.8  # longer than the lease
+        desk.until(lambda: bool(attempts) and attempts[-1] > back)
+    tidied = time.time()
+    desk.until(lambda: time.time() > tidied + 0.5)  # many ticks
+    assert desk.maker.cancelled == [] and desk.status(running) == "in_progress 49"
+
+
+def test_a_stored_request_that_nobody_can_read_is_reported(desks: Callable[..., Desk]) -> None:
+    desk = desks()
+
+    def unreadable(request: Mapping[str, Any]) -> GenerationSpec:
+        raise ValueError("a field of another version of the server")
+
+    desk.runner._maker = replace(desk.runner._maker, prepare=unreadable)
+    odd = desk.accept()
+    desk.until_status(odd, "failed 0 engine_failed")
 
 
 def test_the_oldest_films_leave_when_there_are_too_many(desks: Callable[..., Desk]) -> None:

@@ -11,47 +11,22 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
 from PIL import Image
 
-from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
-from rmd.checkpoint import TeacherSpec, write_cascade_json
 from rmd.sampler import sample
-from server.loading import load_model
 from server.media import encode_film, to_pixels
 from server.model import ServedModel
 from server.service import Service
 from server.settings import ServerSettings
-from tests.server.conftest import make_settings
 from tests.server.house import House, serving
 
 URL = "/v1/videos"
 PROMPT = "a red rocket"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = write_tiny_folder("wan-1.3b", tmp_path_factory.mktemp("films") / "tiny-wan")
-    teacher = TeacherSpec(4, 5.0, 5.0, folder=".")
-    cascades = tiny_cascades("wan-1.3b")
-    write_cascade_json(folder, backbone="wan-1.3b", cascades=cascades, default=next(iter(cascades)), teacher=teacher)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def film_model(folder: Path) -> ServedModel:
-    return load_model(make_settings(folder, max_batch=2), lambda progress: None)
-
-
 @pytest.fixture
-def settings(folder: Path, tmp_path: Path) -> ServerSettings:
-    return make_settings(folder, videos=tmp_path / "videos")
-
-
-@pytest.fixture
-def house(film_model: ServedModel, settings: ServerSettings) -> Iterator[House]:
-    with serving(film_model, settings) as running:
+def house(film_model: ServedModel, film_settings: ServerSettings) -> Iterator[House]:
+    with serving(film_model, film_settings) as running:
         yield running
 
 
@@ -270,8 +245,8 @@ def test_an_idempotency_key_makes_one_job(house: House) -> None:
     assert len(house.client.get(URL).json()["data"]) == 1
 
 
-def test_the_queue_of_films_is_bounded(film_model: ServedModel, settings: ServerSettings) -> None:
-    with serving(film_model, settings.model_copy(update={"video_queue": 2})) as house:
+def test_the_queue_of_films_is_bounded(film_model: ServedModel, film_settings: ServerSettings) -> None:
+    with serving(film_model, film_settings.model_copy(update={"video_queue": 2})) as house:
         house.gate.close()
         kept = [post(house), post(house)]
         refused = house.client.post(URL, json={"prompt": PROMPT})
@@ -282,9 +257,9 @@ def test_the_queue_of_films_is_bounded(film_model: ServedModel, settings: Server
 
 
 def test_films_that_wait_for_each_other_do_not_lose_their_time(
-    film_model: ServedModel, settings: ServerSettings
+    film_model: ServedModel, film_settings: ServerSettings
 ) -> None:
-    with serving(film_model, settings.model_copy(update={"video_deadline_seconds": 1.5})) as house:
+    with serving(film_model, film_settings.model_copy(update={"video_deadline_seconds": 1.5})) as house:
         house.gate.close()
         jobs = [post(house, seed=seed) for seed in range(3)]
         time.sleep(1.6)  # nothing has begun
@@ -295,8 +270,8 @@ def test_films_that_wait_for_each_other_do_not_lose_their_time(
         assert ended(house, late)["error"]["code"] == "deadline_exceeded"
 
 
-def test_keys_see_their_own_jobs_only(film_model: ServedModel, settings: ServerSettings) -> None:
-    with_keys = ServerSettings.model_validate({**settings.model_dump(), "api_keys": ("one", "two")})
+def test_keys_see_their_own_jobs_only(film_model: ServedModel, film_settings: ServerSettings) -> None:
+    with_keys = ServerSettings.model_validate({**film_settings.model_dump(), "api_keys": ("one", "two")})
     with serving(film_model, with_keys) as house:
         mine = {"Authorization": "Bearer one"}
         others = {"Authorization": "Bearer two"}
@@ -311,8 +286,8 @@ def test_keys_see_their_own_jobs_only(film_model: ServedModel, settings: ServerS
         assert house.client.get(URL, headers=others).json()["data"] == []
 
 
-def test_jobs_outlast_a_restart(film_model: ServedModel, settings: ServerSettings) -> None:
-    with serving(film_model, settings) as house:
+def test_jobs_outlast_a_restart(film_model: ServedModel, film_settings: ServerSettings) -> None:
+    with serving(film_model, film_settings) as house:
         done = ended(house, post(house, seed=1))
         film = content(house, done)
         house.gate.close()
@@ -322,19 +297,19 @@ def test_jobs_outlast_a_restart(film_model: ServedModel, settings: ServerSetting
         time.sleep(0.1)
         house.gate.open()
         stopping.result(60)
-    with serving(film_model, settings) as house:
+    with serving(film_model, film_settings) as house:
         assert read(house, done)["status"] == "completed" and content(house, done) == film
         assert content(house, ended(house, begun)) == film  # the same seed, whenever it is made
         assert ended(house, waiting)["status"] == "completed"
 
 
 def test_a_film_checkpoint_without_a_place_for_its_films_says_so(
-    film_model: ServedModel, settings: ServerSettings, tmp_path: Path
+    film_model: ServedModel, film_settings: ServerSettings, tmp_path: Path
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("x")
     failures: list[BaseException] = []
-    unusable = settings.model_copy(update={"videos": blocked})
+    unusable = film_settings.model_copy(update={"videos": blocked})
     service = Service(unusable, lambda settings, report: film_model, failures.append)
     service.start()
     service._executor._thread.join(30)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import Cascade
@@ -73,7 +74,9 @@ def attach_samples(method: DistillationMethod, networks: Networks) -> None:
     method.attach_adversary(networks.fake, 16, real, torch.arange(6) % 5)  # type: ignore[attr-defined]
 
 
-def make_trainer(run: Path, hooks: Hooks | None = None, **options: Any) -> Trainer:
+def make_trainer(
+    run: Path, hooks: Hooks | None = None, accelerator: Accelerator | None = None, **options: Any
+) -> Trainer:
     settings = settings_for(**options)
     dtype = torch.float32 if settings.precision == "fp32" else torch.bfloat16
     backbone = tiny_backbone(dtype)
@@ -81,4 +84,4 @@ def make_trainer(run: Path, hooks: Hooks | None = None, **options: Any) -> Train
     networks = Networks.build(backbone, settings)
     if settings.method == "swd" or settings.gan_weight:
         attach_samples(method, networks)
-    return Trainer(method, networks, settings, run, hooks=hooks)
+    return Trainer(method, networks, settings, run, hooks=hooks, accelerator=accelerator)

@@ -192,7 +192,7 @@ def test_the_warm_start_regresses_the_guided_teacher() -> None:
     method.guidance_scale = 3.0
     rollout = method.rollout(random)
     predictions = rollout.predict(networks.student, [State(3, torch.randn(2, 8, 8, 8), torch.tensor([0, 1]))])
-    loss = method.warm_start_loss(predictions, method.match(predictions), networks.teacher, random)
+    loss = method.warm_start_loss(predictions, networks.teacher, random)
     target = method.backbone.guided_x0(
         predictions[0].x_t, predictions[0].t, method.prompts.conditioning(torch.tensor([0, 1])),
         method.prompts.unconditional(2), 3.0, FULL, denoiser=networks.teacher,
@@ -239,6 +239,11 @@ def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
         from training.methods import TDM
 
         TDM(tiny_backbone(), cascade_for("rmd"), settings_for("tdm"), prompt_set(), 1.0)
+
+
+def test_a_pipelined_batch_smaller_than_the_cascade_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size 3 would never train the last ones; give 4 or more"):
+        make_method(settings_for(rollout="pipelined", batch_size=3))
 
 
 def test_stage_weights_must_fit_the_stages() -> None:

@@ -100,10 +100,27 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path: Path, monkey
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001", "step-00000002"]
 
 
+def test_a_sheet_that_fails_costs_nothing_and_each_state_is_saved_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(_trainer: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    saved: list[int] = []
+    trainer = make_trainer(tmp_path / "run", Hooks(on_sheet=out_of_memory), save_every=2, sheet_every=2)
+    save = trainer.save
+    monkeypatch.setattr(trainer, "save", lambda: (saved.append(trainer.progress.iteration), save()))
+    with pytest.warns(UserWarning, match="no sheet at update 2: CUDA out of memory"):
+        assert trainer.train()
+    assert saved == [2, 4]
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002", "step-00000004"]
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000003-partial").mkdir()  # of a save that was killed
     for iteration in (5, 10, 15):
         save_checkpoint(tmp_path, iteration, {"ema": {"w": torch.ones(2)}}, {}, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000015"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
     (tmp_path / "step-00000015" / "ema.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks ema\.safetensors"):
         load_checkpoint(tmp_path / "step-00000015")
@@ -144,7 +161,7 @@ def test_resuming_and_exporting_refuse_other_weights_of_the_teacher(tmp_path: Pa
     make_trainer(tmp_path / "run", iterations=1).train()
     other = make_trainer(tmp_path / "run", iterations=2)
     with torch.no_grad():
-        next(other.networks.teacher.parameters()).flatten()[0] += 1e-3
+        next(other.networks.teacher.parameters()).flatten()[0] += 1e-1
     for to_export in (False, True):
         with pytest.raises(TrainingError, match="other weights of the teacher"):
             other.resume(to_export=to_export)
@@ -235,6 +252,10 @@ def test_lora_trains_its_adapters_alone_and_merges(tmp_path: Path, checkpointed:
     }
     trainer = make_trainer(tmp_path / "run", **options)
     assert all("lora_" in name for name in trainer.student_optimizer.names)
+    networks = trainer.networks
+    frozen = {w.data_ptr() for m in (networks.student, networks.fake) for w in m.parameters() if not w.requires_grad}
+    assert frozen == {weight.data_ptr() for weight in networks.teacher.parameters()}, "three roles, one base"
+    base = {name: value.clone() for name, value in networks.teacher.state_dict().items()}
     assert trainer.train()
     resumed = make_trainer(tmp_path / "run", **options)
     assert resumed.resume()
@@ -251,6 +272,7 @@ def test_lora_trains_its_adapters_alone_and_merges(tmp_path: Path, checkpointed:
         merged = student(**inputs)
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(merged, plain)
+    assert all(torch.equal(value, base[name]) for name, value in networks.teacher.state_dict().items())
     assert not any("lora" in key for key in network_of(student)[1].state_dict())
 
 
@@ -269,6 +291,13 @@ def test_settings_come_from_file_flags_and_method(tmp_path: Path, monkeypatch: p
         DistillSettings.read(None, {"warm_start_iterations": 10})
     with pytest.raises(ValueError, match="exclude each other"):
         DistillSettings.read(None, {"warm_start_iterations": 60, "fake_warmup_iterations": 10})
+    for unheeded in (
+        {"gan_weight": 0.1},
+        {"method": "tdm", "mmd_weight": 1.0},
+        {"method": "swd", "rollout": "pipelined"},
+    ):
+        with pytest.raises(ValueError, match="|".join(unheeded)):
+            DistillSettings.read(None, unheeded)
     broken = tmp_path / "broken.yaml"
     broken.write_text("betas: [0, 0.95")
     with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):

@@ -209,7 +209,6 @@ class DistillationMethod(abc.ABC):
     def warm_start_loss(
         self,
         predictions: Sequence[Prediction],
-        matched: Sequence[Matched],
         teacher: nn.Module | None,
         random: Randomness,
     ) -> Tensor:
@@ -283,6 +282,12 @@ class DistillationMethod(abc.ABC):
         return self.matched_size(size).short_side / size.short_side
 
     def _check(self) -> None:
+        size, steps = self.settings.batch_size, self.cascade.num_steps
+        if self.settings.rollout == "pipelined" and size < steps:
+            raise ValueError(
+                f"rollout=pipelined holds a sample at each of the {steps} steps: batch_size {size} would never train "
+                f"the last ones; give {steps} or more, or rollout=fresh"
+            )
         weights = self.settings.stage_weights
         if weights is not None and len(weights) != len(self.cascade.stages):
             raise ValueError(
