@@ -16,10 +16,12 @@ _SHEET_PROMPTS = 8
 
 
 def command(
-    teacher: Annotated[Path, typer.Option(help="The teacher: a diffusers folder.")],
+    teacher: Annotated[Path, typer.Option(help="The teacher: a diffusers folder, or hub:owner/name.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write, such as models/embedded.")],
-    method: Annotated[str | None, typer.Option(help="rmd, tdm, dmd2 or swd.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Training time, over all resumptions.")] = None,
+    method: Annotated[str | None, typer.Option(help="rmd (default), tdm, dmd2 or swd.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Training time, over all resumptions; this or --iterations is needed.")
+    ] = None,
     iterations: Annotated[int | None, typer.Option(help="Generator updates.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file, one prompt a line; by default the training captions of --data.")
@@ -106,8 +108,9 @@ def _run(
     from rmd.dtypes import parse_dtype
     from training.checkpointing import checkpoints
     from training.distil import PRECISIONS, Distillation
+    from training.export import check_out
     from training.processes import processes
-    from training.teacher_folder import Teacher
+    from training.teacher_folder import Teacher, training_cascade
 
     if not resume and checkpoints(run / "checkpoints"):
         raise ValueError(f"{run} already holds checkpoints; --resume goes on with them, another --run starts anew")
@@ -121,10 +124,13 @@ def _run(
         )
     if settings.iterations is None and settings.minutes is None and not export_only:
         raise ValueError("the run has no end: give --minutes or --iterations")
+    check_out(out, teacher_folder)
+    run.mkdir(parents=True, exist_ok=True)
     accelerator = processes(device)
     place = accelerator.device if device in ("auto", "cpu", "cuda") else torch.device(device)
     dtype = parse_dtype(PRECISIONS[settings.precision], place)
     teacher = Teacher.open(teacher_folder, backbone, dtype, place)
+    training_cascade(teacher, settings)  # a schedule that does not exist is said before any prompt is encoded
     with accelerator.main_process_first():  # the others read what it has encoded and drawn
         prompt_set = _prompts(teacher, prompt_file, data, max_prompts, settings, run, needed=not export_only)
         distillation = Distillation.build(

@@ -89,13 +89,9 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
             raise ValueError("the prompt is empty")
         return [prompt]
     assert file is not None
-    if not file.is_file():
-        raise ValueError(f"--prompts {file}: there is no such file")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    texts = [line for line in lines if line and not line.startswith("#")]
-    if not texts:
-        raise ValueError(f"--prompts {file} holds no prompts")
-    return texts
+    from training.prompts import read_prompt_file
+
+    return read_prompt_file(file)
 
 
 def _check_out(out: Path, single: bool, suffix: str) -> None:
@@ -105,6 +101,7 @@ def _check_out(out: Path, single: bool, suffix: str) -> None:
         raise ValueError(f"--out {out} is one file, and there are several pictures: give a folder, or --sheet")
     if not out.suffix and out.is_file():
         raise ValueError(f"--out {out} is a file: give a {suffix} name, or a folder")
+    (out.parent if single and out.suffix else out).mkdir(parents=True, exist_ok=True)  # before anything is drawn
 
 
 def _open(

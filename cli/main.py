@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -62,8 +63,18 @@ class LazyCommands(TyperGroup):
 app = typer.Typer(cls=LazyCommands, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("rmd"))
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it.")] = False,
+) -> None:
     """RMD: distil a diffusion model into a few-step multi-resolution cascade, compile it, serve it."""
 
 
@@ -72,7 +83,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app()
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RMD_TRACEBACK"):
             raise
         typer.echo(f"rmd: {error}", err=True)

@@ -40,7 +40,7 @@ def command(
     from server.progress import ProgressLine
     from server.run import make_server
     from server.service import Service
-    from server.settings import CONFIG_VARIABLE, ServerSettings
+    from server.settings import CONFIG_VARIABLE, ServerSettings, unknown_variables
 
     if config is not None:
         os.environ[CONFIG_VARIABLE] = str(config)
@@ -70,6 +70,10 @@ def command(
         typer.secho(f"rmd serve: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in unknown_variables(os.environ):
+        typer.secho(
+            f"rmd serve: {name} is no setting and changes nothing; docs/serving.md lists them", fg="yellow", err=True
+        )
     typer.echo(settings.describe())
 
     failures: list[BaseException] = []

@@ -16,7 +16,7 @@ def native_dtype(device: torch.device | str) -> torch.dtype:
     as long as in float32.
     """
     if torch.device(device).type == "cuda":
-        return torch.bfloat16
+        return torch.bfloat16  # from Ampere on; older GPUs want float16, which is to be asked for
     multiplies = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # oneDNN's own answer
     return torch.bfloat16 if multiplies is not None and multiplies() else torch.float32
 

@@ -16,7 +16,7 @@ from server.service import Service
 log = logging.getLogger("rmd.server")
 
 _KEEP_ALIVE_SECONDS = 75
-_LAST_REPLIES_SECONDS = 10
+LAST_REPLIES_SECONDS = 10
 
 
 class DrainingServer(uvicorn.Server):
@@ -94,7 +94,7 @@ def make_server(service: Service) -> DrainingServer:
         http="h11",  # bounds request line and headers at 64 KiB; httptools keeps whatever is sent
         log_level=settings.log_level,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_LAST_REPLIES_SECONDS,
+        timeout_graceful_shutdown=LAST_REPLIES_SECONDS,
         server_header=False,
     )
     logging.getLogger("uvicorn.access").addFilter(_QuietProbes())

@@ -208,7 +208,7 @@ class Service:
         if own > limit:
             raise ApiError(
                 Fault.BAD_FIELD,
-                f"{len(spec.seeds)} picture(s) of schedule '{spec.schedule}' take about {own:.0f} s here, and a request "
+                f"{len(spec.seeds)} picture(s) of schedule '{spec.schedule}' take some {own:.0f} s here, and a request "
                 f"may take {limit:g} s; ask for fewer, or for another schedule.",
                 param="n" if len(spec.seeds) > 1 else "schedule",
                 code="takes_too_long",

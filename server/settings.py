@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from pydantic_settings import (
 )
 
 CONFIG_VARIABLE = "RMD_CONFIG"
+# Of the command line, the load test and compose.
+_OTHERS = ("RMD_TRACEBACK", "RMD_API_KEY", "RMD_BIND", "RMD_EXTRAS", "RMD_GPU", "RMD_MODELS", "RMD_TAG")
 
 
 class ServerSettings(BaseSettings):
@@ -138,6 +141,15 @@ class ServerSettings(BaseSettings):
         plain = self.model_dump(mode="json")
         plain["api_keys"] = f"{len(self.api_keys)} key(s), hidden" if self.api_keys else "none: the API is open"
         return yaml.safe_dump(plain, sort_keys=False).rstrip()
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of ``RMD_*`` variables that look like settings and are none: they change nothing."""
+    known = {f"RMD_{name.upper()}" for name in ServerSettings.model_fields} | {CONFIG_VARIABLE, *_OTHERS}
+    return sorted(
+        name for name in environment
+        if name.startswith("RMD_") and not name.startswith("RMD_DISTILL_") and name not in known
+    )  # fmt: skip
 
 
 def _split_commas(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rmd.backbones.registry import load_checkpoint
 from rmd.cascade import Cascade
-from rmd.checkpoint import TeacherSpec, write_cascade_json
+from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
 from rmd.sampler import initial_noise
 from training.files import load_tensors, save_model
 
@@ -57,6 +57,19 @@ class Export:
     notice: str | None = None
 
 
+def check_out(out: Path, teacher_folder: Path) -> None:
+    """Refuse to write where something else than a former export would be lost.
+
+    Raises:
+        ValueError: `out` is the teacher, or holds something that is no checkpoint.
+    """
+    if out.resolve() == teacher_folder.resolve():
+        raise ValueError(f"--out {out} is the teacher's own folder, which the export would replace; give another --out")
+    former = (out / CASCADE_FILE).is_file() or (out.is_dir() and not any(out.iterdir()))
+    if out.exists() and not former:
+        raise ValueError(f"--out {out} exists and is no checkpoint folder: it would be lost; give another --out")
+
+
 @torch.no_grad()
 def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a checkpoint folder in one rename, after it was loaded again and compared tensor by tensor.
@@ -72,8 +85,10 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
 
     Raises:
         ExportError: a reloaded tensor differs, or the reloaded model gives values that are not finite.
+        ValueError: see :func:`check_out`.
         FileNotFoundError: the teacher's folder lacks a component.
     """
+    check_out(out, export.teacher_folder)
     out = _physical(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))

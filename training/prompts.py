@@ -67,11 +67,15 @@ def read_prompt_file(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no prompt.
+        ValueError: it holds no prompt, or is no text.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; --prompts takes a text file with one prompt a line")
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a UTF-8 text file; --prompts takes one prompt a line") from None
+    lines = (line.strip() for line in text.splitlines())
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")

@@ -33,6 +33,8 @@ _TIDY_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
 _MOST_ENDED = 10_000
 _MOST_ATTEMPTS = 3
+LAST_JOBS_SECONDS = 30.0
+"""The longest that a stop waits for the database."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class JobRunner:
         self._events.put(None)  # at once, not at the first tick
         self._thread.start()
 
-    def stop(self, timeout: float = 30.0) -> None:
+    def stop(self, timeout: float = LAST_JOBS_SECONDS) -> None:
         """Write down the last events, give back what is unfinished, and end. The executor must have stopped."""
         self._stopping = True
         self._events.put(None)

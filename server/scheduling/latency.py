@@ -85,12 +85,7 @@ class LatencyTable:
 
     def width(self, key: StationKey) -> int:
         """Return the widest batch (rows) worth waiting entries being served together."""
-        best, best_rate = 1, 0.0
-        for bucket in self.buckets(key):
-            rate = bucket / max(self._base(key, bucket), 1e-9)
-            if rate >= best_rate * MIN_GAIN:
-                best, best_rate = bucket, rate
-        return best
+        return self.best_count(key, [1] * self.buckets(key)[-1])
 
     def best_count(self, key: StationKey, rows: Sequence[int]) -> int:
         """Return how many of the waiting entries, in this order, to serve in one batch.

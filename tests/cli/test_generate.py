@@ -103,7 +103,7 @@ def test_film(tmp_path: Path) -> None:
     [
         ([], "give either one prompt"),
         (["fox", "--prompts", "x.txt"], "give either one prompt"),
-        (["--prompts", "absent.txt"], "there is no such file"),
+        (["--prompts", "absent.txt"], "absent.txt does not exist"),
         (["fox", "--schedule", "9+9"], r"--schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
         (["fox", "--dtype", "int8"], "dtype 'int8': use auto, bfloat16"),
         (["fox", "--backend", "inductor"], "needs --engines FOLDER"),

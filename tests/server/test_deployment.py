@@ -14,7 +14,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.errors import OUTCOMES
+from server.jobs.runner import LAST_JOBS_SECONDS
 from server.metrics import Metrics
+from server.run import LAST_REPLIES_SECONDS
+from server.service import LAST_BATCH_SECONDS
 from server.settings import ServerSettings
 from tests.server.house import House
 
@@ -78,4 +81,5 @@ def test_compose_mounts_ports_and_times_fit() -> None:
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             assert not source.startswith("./") or (ROOT / source).exists(), volume
-    assert int(services["rmd"]["stop_grace_period"].removesuffix("s")) >= ServerSettings().drain_seconds + 10
+    stop = ServerSettings().drain_seconds + LAST_BATCH_SECONDS + LAST_JOBS_SECONDS + LAST_REPLIES_SECONDS
+    assert int(services["rmd"]["stop_grace_period"].removesuffix("s")) > stop

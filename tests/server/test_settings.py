@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import ServerSettings
+from server.settings import ServerSettings, unknown_variables
 
 
 def test_settings_come_from_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +34,11 @@ def test_wrong_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RMD_CONFIG", str(tmp_path / "none.yaml"))
     with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         ServerSettings()
+
+
+def test_a_variable_that_is_no_setting_is_noticed() -> None:
+    environment = {"RMD_DEADLINE_SECOND": "5", "RMD_DEADLINE_SECONDS": "5", "RMD_DISTILL_SEED": "1", "RMD_CONFIG": "x"}
+    assert unknown_variables({**environment, "PATH": "/bin"}) == ["RMD_DEADLINE_SECOND"]
 
 
 def test_keys_and_buckets_are_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

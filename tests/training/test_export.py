@@ -20,7 +20,7 @@ from rmd.checkpoint import CheckpointFolder
 from training import export as export_module
 from training.checkpointing import save_checkpoint
 from training.distil import Distillation
-from training.export import ExportError, export_checkpoint, verify
+from training.export import ExportError, check_out, export_checkpoint, verify
 from training.files import load_tensors
 from training.networks import merged_network
 from training.prompts import encode_prompts, read_prompt_file
@@ -44,6 +44,29 @@ def distillation(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     built = Distillation.build(teacher, prompts, settings, run)
     assert built.trainer.train()
     return built
+
+
+def test_an_export_replaces_nothing_but_a_former_export(
+    distillation: Distillation, teacher_folder: Path, tmp_path: Path
+) -> None:
+    teacher = Path(shutil.copytree(teacher_folder, tmp_path / "teacher"))
+    (teacher / "cascade.json").write_text("{}")  # a public student, say
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for out, why in (
+        (teacher, "the teacher's own"),
+        (tmp_path / "thesis", "would be lost"),
+        (tmp_path / "file", "lost"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            check_out(out, teacher)
+    with pytest.raises(ValueError, match="would be lost"):
+        distillation.export(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert (distillation.export(tmp_path / "empty") / "cascade.json").is_file()
 
 
 def test_an_export_is_a_checkpoint_folder_with_the_averaged_student(
@@ -224,6 +247,15 @@ def test_prompts_are_cached_and_drawn_as_often_as_they_are_given(distillation: D
     for name, value in second.conditioning(torch.tensor([1])).items():
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-4)
         assert torch.equal(value, first.conditioning(torch.tensor([1]))[name])
+
+
+def test_another_teachers_text_encoder_encodes_anew(distillation: Distillation, tmp_path: Path) -> None:
+    """As when a run is begun again with the right --teacher."""
+    first = encode_prompts(distillation.teacher.backbone, ["a dog"], tmp_path / "prompts")
+    other = Teacher.open(write_tiny_folder("sd3", tmp_path / "other", seed=1), None, torch.float32)
+    second = encode_prompts(other.backbone, ["a dog"], tmp_path / "prompts")
+    rows = torch.tensor([0])
+    assert not any(torch.equal(a, second.conditioning(rows)[name]) for name, a in first.conditioning(rows).items())
 
 
 def test_a_prompt_file_without_prompts_is_refused(tmp_path: Path) -> None:

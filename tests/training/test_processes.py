@@ -49,5 +49,6 @@ def test_two_processes_share_their_gradients_and_not_their_noise(tmp_path: Path)
 
 def test_one_numbered_device_is_no_place_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(ValueError, match="--device cuda:1: every process would take that one"):
         processes("cuda:1")
