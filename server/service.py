@@ -183,7 +183,7 @@ class Service:
         film = spec.frames_per_second is not None
         costs = self.model.costs(spec.cascade, spec.lane)
         if not film:
-            self._check_time(spec, costs[0])
+            self._check_backlog(len(spec.seeds) * costs[0], self.check_possible(spec), costs[0])
         # Films are bounded by videos_together already; their pixels are no measure of what a queue of pictures holds.
         permit = self.admission.acquire(len(spec.seeds), 0 if film else len(spec.seeds) * spec.cascade.full_size.pixels)
         try:
@@ -196,28 +196,43 @@ class Service:
             raise
         return generation
 
-    def _check_time(self, spec: GenerationSpec, work: float) -> None:
-        """Refuse what cannot be ready in time, even in the best company.
+    def check_possible(self, spec: GenerationSpec) -> float:
+        """Return the expected work (seconds) on a request in the best company.
 
         Raises:
-            ApiError: 400 where it could not be ready in an empty house either, 429 where too much goes before it.
+            ApiError: 400 where it could not be ready in time in an empty house either.
         """
-        gain = self.model.costs(spec.cascade, spec.lane, shared=True)[0] / work
-        limit = self.settings.deadline_seconds
-        own = len(spec.seeds) * work * gain
-        if own > limit:
+        film = spec.frames_per_second is not None
+        limit = self.settings.video_deadline_seconds if film else self.settings.deadline_seconds
+        count = len(spec.seeds)
+        work = count * self.model.costs(spec.cascade, spec.lane, shared=True)[0]
+        if work > limit:
+            what = "a film" if film else f"{count} picture(s)"
             raise ApiError(
                 Fault.BAD_FIELD,
-                f"{len(spec.seeds)} picture(s) of schedule '{spec.schedule}' take some {own:.0f} s here, and a request "
-                f"may take {limit:g} s; ask for fewer, or for another schedule.",
-                param="n" if len(spec.seeds) > 1 else "schedule",
+                f"Work on {what} of schedule '{spec.schedule}' takes {work:.0f} s here, and may take {limit:g} s; "
+                "ask for less, or for another schedule.",
+                param="n" if count > 1 else "schedule",
                 code="takes_too_long",
             )
-        late = self._executor.backlog(work) * gain + own - limit
+        return work
+
+    def _check_backlog(self, alone: float, shared: float, one: float) -> None:
+        """Refuse a request that would not be ready in time behind those that are here.
+
+        Args:
+            alone, shared: its work (seconds) in batches of its own, and in the best company.
+            one: one of its pictures' work; others that need more are passed.
+
+        Raises:
+            ApiError: 429, with the seconds that are lacking.
+        """
+        before = self._executor.backlog(one) * shared / alone
+        late = before + shared - self.settings.deadline_seconds
         if late > 0:
             raise ApiError(
                 Fault.QUEUE_FULL,
-                f"The queue is full: this would not be ready within {limit:g} s; "
+                f"The queue is full: this would not be ready within {self.settings.deadline_seconds:g} s; "
                 "try again after the seconds in Retry-After.",
                 retry_after=min(max(math.ceil(late), 1), LONGEST_RETRY),
             )

@@ -178,6 +178,7 @@ def _new_job(service: Service, body: VideoRequest, account: str, remixed_from: s
     model = service.model
     spec = resolve_film(body, model, service.settings)
     assert spec.frames_per_second is not None
+    service.check_possible(spec)
     fixed: Mapping[str, Any] = {
         "model": model.model_id,
         "schedule": spec.schedule,

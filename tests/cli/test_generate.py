@@ -112,7 +112,7 @@ def test_film(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input(folder: Path, arguments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         result = _run(*arguments, "--checkpoint", folder)
         assert result.exception is not None
         raise result.exception

@@ -82,6 +82,15 @@ def test_pages_of_other_sites_cannot_order_films(film_model: ServedModel, film_s
         assert house.client.get(URL, headers={"Sec-Fetch-Site": "same-origin"}).json()["data"] == []
 
 
+def test_a_film_that_cannot_be_ready_in_time_is_not_accepted(
+    film_model: ServedModel, film_settings: ServerSettings
+) -> None:
+    with serving(film_model, film_settings.model_copy(update={"video_deadline_seconds": 1e-6})) as house:
+        reply = house.client.post(URL, json={"prompt": "x"})
+        assert reply.status_code == 400 and reply.json()["error"]["code"] == "takes_too_long"
+        assert house.client.get(URL).json()["data"] == []
+
+
 def test_a_film_that_fails_is_counted(film_model: ServedModel, film_settings: ServerSettings) -> None:
     def broken(component: str, *_: object) -> None:
         if component == "denoiser":

@@ -38,4 +38,4 @@ def test_what_no_wait_could_help_says_so(checkpoint: Path, model: ServedModel) -
         reply = house.draw(n=8)
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "n" and reply.json()["error"]["code"] == "takes_too_long"
-    assert "a request may take 1 s" in reply.json()["error"]["message"]
+    assert "may take 1 s; ask for less" in reply.json()["error"]["message"]

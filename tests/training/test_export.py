@@ -90,6 +90,7 @@ def test_linked_components_stay_valid_and_an_older_folder_is_replaced(
 ) -> None:
     out = tmp_path / "student"
     out.mkdir()
+    (out / "cascade.json").write_text("{}")
     (out / "old").write_text("old")
     distillation.export(out, share="link")
     assert not (out / "old").exists()
