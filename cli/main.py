@@ -14,17 +14,17 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "cascade": ("cli.cascade", "Show a cascade's steps: stage, mapped and teacher's time, size, logSNR."),
-    "backbones": ("cli.backbones", "List the backbones: parameters, teacher schedule, guidance, cascade, tokens."),
-    "data": ("cli.data", "Fetch, render, caption and split the embedded model's pictures."),
+    "cascade": ("cli.cascade", "Show a cascade's steps."),
+    "backbones": ("cli.backbones", "List the backbones."),
+    "data": ("cli.data", "Fetch the embedded model's training pictures."),
     "train-teacher": ("cli.train_teacher", "Train the embedded autoencoder and teacher."),
-    "distill": ("cli.distill", "Distil a teacher into a few-step cascade (RMD, TDM, DMD2, SwD)."),
-    "evaluate": ("cli.evaluate", "Measure a checkpoint on the held-out sets, and draw its contact sheets."),
-    "generate": ("cli.generate", "Draw one prompt or a file of them."),
-    "build": ("cli.build", "Compile a checkpoint into one engine per component, size and batch bucket."),
+    "distill": ("cli.distill", "Distil a teacher into a few-step cascade."),
+    "evaluate": ("cli.evaluate", "Measure a checkpoint on held-out pictures."),
+    "generate": ("cli.generate", "Draw one prompt, or a file of them."),
+    "build": ("cli.build", "Compile a checkpoint into engines."),
     "engines": ("cli.engines", "List, verify, measure and prune built engines."),
     "serve": ("cli.serve", "Serve a checkpoint over OpenAI-compatible HTTP."),
-    "bench": ("cli.bench", "Measure speed-ups and engines, side by side in one run."),
+    "bench": ("cli.bench", "Measure speed-ups and engines, in one run."),
 }
 
 
@@ -73,7 +73,7 @@ def _say_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """RMD: distil a diffusion model into a few-step multi-resolution cascade, compile it, serve it."""
 
