@@ -73,7 +73,9 @@ def _say_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """RMD: distil a diffusion model into a few-step multi-resolution cascade, compile it, serve it."""
 

@@ -47,8 +47,19 @@ def user_inputs(program: Any, inputs: Mapping[str, Tensor]) -> list[str]:
 
 
 def used_tensors(program: Any) -> list[str]:
-    """Parameters and buffers that the graph computes with; a decoder's folder also holds its encoder, for one."""
-    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    """Parameters and buffers that the graph's outputs depend on.
+
+    A decoder's folder also holds its encoder, for one; and what is computed for nothing (BERT's pooled state) is left
+    out by every compiler.
+    """
+    needed: set[Any] = set()
+    found = [program.graph.output_node()]
+    while found:
+        node = found.pop()
+        if node not in needed:
+            needed.add(node)
+            found += node.all_input_nodes
+    names = {node.name for node in needed}
     signature = program.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return [name for node, name in held.items() if node in used]
+    return [name for node, name in held.items() if node in names]

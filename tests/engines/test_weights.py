@@ -139,10 +139,13 @@ class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.used, self.spare = nn.Linear(4, 2, bias=False), nn.Linear(4, 2)
+        self.pooler = nn.Linear(2, 2)
         self.register_buffer("shift", torch.ones(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.used(x) + self.shift
+        hidden = self.used(x) + self.shift
+        torch.tanh(self.pooler(hidden))  # of which nobody asks
+        return hidden
 
 
 def sd3(**overrides: object) -> nn.Module:
