@@ -1,4 +1,4 @@
-"""`rmd cascade`: show a preset's steps without loading a model, or write it into a folder."""
+"""`rmd cascade`: show a preset's steps without loading a model, write it into a folder, or move a folder's steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ def show(
     from rmd.presets import preset as named
     from rmd.presets import preset_noise_schedule
 
-    cascade = named(preset, thresholds=_numbers(thresholds), resolution_map=resolution_map, schedule=schedule)
+    cascade = named(
+        preset,
+        thresholds=_numbers(thresholds, "--thresholds", "-6,-2.5"),
+        resolution_map=resolution_map,
+        schedule=schedule,
+    )
     rows = _rows(cascade, preset_noise_schedule(preset))
     if json:
         import json as json_module
@@ -69,13 +74,51 @@ def write(
     typer.echo(str(written))
 
 
-def _numbers(text: str | None) -> list[float] | None:
+@app.command()
+def retime(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    timesteps: Annotated[str, typer.Option(help="The teacher's timesteps, one a step: 1000,750,600,300.")],
+    schedule: Annotated[str | None, typer.Option(help="The schedule to change; the folder's default.")] = None,
+) -> None:
+    """Sample a checkpoint's schedule at other times: its cascade.json is rewritten, its weights stay as they are."""
+    from dataclasses import replace
+
+    from rmd.backbones.registry import get_backbone
+    from rmd.cascade import Cascade
+    from rmd.checkpoint import CheckpointFolder, write_cascade_json
+    from rmd.profiles import PROFILES
+
+    checkpoint = CheckpointFolder.read(folder)
+    name = schedule or checkpoint.default
+    if name not in checkpoint.cascades:
+        raise ValueError(f"--schedule {name!r} is not in {folder}: {', '.join(checkpoint.cascades)}")
+    old = checkpoint.cascades[name]
+    moved = Cascade.from_steps(
+        old.name,
+        [int(time) for time in _numbers(timesteps, "--timesteps", "1000,750,600,300") or []],
+        [step.size for step in old.steps],
+        full_size=old.full_size,
+        resolution_map=old.resolution_map,
+        schedule=PROFILES[get_backbone(checkpoint.backbone_name).profile].noise_schedule(),
+    )
+    written = write_cascade_json(
+        folder,
+        backbone=checkpoint.backbone_name,
+        cascades={**checkpoint.cascades, name: replace(old, steps=moved.steps)},
+        default=checkpoint.default,
+        teacher=checkpoint.teacher,
+        distillation=checkpoint.distillation,
+    )
+    typer.echo(f"{written}: {name} at {', '.join(str(step.timestep) for step in moved.steps)}")
+
+
+def _numbers(text: str | None, option: str, such_as: str) -> list[float] | None:
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--thresholds {text!r} is not a list of numbers such as -6,-2.5") from None
+        raise ValueError(f"{option} {text!r} is not a list of numbers such as {such_as}") from None
 
 
 def _rows(cascade: Cascade, schedule: NoiseSchedule) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.presets import preset
-from rmd.profiles import PROFILES
 from rmd.size import Size
 from training.settings import DistillSettings
 
@@ -123,8 +122,7 @@ def _cascade_named(teacher: Teacher, settings: DistillSettings, schedule: str | 
         return stored
     if schedule is None and settings.resolution_map is None:
         return teacher.backbone.default_cascade()
-    profile = str(getattr(teacher.backbone, "profile", teacher.backbone.name))
-    cascade = preset(profile, schedule=schedule, resolution_map=settings.resolution_map)
+    cascade = preset(teacher.backbone.profile, schedule=schedule, resolution_map=settings.resolution_map)
     if cascade.full_size != teacher.backbone.default_cascade().full_size:
         raise ValueError(
             f"{teacher.backbone.name} has no presets at its own sizes: leave schedule and resolution_map out, or put "
@@ -160,8 +158,7 @@ def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:
 def exported_cascades(teacher: Teacher, trained: Cascade) -> dict[str, Cascade]:
     """The trained schedule, and the backbone's other splits at the same sizes, which the student can run as well."""
     cascades = {trained.schedule_name: trained}
-    profile = PROFILES.get(str(getattr(teacher.backbone, "profile", "")))
-    if profile is None or len(trained.stages) != 2 or trained.num_steps != 4:
+    if len(trained.stages) != 2 or trained.num_steps != 4:
         return cascades
     schedule = teacher.backbone.schedule
     timesteps = [step.teacher_timestep for step in trained.steps]

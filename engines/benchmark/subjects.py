@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def random_subject(name: str, scale: str, dtype: torch.dtype, device: torch.devi
 
 def student_cascades(backbone: Backbone) -> dict[str, Cascade]:
     """Students' schedules over the backbone's two largest sizes, by split."""
-    profile = PROFILES[cast(Any, backbone).profile]
+    profile = PROFILES[backbone.profile]
     low, full = sorted(backbone.sizes)[-2:]
     found: dict[str, Cascade] = {}
     for split in FILM_SPLITS if backbone.media == "video" else IMAGE_SPLITS:

@@ -97,6 +97,8 @@ class Backbone(ABC):
     """
 
     name: ClassVar[str]
+    profile: ClassVar[str]
+    """Key in :data:`rmd.profiles.PROFILES`: the teacher's schedule, guidance and sizes."""
     prediction: ClassVar[Literal["epsilon", "velocity"]]
     media: ClassVar[Literal["image", "video"]] = "image"
     size_multiple: ClassVar[int]

@@ -34,8 +34,6 @@ class DiffusersBackbone(Backbone):
     optional: ClassVar[frozenset[str]] = frozenset()
     """Components that a folder may leave out."""
     denoiser_folder: ClassVar[str] = "transformer"
-    profile: ClassVar[str]
-    """Key in :data:`rmd.profiles.PROFILES`: the teacher's schedule, guidance and sizes."""
 
     def __init__(
         self,

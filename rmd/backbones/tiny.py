@@ -143,7 +143,7 @@ def tiny_sizes(name: str) -> tuple[Size, Size]:
 
 def tiny_cascades(name: str) -> dict[str, Cascade]:
     """The backbone's default cascade and the one-stage schedule of as many steps, at :func:`tiny_sizes`."""
-    profile = PROFILES[get_backbone(name).profile]  # type: ignore[attr-defined]
+    profile = PROFILES[get_backbone(name).profile]
     low, full = tiny_sizes(name)
     split = profile.default_split
     steps = sum(int(part) for part in split.split("+"))
@@ -190,7 +190,7 @@ def write_tiny_folder(name: str, folder: Path | str, *, seed: int = 0, dtype: to
             _TOKENIZERS[class_name.removesuffix("Fast")](folder / component)
     _write_json(folder / "scheduler" / "scheduler_config.json", config["scheduler"])
     _write_json(folder / "model_index.json", config["model_index"])
-    profile = PROFILES[cls.profile]  # type: ignore[attr-defined]
+    profile = PROFILES[cls.profile]
     cascades = tiny_cascades(name)
     write_cascade_json(
         folder,

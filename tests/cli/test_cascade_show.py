@@ -1,8 +1,9 @@
-"""`rmd cascade show`, through the command line's own parser."""
+"""`rmd cascade`, through the command line's own parser."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.cascade import app
-from rmd.backbones.tiny import write_tiny_folder
-from rmd.checkpoint import CheckpointFolder
+from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
+from rmd.checkpoint import CheckpointFolder, write_cascade_json
 from rmd.presets import preset
 
 
@@ -76,3 +77,25 @@ def test_wrong_options_are_explained(arguments: list[str], message: str) -> None
     result = CliRunner().invoke(app, ["show", *arguments])
     assert result.exit_code != 0
     assert message in str(result.exception)
+
+
+def test_a_checkpoints_steps_are_moved_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_tiny_folder("embedded", tmp_path / "tiny")
+    cascades = tiny_cascades("embedded")
+    write_cascade_json(folder, backbone="embedded", cascades=cascades, default="2+2", distillation={"method": "rmd"})
+    before = CheckpointFolder.read(folder)
+    for arguments, message in (
+        (["--timesteps", "1000,750,600"], "3 timesteps and 4 sizes"),
+        (["--timesteps", "1000,750,800,300"], "must be below the step before it"),
+        (["--timesteps", "1000,x"], "--timesteps '1000,x' is not a list of numbers"),
+        (["--timesteps", "1000", "--schedule", "9+9"], "--schedule '9+9' is not in"),
+    ):
+        wrong = CliRunner().invoke(app, ["retime", str(folder), *arguments])
+        assert wrong.exit_code != 0 and message in str(wrong.exception)
+    assert CheckpointFolder.read(folder) == before
+    done = CliRunner().invoke(app, ["retime", str(folder), "--timesteps", "1000,750,600,300"])
+    assert done.exit_code == 0 and "2+2 at 1000, 857, 600, 300" in done.stdout
+    after = CheckpointFolder.read(folder)
+    assert [step.teacher_timestep for step in after.default_cascade.steps] == [1000, 750, 600, 300]
+    same = replace(after.default_cascade, steps=before.default_cascade.steps)
+    assert replace(after, cascades={**after.cascades, "2+2": same}) == before

@@ -61,7 +61,7 @@ def test_table_6(
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_belongs_to_a_backbone_of_the_registry(name: str) -> None:
     assert preset_backbone(name) in BACKBONES
-    assert preset_noise_schedule(name) == preset_noise_schedule(get_backbone(preset_backbone(name)).profile)  # type: ignore[attr-defined]
+    assert preset_noise_schedule(name) == preset_noise_schedule(get_backbone(preset_backbone(name)).profile)
 
 
 @pytest.mark.parametrize("tau", [-4.59, -4.0, -3.24])

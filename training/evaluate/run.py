@@ -104,7 +104,7 @@ class Models:
             self.teacher = _teacher_spec("embedded")
             teacher_folder = folder
         for schedule in ("0+4", "1+3", "2+2", "3+1"):
-            self.cascades.setdefault(schedule, preset(PROFILES_OF[self.backbone_name], schedule=schedule))
+            self.cascades.setdefault(schedule, preset(get_backbone(self.backbone_name).profile, schedule=schedule))
         self.folders = {"student": folder, "teacher": settings.teacher or teacher_folder}
         self.dtype = native_dtype(settings.device)
         self._loaded: dict[str, Backbone] = {}
@@ -147,11 +147,8 @@ class Models:
         return " ".join([digest, *how])
 
 
-PROFILES_OF = {"wan-14b": "wan", "wan-1.3b": "wan", **{name: name for name in PROFILES}}
-
-
 def _teacher_spec(backbone_name: str) -> TeacherSpec:
-    profile = PROFILES[PROFILES_OF[backbone_name]]
+    profile = PROFILES[get_backbone(backbone_name).profile]
     return TeacherSpec(profile.teacher_steps, profile.teacher_guidance, profile.flow_shift)
 
 
