@@ -110,7 +110,7 @@ def test_a_sheet_that_fails_costs_nothing_and_each_state_is_saved_once(
     trainer = make_trainer(tmp_path / "run", Hooks(on_sheet=out_of_memory), save_every=2, sheet_every=2)
     save = trainer.save
     monkeypatch.setattr(trainer, "save", lambda: (saved.append(trainer.progress.iteration), save()))
-    with pytest.warns(UserWarning, match="no sheet at update 2: CUDA out of memory"):
+    with pytest.warns(UserWarning, match=r"no sheet at update [24]: CUDA out of memory"):
         assert trainer.train()
     assert saved == [2, 4]
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002", "step-00000004"]
