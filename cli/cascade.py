@@ -95,7 +95,7 @@ def retime(
     old = checkpoint.cascades[name]
     moved = Cascade.from_steps(
         old.name,
-        [int(time) for time in _numbers(timesteps, "--timesteps", "1000,750,600,300") or []],
+        _timesteps(timesteps),
         [step.size for step in old.steps],
         full_size=old.full_size,
         resolution_map=old.resolution_map,
@@ -119,6 +119,13 @@ def _numbers(text: str | None, option: str, such_as: str) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} {text!r} is not a list of numbers such as {such_as}") from None
+
+
+def _timesteps(text: str) -> list[int]:
+    times = _numbers(text, "--timesteps", "1000,750,600,300") or []
+    if not all(time.is_integer() for time in times):
+        raise ValueError(f"--timesteps {text!r}: the teacher's timesteps are whole numbers")
+    return [int(time) for time in times]
 
 
 def _rows(cascade: Cascade, schedule: NoiseSchedule) -> list[dict[str, Any]]:

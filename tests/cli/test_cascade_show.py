@@ -88,6 +88,7 @@ def test_a_checkpoints_steps_are_moved_and_nothing_else(tmp_path: Path) -> None:
         (["--timesteps", "1000,750,600"], "3 timesteps and 4 sizes"),
         (["--timesteps", "1000,750,800,300"], "must be below the step before it"),
         (["--timesteps", "1000,x"], "--timesteps '1000,x' is not a list of numbers"),
+        (["--timesteps", "1000,750,600.5,300"], "the teacher's timesteps are whole numbers"),
         (["--timesteps", "1000", "--schedule", "9+9"], "--schedule '9+9' is not in"),
     ):
         wrong = CliRunner().invoke(app, ["retime", str(folder), *arguments])
