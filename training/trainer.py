@@ -100,7 +100,7 @@ class Trainer:
         self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **options)  # type: ignore[arg-type]
         self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
         self.progress = Progress()
-        self._saved: int | None = None  # the newest iteration that this process wrote
+        self._saved: int | None = None  # the newest iteration that was saved
         self._stop = self._stop_wanted = False
 
     # ---- one update -------------------------------------------------------------------------------------------------
