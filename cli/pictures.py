@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from server.media import encode_film, to_pixels
+from server.front.media import encode_film, to_pixels
 
 CAPTION_HEIGHT = 16
 _CHARACTER_WIDTH = 6

@@ -36,11 +36,11 @@ def command(
 
     from pydantic import ValidationError
 
-    from server.loading import load_model
-    from server.progress import ProgressLine
-    from server.run import make_server
-    from server.service import Service
-    from server.settings import CONFIG_VARIABLE, ServerSettings, unknown_variables
+    from server.front.service import Service
+    from server.start.loading import load_model
+    from server.start.progress import ProgressLine
+    from server.start.run import make_server
+    from server.start.settings import CONFIG_VARIABLE, ServerSettings, unknown_variables
 
     if config is not None:
         os.environ[CONFIG_VARIABLE] = str(config)
@@ -86,7 +86,7 @@ def command(
         service = Service(settings, load_model, on_failed=stop_at_failure, on_progress=line.update)
         server = make_server(service)
         try:
-            server.run()
+            server.start.run()
         finally:
             if service.alive:  # stopped within a long batch or build; its native code cannot be unwound from here
                 os._exit(1)

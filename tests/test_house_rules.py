@@ -43,7 +43,7 @@ def test_a_package_imports_only_what_the_house_allows(package: str) -> None:
 
 
 def test_the_rule_sees_an_import_inside_a_function() -> None:
-    assert imported_packages("def f():\n    from server.app import x\n") == {"server"}
+    assert imported_packages("def f():\n    from server.http.app import x\n") == {"server"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -14,8 +14,8 @@ import pytest
 
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
 from rmd.checkpoint import write_cascade_json
-from server.loading import load_model
-from server.model import ServedModel
+from server.device.model import ServedModel
+from server.start.loading import load_model
 from tests.server.conftest import make_settings
 from tests.server.house import House, serving
 

@@ -10,10 +10,10 @@ import torch
 
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
 from rmd.checkpoint import TeacherSpec, write_cascade_json
-from server.loading import load_model
-from server.model import ServedModel
-from server.scheduling.latency import LatencyTable
-from server.settings import ServerSettings
+from server.core.latency import LatencyTable
+from server.device.model import ServedModel
+from server.start.loading import load_model
+from server.start.settings import ServerSettings
 from tests.server.house import House, serving
 
 TEACHER_STEPS = 6

@@ -20,10 +20,10 @@ from PIL import Image
 
 from rmd.backbones.base import Executor
 from rmd.size import Size
-from server.model import ServedModel
-from server.run import DrainingServer, make_server
-from server.service import Service, State
-from server.settings import ServerSettings
+from server.device.model import ServedModel
+from server.front.service import Service, State
+from server.start.run import DrainingServer, make_server
+from server.start.settings import ServerSettings
 
 URL = "/v1/images/generations"
 
@@ -153,7 +153,7 @@ def serving(model: ServedModel, settings: ServerSettings) -> Iterator[House]:
     model.backbone.executor = gate
     service = Service(settings, lambda settings, report: model)
     server = make_server(service)
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=server.start.run, daemon=True)
     thread.start()
     try:
         end = time.monotonic() + 60

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.errors import OUTCOMES
-from server.jobs.runner import LAST_JOBS_SECONDS
-from server.metrics import Metrics
-from server.run import LAST_REPLIES_SECONDS
-from server.service import LAST_BATCH_SECONDS
-from server.settings import ServerSettings
+from server.films.runner import LAST_JOBS_SECONDS
+from server.front.service import LAST_BATCH_SECONDS
+from server.http.errors import OUTCOMES
+from server.start.run import LAST_REPLIES_SECONDS
+from server.start.settings import ServerSettings
+from server.telemetry.metrics import Metrics
 from tests.server.house import House
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from rmd.size import Size
-from server.metrics import Metrics, Snapshot
-from server.model import ServedModel
-from server.scheduling.admission import Admission
-from server.scheduling.executor import DeviceExecutor
-from server.scheduling.request import Event, Failed, FinishedPicture, Generation, GenerationSpec
+from server.core.admission import Admission
+from server.core.request import Event, Failed, FinishedPicture, Generation, GenerationSpec
+from server.device.executor import DeviceExecutor
+from server.device.model import ServedModel
+from server.telemetry.metrics import Metrics, Snapshot
 from tests.server.house import Gate
 
 

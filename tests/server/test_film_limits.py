@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from server.model import ServedModel
-from server.scheduling.latency import LatencyTable
-from server.settings import ServerSettings
+from server.core.latency import LatencyTable
+from server.device.model import ServedModel
+from server.start.settings import ServerSettings
 from tests.server.house import serving
 from tests.server.test_videos import URL, ended, post
 
@@ -51,7 +51,7 @@ def test_as_many_films_run_together_as_the_setting_says(film_model: ServedModel,
 def test_a_stop_gives_films_back_though_a_batch_goes_on(
     film_model: ServedModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.service.LAST_BATCH_SECONDS", 0.5)
+    monkeypatch.setattr("server.front.service.LAST_BATCH_SECONDS", 0.5)
     with serving(film_model, film_settings) as house:
         house.gate.close()
         running = post(house)

@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.app import create_app
-from server.model import ServedModel
-from server.service import Progress, Service
-from server.settings import ServerSettings
+from server.device.model import ServedModel
+from server.front.service import Progress, Service
+from server.http.app import create_app
+from server.start.settings import ServerSettings
 from tests.server.conftest import make_settings
 from tests.server.house import House
 
@@ -55,7 +55,7 @@ async def test_live_at_once_and_ready_only_when_loaded(checkpoint: Path, model: 
 
 @pytest.mark.anyio
 async def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
-    from server.loading import load_model
+    from server.start.loading import load_model
 
     failed = threading.Event()
     service = Service(make_settings(tmp_path / "nothing"), load_model, on_failed=lambda error: failed.set())

@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from server.model import ServedModel
+from server.device.model import ServedModel
 from tests.server.conftest import TEACHER_STEPS, make_settings
 from tests.server.house import House, pixels, serving
 
@@ -91,7 +91,7 @@ def test_every_schedule_draws_its_own_picture_reproducibly(house: House, schedul
 def test_the_server_draws_what_the_offline_sampler_draws(house: House) -> None:
     """The scheduler only reorders work: latents go through the same steps as in rmd.sampler.sample."""
     from rmd.sampler import sample
-    from server.media import to_pixels
+    from server.front.media import to_pixels
 
     for name in ("2+2", "teacher"):
         backbone, cascade = house.model.backbone, house.model.schedules[name].cascade

@@ -13,13 +13,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from rmd.backbones.tiny import tiny_cascades
-from server.errors import ApiError, Fault
-from server.jobs import runner as runner_module
-from server.jobs.runner import FilmMaker, JobLimits, JobRunner
-from server.jobs.shelf import FilmShelf
-from server.jobs.store import JobStore, VideoJob
-from server.scheduling.admission import Admission
-from server.scheduling.request import (
+from server.core.admission import Admission
+from server.core.request import (
     Advanced,
     Event,
     Failed,
@@ -28,6 +23,11 @@ from server.scheduling.request import (
     GenerationSpec,
     ItemRecord,
 )
+from server.films.runner import FilmMaker, JobLimits, JobRunner
+from server.films.shelf import FilmShelf
+from server.films.store import JobStore, VideoJob
+from server.http.errors import ApiError, Fault
+from server.jobs import runner as runner_module
 
 NOW = 1000.0
 LATER = NOW + 60

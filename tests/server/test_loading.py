@@ -16,11 +16,11 @@ from engines.runner import EngineExecutor
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.size import Size
 from server import loading
-from server.compiled import choose_engines
-from server.loading import load_model
-from server.model import ServedModel
-from server.scheduling.latency import STUDENT, TEACHER, StationKey
-from server.service import Progress
+from server.core.latency import STUDENT, TEACHER, StationKey
+from server.device.model import ServedModel
+from server.front.service import Progress
+from server.start.compiled import choose_engines
+from server.start.loading import load_model
 from tests.server.conftest import TEACHER_STEPS, make_settings
 from tests.server.house import Gate, pixels, serving
 

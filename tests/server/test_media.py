@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.media import encode_film, encode_spritesheet, encode_thumbnail
+from server.front.media import encode_film, encode_spritesheet, encode_thumbnail
 
 
 def film_of(colours: list[tuple[int, int, int]], height: int = 48, width: int = 64) -> np.ndarray:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx
 
-from server.model import ServedModel
-from server.scheduling.latency import LatencyTable
+from server.core.latency import LatencyTable
+from server.device.model import ServedModel
 from tests.server.conftest import make_settings
 from tests.server.house import URL, serving
 

@@ -12,16 +12,16 @@ from starlette.types import Message
 from rmd.presets import preset
 from rmd.size import Size
 from server.api import streaming
-from server.errors import ApiError, Fault
-from server.progress import ProgressLine
-from server.run import make_server
-from server.scheduling.admission import Admission
-from server.scheduling.latency import LatencyTable, StationKey
-from server.scheduling.policy import StagePolicy
-from server.scheduling.request import Generation, GenerationSpec, partial_steps
-from server.scheduling.stations import Stations
-from server.service import Progress, Service
-from server.settings import ServerSettings
+from server.core.admission import Admission
+from server.core.latency import LatencyTable, StationKey
+from server.core.policies.stagewise import StagePolicy
+from server.core.request import Generation, GenerationSpec, partial_steps
+from server.core.stations import Stations
+from server.front.service import Progress, Service
+from server.http.errors import ApiError, Fault
+from server.start.progress import ProgressLine
+from server.start.run import make_server
+from server.start.settings import ServerSettings
 from tests.server.house import Clock
 
 LOW, HIGH = StationKey("denoise", size=Size(128, 128)), StationKey("denoise", size=Size(256, 256))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from server.model import ServedModel
+from server.device.model import ServedModel
 from tests.server.conftest import make_settings
 from tests.server.house import House, serving
 

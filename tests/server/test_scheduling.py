@@ -18,7 +18,7 @@ import torch
 from openai import OpenAI
 
 from rmd.size import Size
-from server.model import ServedModel
+from server.device.model import ServedModel
 from tests.server.conftest import make_settings
 from tests.server.house import House, pixels, serving
 
@@ -77,7 +77,7 @@ def test_guided_and_unguided_items_share_one_call(checkpoint: Path, model: Serve
     """A guided item takes two rows of the same batch as a student's one row, where both use the same weights."""
     from dataclasses import replace
 
-    from server.model import Schedule
+    from server.device.model import Schedule
 
     guided = replace(model.schedules["2+2"].cascade, guidance_scale=3.0)
     schedules = {**model.schedules, "guided": Schedule("guided", guided, "student")}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import ServerSettings, unknown_variables
+from server.start.settings import ServerSettings, unknown_variables
 
 
 def test_settings_come_from_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from server.errors import ApiError, Fault
-from server.files import FileStore
-from server.idempotency import IdempotencyStore
+from server.http.errors import ApiError, Fault
+from server.http.files import FileStore
+from server.http.idempotency import IdempotencyStore
 from tests.server.house import Clock
 
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from rmd.sampler import sample
-from server.media import encode_film, to_pixels
-from server.model import ServedModel
-from server.service import Service
-from server.settings import ServerSettings
+from server.device.model import ServedModel
+from server.front.media import encode_film, to_pixels
+from server.front.service import Service
+from server.start.settings import ServerSettings
 from tests.server.house import House, serving
 
 URL = "/v1/videos"

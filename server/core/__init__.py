@@ -1,0 +1,1 @@
+"""What a scheduler needs and no more: no HTTP, no torch, no device."""

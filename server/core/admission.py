@@ -1,0 +1,137 @@
+"""A permit before any work: the queue is bounded in pictures and in pixels."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from server.http.errors import ApiError, Fault
+
+_REMEMBERED = 32  # departures that the drain rate is taken over
+LONGEST_RETRY = 120
+"""Seconds; the official client does not come back after longer ones."""
+
+
+class Permit:
+    """The right to occupy ``items`` pictures of the queue; they may leave one by one. Releasing twice is harmless."""
+
+    def __init__(self, admission: Admission, items: int, pixels: int) -> None:
+        self._admission = admission
+        self.items = items
+        self.pixels = pixels
+
+    def leave(self, finished: bool) -> None:
+        """Give one picture's place back; ``finished`` says that it was really made (feeds the drain rate)."""
+        self._give_back(min(1, self.items), finished)
+
+    def release(self, finished: bool = False) -> None:
+        """Give all places back that are still held."""
+        self._give_back(self.items, finished)
+
+    def _give_back(self, items: int, finished: bool) -> None:
+        if not items:
+            return
+        pixels = self.pixels * items // self.items
+        self.items -= items
+        self.pixels -= pixels
+        self._admission._release(items, pixels, last=not self.items, finished=finished)
+
+
+class Admission:
+    """Counts what is admitted and refuses what does not fit.
+
+    Args:
+        max_items: pictures at once.
+        max_pixels: their pixels at full size; a single request is let in whatever its size when nothing else is.
+        seconds_per_item: first guess of the drain rate, until real completions are seen.
+    """
+
+    def __init__(
+        self,
+        max_items: int,
+        max_pixels: int,
+        seconds_per_item: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_items = max_items
+        self.max_pixels = max_pixels
+        self._seconds_per_item = seconds_per_item
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._items = 0
+        self._pixels = 0
+        self._requests = 0
+        self._last_finish = clock()
+        self._finishes: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # seconds since the one before, pictures
+        self._idle = threading.Event()
+        self._idle.set()
+
+    @property
+    def items(self) -> int:
+        """Pictures admitted and not yet done."""
+        return self._items
+
+    @property
+    def requests(self) -> int:
+        """Requests admitted and not yet done."""
+        return self._requests
+
+    def expect(self, seconds_per_item: float) -> None:
+        """Replace the first guess of the drain rate, once latencies are known."""
+        self._seconds_per_item = max(seconds_per_item, 1e-4)
+
+    def acquire(self, items: int, pixels: int) -> Permit:
+        """Return a permit for ``items`` pictures of ``pixels`` pixels in all.
+
+        Raises:
+            ApiError: 429 with ``Retry-After`` where the queue is full.
+        """
+        with self._lock:
+            full = self._items + items > self.max_items or self._pixels + pixels > self.max_pixels
+            if full and self._items:
+                raise ApiError(
+                    Fault.QUEUE_FULL,
+                    f"The queue is full ({self._items} of {self.max_items} pictures, {self._pixels / 1e6:.1f} of "
+                    f"{self.max_pixels / 1e6:.1f} megapixels); "
+                    "try again after the seconds in Retry-After.",
+                    retry_after=self._retry_after(items, pixels),
+                )
+            if self._items == 0:
+                self._last_finish = self._clock()
+            self._items += items
+            self._pixels += pixels
+            self._requests += 1
+            self._idle.clear()
+            return Permit(self, items, pixels)
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Block until nothing is admitted; False where ``timeout`` seconds passed first."""
+        return self._idle.wait(timeout)
+
+    def _retry_after(self, items: int, pixels: int) -> int:
+        """Whole seconds until enough places are free at the present drain rate."""
+        mean_pixels = max(self._pixels / max(self._items, 1), 1.0)
+        excess = max(
+            self._items + items - self.max_items,
+            (self._pixels + pixels - self.max_pixels) / mean_pixels,
+            1,
+        )
+        return min(max(math.ceil(excess * self._seconds_per_item), 1), LONGEST_RETRY)
+
+    def _release(self, items: int, pixels: int, last: bool, finished: bool) -> None:
+        with self._lock:
+            now = self._clock()
+            self._items -= items
+            self._pixels -= pixels
+            self._requests -= last
+            if finished:
+                # A sum over many: pictures leave in batches, several at one moment and then none for a while.
+                self._finishes.append((now - self._last_finish, items))
+                seconds, made = (sum(column) for column in zip(*self._finishes, strict=True))
+                self._seconds_per_item = max(seconds / made, 1e-4)
+                self._last_finish = now
+            if self._items == 0:
+                self._idle.set()

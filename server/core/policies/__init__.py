@@ -1,0 +1,1 @@
+"""Which station runs next, and with whom: one small interface, several rules."""

@@ -1,0 +1,1 @@
+"""What an engine process runs: it owns one device and speaks no HTTP."""

@@ -1,0 +1,1 @@
+"""The process that clients talk to: many connections, no device."""

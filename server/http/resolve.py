@@ -1,0 +1,164 @@
+"""From a well-formed request to what the served model can do, or the error that names the field."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+from rmd.cascade import Cascade
+from rmd.size import Size
+from server.core.request import GenerationSpec
+from server.device.model import Schedule, ServedModel
+from server.front.media import OutputFormat
+from server.http.errors import ApiError, Fault
+from server.http.schemas import LARGEST_SEED, GenerationRequest, ImageRequest, VideoRequest
+from server.start.settings import ServerSettings
+
+_SECONDS_TOLERANCE = 0.5
+
+
+def resolve(body: ImageRequest, model: ServedModel, settings: ServerSettings) -> GenerationSpec:
+    """Check a request for pictures against the model and the limits.
+
+    Raises:
+        ApiError: 400, 404 or 413 that names the field and the way out.
+    """
+    _check_model_and_texts(body, model, settings)
+    if model.films:
+        raise _bad("model", f"'{model.model_id}' makes films; use /v1/videos.", code="model_makes_films")
+    n = body.n or 1
+    if n > settings.max_images:
+        raise _bad("n", f"n is {n}; one request draws at most {settings.max_images} pictures.")
+    schedule = _schedule(body, model)
+    seed = secrets.randbelow(2**32) if body.seed is None else body.seed
+    return GenerationSpec(
+        prompt=body.prompt,
+        schedule=schedule.name,
+        cascade=_cascade(body, schedule),
+        lane=schedule.lane,
+        seeds=tuple((seed + i) % (LARGEST_SEED + 1) for i in range(n)),
+        negative_prompt=body.negative_prompt or "",
+        partial_images=_partial_images(body),
+        output_format=_output_format(body),
+        output_compression=body.output_compression,
+        metadata=(("Software", "rmd"), ("rmd:model", model.model_id), ("rmd:schedule", schedule.name)),
+    )
+
+
+def resolve_film(body: VideoRequest, model: ServedModel, settings: ServerSettings) -> GenerationSpec:
+    """Check a request for a film against the model and the limits.
+
+    Raises:
+        ApiError: 400, 404 or 413 that names the field and the way out.
+    """
+    _check_model_and_texts(body, model, settings)
+    if body.input_reference is not None:
+        raise _bad("input_reference", f"'{model.model_id}' draws from text alone; leave input_reference out.")
+    schedule = _schedule(body, model)
+    frames = schedule.cascade.full_size.num_frames
+    if body.num_frames not in (None, frames):
+        raise _bad("num_frames", f"schedule '{schedule.name}' makes {frames} frames, not {body.num_frames}.")
+    fps = body.fps or model.backbone.frames_per_second
+    seconds = film_seconds(frames, fps)
+    if body.seconds is not None and abs(float(body.seconds) - float(seconds)) > _SECONDS_TOLERANCE:
+        raise _bad(
+            "seconds",
+            f"films have {frames} frames, {seconds} seconds at {fps} a second; ask for that or nothing.",
+        )
+    return GenerationSpec(
+        prompt=body.prompt,
+        schedule=schedule.name,
+        cascade=_cascade(body, schedule),
+        lane=schedule.lane,
+        seeds=(secrets.randbelow(2**32) if body.seed is None else body.seed,),
+        negative_prompt=body.negative_prompt or "",
+        frames_per_second=fps,
+    )
+
+
+def film_seconds(frames: int, frames_per_second: int) -> str:
+    """Return a film's length as the wire has it: seconds, at most two decimals."""
+    return f"{round(frames / frames_per_second, 2):g}"
+
+
+def plane(size: Size) -> str:
+    """Return "WIDTHxHEIGHT": the wire's sizes say nothing of frames."""
+    return f"{size.width}x{size.height}"
+
+
+def unknown_model(name: str, model: ServedModel) -> ApiError:
+    """Return the 404 for a model that is not served here."""
+    return ApiError(
+        Fault.NOT_FOUND,
+        f"The model '{name[:80]}' is not served here; this server holds '{model.model_id}'.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def _check_model_and_texts(body: GenerationRequest, model: ServedModel, settings: ServerSettings) -> None:
+    if body.model not in (None, "", model.model_id):
+        raise unknown_model(str(body.model), model)
+    for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
+        if text is not None and len(text) > settings.max_prompt_characters:
+            raise ApiError(
+                Fault.TOO_LARGE,
+                f"{name} has {len(text)} characters; at most {settings.max_prompt_characters} are taken.",
+                param=name,
+                code="string_above_max_length",
+            )
+
+
+def _bad(param: str, message: str, code: str | None = None) -> ApiError:
+    return ApiError(Fault.BAD_FIELD, message, param=param, code=code)
+
+
+def _schedule(body: GenerationRequest, model: ServedModel) -> Schedule:
+    """Find the schedule by name and size; a size alone picks the default or the first schedule that ends in it."""
+    size = None if body.size == "auto" else body.size
+    sizes = [plane(offered) for offered in model.sizes]
+    if size is not None and size not in sizes:
+        raise _bad("size", f"size '{size[:32]}' is not offered; choose one of {', '.join(sizes)} or 'auto'.")
+    if body.schedule is not None:
+        found = model.schedules.get(body.schedule)
+        if found is None:
+            names = ", ".join(model.schedules)
+            raise _bad("schedule", f"schedule '{body.schedule[:40]}' is not offered; choose one of {names}.")
+        if size not in (None, plane(found.cascade.full_size)):
+            raise _bad("size", f"schedule '{found.name}' draws {plane(found.cascade.full_size)}, not {size}.")
+        return found
+    candidates = [model.schedules[model.default], *model.schedules.values()]
+    return next(s for s in candidates if size in (None, plane(s.cascade.full_size)))
+
+
+def _cascade(body: GenerationRequest, schedule: Schedule) -> Cascade:
+    cascade = schedule.cascade
+    for name in ("guidance_scale", "negative_prompt"):
+        if getattr(body, name) not in (None, "") and not schedule.guided:
+            raise _bad(
+                name,
+                f"{name} has no effect on schedule '{schedule.name}', whose guidance is distilled in; leave it out.",
+            )
+    if body.noise_intensity is not None:
+        if not schedule.hands_over:
+            raise _bad(
+                "noise_intensity",
+                f"noise_intensity has no effect on schedule '{schedule.name}', which has one stage; leave it out.",
+            )
+        cascade = replace(cascade, transition_noise_intensity=body.noise_intensity)
+    if body.guidance_scale is not None:
+        cascade = replace(cascade, guidance_scale=body.guidance_scale)
+    return cascade
+
+
+def _partial_images(body: ImageRequest) -> int:
+    return (body.partial_images or 0) if body.stream else 0
+
+
+def _output_format(body: ImageRequest) -> OutputFormat:
+    chosen: OutputFormat = body.output_format or "png"
+    if chosen == "png" and body.output_compression not in (None, 100):
+        raise _bad("output_compression", "PNG is lossless: ask for output_format 'jpeg' or 'webp', or leave this out.")
+    if body.stream and body.response_format == "url":
+        raise _bad("response_format", "Streamed pictures travel as b64_json; leave response_format out.")
+    return chosen

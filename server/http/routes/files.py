@@ -1,0 +1,22 @@
+"""``GET /files/{name}``: pictures of response_format=url. The name is the key: nobody can guess it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.front.service import Service
+from server.http.errors import ApiError, Fault
+
+router = APIRouter(tags=["files"])
+
+
+@router.get("/files/{name}")
+async def get_file(name: str, request: Request) -> Response:
+    """Return one stored picture; 404 once it has expired."""
+    service: Service = request.app.state.service
+    stored = service.files.get(name)
+    if stored is None:
+        raise ApiError(Fault.NOT_FOUND, "This picture has expired or never was here; generate it again.")
+    headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+    return Response(stored.content, media_type=stored.media_type, headers=headers)

@@ -1,0 +1,64 @@
+"""``GET /v1/models`` and ``GET /v1/models/{id}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from server.device.model import ServedModel
+from server.front.service import Service
+from server.http.resolve import film_seconds, plane, unknown_model
+from server.http.schemas import ModelEntry, ModelList
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+def _entry(model: ServedModel) -> ModelEntry:
+    return ModelEntry(
+        id=model.model_id,
+        created=model.created,
+        rmd={
+            "default_schedule": model.default,
+            "schedules": {
+                name: {
+                    "stages": [{"size": str(stage.size), "steps": len(stage.steps)} for stage in s.cascade.stages],
+                    "guidance_scale": s.cascade.guidance_scale if s.guided else None,
+                    "size": plane(s.cascade.full_size),
+                }
+                for name, s in model.schedules.items()
+            },
+            "sizes": [plane(size) for size in model.sizes],
+            "media": model.backbone.media,
+            **_film_facts(model),
+        },
+    )
+
+
+def _film_facts(model: ServedModel) -> dict[str, Any]:
+    """Return what a film's request may ask of the frames; nothing where the model makes pictures."""
+    if not model.films:
+        return {}
+    fps = model.backbone.frames_per_second
+    frames = model.schedules[model.default].cascade.full_size.num_frames
+    return {"num_frames": frames, "fps": fps, "seconds": film_seconds(frames, fps)}
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+@router.get("", response_model=ModelList)
+async def list_models(request: Request) -> ModelList:
+    """List the one model this server holds; 503 while it is loading."""
+    return ModelList(data=[_entry(_service(request).model)])
+
+
+@router.get("/{model_id:path}", response_model=ModelEntry)
+async def get_model(model_id: str, request: Request) -> ModelEntry:
+    """Describe one model; 404 for any other name."""
+    model = _service(request).model
+    if model_id != model.model_id:
+        raise unknown_model(model_id, model)
+    return _entry(model)

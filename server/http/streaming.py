@@ -1,0 +1,120 @@
+"""Server-Sent Events for ``stream: true``, and noticing that a client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from server.core.request import FinishedPicture, Generation, PartialPicture
+from server.front.channel import EventChannel, next_event
+from server.front.service import Service
+from server.http.errors import ApiError, Fault
+from server.http.middleware import CLIENT_PATIENCE_SECONDS, OUTCOME
+from server.http.replies import completed_event, partial_event
+from server.http.schemas import ImageRequest
+
+_HEARTBEAT_SECONDS = 10.0
+_PIECE_BYTES = 64 * 1024
+
+
+def client_gone() -> ApiError:
+    """Return the 499 that ends a request whose client has left."""
+    return ApiError(Fault.CLIENT_GONE, "The client closed the connection.")
+
+
+async def until_disconnected(receive: Receive) -> None:
+    """Return once the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class ImageEventStream(Response):
+    """Sends a generation's events as they come; cancels it where the client leaves.
+
+    The generation is admitted before the reply starts, so 429 and 503 still have their own status. What fails later
+    arrives as an ``error`` event in the usual shape, which the official client raises.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, body: ImageRequest, generation: Generation, channel: EventChannel) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._service = service
+        self._body = body
+        self._generation = generation
+        self._channel = channel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the stream."""
+        state: dict[str, Any] = scope.setdefault("state", {})
+        gone = asyncio.ensure_future(until_disconnected(receive))
+        sending = asyncio.ensure_future(self._send_events(_impatient(send)))
+        try:
+            await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
+            state[OUTCOME] = sending.result() if sending.done() else Fault.CLIENT_GONE.value.outcome
+        except TimeoutError:  # it does not read: its connection is closed, and its pictures are let go
+            state[OUTCOME] = Fault.CLIENT_GONE.value.outcome
+        finally:
+            gone.cancel()
+            sending.cancel()
+            self._service.cancel(self._generation, client_gone())
+            await asyncio.gather(gone, sending, return_exceptions=True)
+
+    async def _send_events(self, send: Send) -> str:
+        """Send everything and return the outcome for the metrics."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        left = len(self._generation.spec.seeds)
+        outcome = "completed"
+        try:
+            while left:
+                event = await next_event(self._service, self._generation, self._channel, _HEARTBEAT_SECONDS)
+                if event is None:
+                    await send(_chunk(b": still drawing\n\n"))
+                elif isinstance(event, PartialPicture):
+                    await send(_event(partial_event(self._body, self._generation, event)))
+                elif isinstance(event, FinishedPicture):
+                    left -= 1
+                    await send(_event(completed_event(self._service.model, self._body, self._generation, event)))
+            seconds = time.monotonic() - self._generation.arrived
+            self._service.metrics.request_seconds.labels(self._generation.spec.schedule).observe(seconds)
+        except ApiError as error:
+            outcome = error.fault.value.outcome
+            await send(_event({"type": "error", **error.body()}, "error"))
+        await send(_chunk(b"data: [DONE]\n\n"))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return outcome
+
+
+def _impatient(send: Send) -> Send:
+    """Return a send that raises TimeoutError where the client does not take a piece of a message in time.
+
+    In pieces, since each waits for the one before to leave: a slow client has that long for 64 KiB, not for a picture.
+    """
+
+    async def bounded(message: Message) -> None:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for start in range(0, max(len(body), 1), _PIECE_BYTES):
+            piece = message
+            if len(body) > _PIECE_BYTES:
+                end = start + _PIECE_BYTES
+                piece = {**message, "body": body[start:end], "more_body": more or end < len(body)}
+            async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
+                await send(piece)
+
+    return bounded
+
+
+def _event(payload: Mapping[str, Any], name: str | None = None) -> Message:
+    text = json.dumps(payload, separators=(",", ":"))
+    return _chunk(f"event: {name or payload['type']}\ndata: {text}\n\n".encode())
+
+
+def _chunk(content: bytes) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": True}

@@ -1,1 +1,0 @@
-"""Stations, policy, admission and the one thread that owns the device."""
