@@ -86,7 +86,7 @@ def command(
         service = Service(settings, load_model, on_failed=stop_at_failure, on_progress=line.update)
         server = make_server(service)
         try:
-            server.start.run()
+            server.run()
         finally:
             if service.alive:  # stopped within a long batch or build; its native code cannot be unwound from here
                 os._exit(1)
