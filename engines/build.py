@@ -6,18 +6,28 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from engines.accuracy import (
+    check_accuracy,
+    first_rows,
+    tolerance_of,
+    worst_relative_l2,
+)
+from engines.accuracy import relative_l2 as relative_l2
 from engines.compilers.base import Compiler, Engine, Stopwatch, example_tensors
-from engines.errors import BackendUnavailable, EngineAccuracyError
+from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, NotEnoughDisk
 from engines.manifest import Manifest
 from engines.memory import MemoryPlan, available_bytes, weight_bytes
-from engines.planning import DEFAULT_BUCKETS, CheckpointPlan, EngineOptions, PlannedEngine, load_backbone
+from engines.planning import CheckpointPlan, EngineOptions, PlannedEngine, default_buckets, load_backbone
+from engines.progress import BuildProgress as BuildProgress
+from engines.progress import Report
 from engines.spec import EngineSpec
 from engines.store import EngineStore
 from engines.weights import WeightBank
@@ -25,32 +35,8 @@ from rmd.checkpoint import CheckpointFolder
 
 log = logging.getLogger(__name__)
 
-# Relative L2 against eager in the same dtype that an engine may have.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
-# GPU engines round where their fused kernels end and not where eager does: compiled so, the embedded denoiser is 1.9e-2
-# from eager in bfloat16, and nearer than eager to float32 (1.1e-2 against 1.6e-2; measured on a CPU).
-_CUDA_BFLOAT16 = 3e-2
 _MEASURE_SECONDS = 0.4
 _MEASURE_RUNS = (5, 50)
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """Where a build stands.
-
-    Attributes:
-        done: engines built so far.
-        total: engines to build.
-        current: what was finished last, or is under way.
-        elapsed: seconds so far.
-        remaining: estimated seconds left, None before the first engine is done.
-    """
-
-    done: int
-    total: int
-    current: str
-    elapsed: float
-    remaining: float | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +48,7 @@ class BuildReport:
         reused: how many were there already.
         seconds: wall-clock of all of it.
         note: one sentence when another backend than the first choice was taken.
+        failed: titles of engines that could not be built, and why.
     """
 
     built: tuple[Manifest, ...]
@@ -70,9 +57,7 @@ class BuildReport:
     backend: str
     memory: MemoryPlan
     note: str = ""
-
-
-Report = Callable[[BuildProgress], None]
+    failed: tuple[tuple[str, EngineError], ...] = ()
 
 
 def plan_checkpoint(
@@ -125,7 +110,7 @@ def loadable_options(
         if backend != "inductor":
             raise
         unavailable = error
-    built = EngineOptions("inductor", device, dtype, DEFAULT_BUCKETS if buckets is None else tuple(buckets))
+    built = EngineOptions("inductor", device, dtype, default_buckets(device) if buckets is None else tuple(buckets))
     if not missing_engines(CheckpointPlan(checkpoint, built), store):
         return built, ""
     if unavailable is not None:
@@ -144,6 +129,7 @@ def build_checkpoint(
     buckets: Sequence[int] | None = None,
     workers: int | None = None,
     announce: Callable[[str], None] | None = None,
+    while_serving: bool = False,
 ) -> BuildReport:
     """Build what is missing, then measure it with nothing else running.
 
@@ -155,6 +141,8 @@ def build_checkpoint(
         device, dtype, buckets: see :class:`~engines.planning.EngineOptions`.
         workers: processes that compile at once; None: as many as cores and memory allow.
         announce: given the memory plan and the choice of backend as text, before anything is built.
+        while_serving: for a server that runs meanwhile: those engines first that save it most, none measured (its own
+            batches tell what they cost), and one that fails does not stop the others.
 
     Raises:
         NotEnoughMemory: the engines would not fit the device; nothing was built.
@@ -171,14 +159,18 @@ def build_checkpoint(
     memory = plan.memory(count)
     if announce is not None:
         announce("\n".join([*([note] if note else []), memory.describe()]))
+    failed: list[tuple[str, EngineError]] = []
     if missing:
         memory.check()
-        _build_all(plan, store, missing, count, watch, progress or (lambda _: None))
-    # A build that was interrupted left engines that it had not timed yet.
-    manifests = [(engine, store.get(engine.spec.key)) for engine in plan.engines]
-    untimed = [engine for engine, manifest in manifests if manifest is not None and not manifest.latency_seconds]
-    if untimed:
-        measure(plan, store, untimed)
+        store.check_places(engine.spec.key for engine in missing)
+        # Large batches take longest to compile, so they start first and no worker ends alone with one.
+        missing.sort(key=plan.serving_order if while_serving else lambda engine: -engine.spec.batch)
+        for title, error in _build_all(plan, store, missing, count, watch, progress or (lambda _: None)):
+            if not while_serving:
+                raise error
+            failed.append((title, error))
+    if not while_serving:
+        _measure_untimed(plan, store)
     built = [store.get(engine.spec.key) for engine in missing]
     return BuildReport(
         built=tuple(manifest for manifest in built if manifest is not None),
@@ -187,7 +179,16 @@ def build_checkpoint(
         backend=options.backend,
         memory=memory,
         note=note,
+        failed=tuple(failed),
     )
+
+
+def _measure_untimed(plan: CheckpointPlan, store: EngineStore) -> None:
+    """A build that was interrupted, or that ran beside a server, left engines without times."""
+    manifests = [(engine, store.get(engine.spec.key)) for engine in plan.engines]
+    untimed = [engine for engine, manifest in manifests if manifest is not None and not manifest.latency_seconds]
+    if untimed:
+        measure(plan, store, untimed)
 
 
 def _workers(plan: CheckpointPlan, engines: int, asked: int | None) -> int:
@@ -206,23 +207,38 @@ def _build_all(
     workers: int,
     watch: Stopwatch,
     report: Report,
-) -> None:
+) -> Generator[tuple[str, EngineError], None, None]:
+    """Builds ``missing`` in this order; yields what failed."""
+
     def finished(done: int, title: str) -> None:
         left = watch.seconds / done * (len(missing) - done) if done else None
         report(BuildProgress(done, len(missing), title, watch.seconds, left))
+
+    def one_by_one() -> Generator[tuple[PlannedEngine, EngineError | None], None, None]:
+        loaded = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))
+        for engine in missing:
+            inputs = loaded.typical_inputs(engine.component, engine.size, engine.spec.batch)
+            try:
+                build_engine(plan.compiler, store, loaded.modules[engine.component], engine.spec, inputs)
+            except NotEnoughDisk:
+                raise
+            except EngineError as error:
+                yield engine, error
+            else:
+                yield engine, None
 
     finished(0, missing[0].spec.title)
     if workers > 1:
         from engines.worker import build_in_processes
 
-        for done, title in enumerate(build_in_processes(plan, store, missing, workers), 1):
-            finished(done, title)
-        return
-    loaded = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))
-    for done, engine in enumerate(missing, 1):
-        inputs = loaded.typical_inputs(engine.component, engine.size, engine.spec.batch)
-        build_engine(plan.compiler, store, loaded.modules[engine.component], engine.spec, inputs)
-        finished(done, engine.spec.title)
+        results = build_in_processes(plan, store, missing, workers)
+    else:
+        results = one_by_one()
+    with closing(results):
+        for done, (engine, error) in enumerate(results, 1):
+            if error is not None:
+                yield engine.spec.title, error
+            finished(done, engine.spec.title)
 
 
 def build_engine(
@@ -252,42 +268,15 @@ def build_engine(
         engine = compiler.load(manifest, folder, WeightBank(module))
         seconds = watch.seconds
         try:
-            error = max(_errors(engine, module, inputs))
+            error = worst_relative_l2(engine, module, inputs)
+            check_accuracy(spec, error)
+        except EngineAccuracyError as inaccurate:
+            raise EngineAccuracyError(f"{inaccurate}; it is not published. Use --backend eager") from None
         finally:
             engine.unload()
-        on_gpu = spec.target.device == "cuda" and spec.dtype == "bfloat16"
-        tolerance = _CUDA_BFLOAT16 if on_gpu else TOLERANCE[spec.dtype]
-        if not error <= tolerance:  # also refuses NaN
-            raise EngineAccuracyError(
-                f"engine {spec.title} ({spec.backend}) differs from eager by {error:.1e} (relative L2), more than the "
-                f"{tolerance:.0e} allowed in {spec.dtype}; it is not published. Use --backend eager"
-            )
-        return manifest.updated(relative_l2=error, tolerance=tolerance, load_seconds=seconds)
+        return manifest.updated(relative_l2=error, tolerance=tolerance_of(spec), load_seconds=seconds)
 
     return store.build(spec.key, builder)
-
-
-def _errors(engine: Engine, module: nn.Module, inputs: Mapping[str, Tensor] | None) -> Iterator[float]:
-    """:func:`relative_l2` at every batch."""
-    for batch in engine.manifest.spec.batches:
-        at_batch = engine.at(batch)
-        try:
-            yield relative_l2(at_batch, module, inputs)
-        finally:
-            if at_batch is not engine:
-                at_batch.unload()
-
-
-def relative_l2(engine: Engine, module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> float:
-    """|engine - eager| / |eager|, both in the engine's dtype, on the first rows of ``inputs``."""
-    inputs = _rows(inputs or example_tensors(engine.manifest.spec, engine.device), engine.batch)
-    # By default cuDNN computes float32 convolutions in TF32, with 10 bits: further from an engine than is allowed.
-    exact = engine.manifest.spec.dtype == "float32"
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=not exact):
-        eager: Tensor = module(**inputs).double()
-        difference = (engine.run(inputs).double() - eager).norm().item()
-    norm = eager.norm().item()
-    return float(difference / norm if norm > 0 else difference)
 
 
 def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedEngine] | None = None) -> list[Manifest]:
@@ -338,13 +327,9 @@ def as_it_runs(engine: Engine, cuda_graphs: bool = True) -> Engine:
     return GraphedEngine(engine)
 
 
-def _rows(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    return {name: tensor[:count] for name, tensor in inputs.items()}
-
-
 def median_latency(engine: Engine) -> float:
     """Median wall-clock seconds of a run, warm, the device synchronised."""
-    inputs = _rows(example_tensors(engine.manifest.spec, engine.device), engine.batch)
+    inputs = first_rows(example_tensors(engine.manifest.spec, engine.device), engine.batch)
 
     def synchronise() -> None:
         if engine.device.type == "cuda":

@@ -38,3 +38,9 @@ class NotEnoughMemory(EngineError):
 
 class NotEnoughDisk(EngineError):
     """The store's disk is full; nothing half-written was left behind."""
+
+
+def of_kind(kind: str, message: str) -> EngineError:
+    """The error of this package that another process named; an :class:`EngineError` where it is none of them."""
+    known = globals().get(kind)
+    return known(message) if isinstance(known, type) and issubclass(known, EngineError) else EngineError(message)

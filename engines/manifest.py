@@ -12,8 +12,15 @@ from typing import Any
 from engines.errors import EngineCorrupt
 from engines.spec import EngineSpec, TensorSpec
 
-FORMAT = 3
+FORMAT = 4
+# As 4, but without a digest of the record itself.
+_UNGUARDED = 3
 MANIFEST = "manifest.json"
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """sha256 of a record's fields, however they are written."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Manifest:
         return replace(self, **changes)
 
     def to_json(self) -> str:
-        """The content of ``manifest.json``."""
+        """The content of ``manifest.json``; its last field is the digest of the others."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "key": self.key,
@@ -108,7 +115,7 @@ class Manifest:
             "latency_seconds": {str(batch): seconds for batch, seconds in sorted(self.latency_seconds.items())},
             "note": self.note,
         }
-        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+        return json.dumps({**data, "digest": _digest(data)}, indent=1, allow_nan=False) + "\n"
 
     @property
     def holds_weights(self) -> bool:
@@ -120,7 +127,7 @@ class Manifest:
         """Read ``manifest.json`` of an engine's folder.
 
         Raises:
-            EngineCorrupt: missing, unreadable, of another format, or not the folder's own key.
+            EngineCorrupt: missing, unreadable, altered, of another format, or not the folder's own key.
         """
         path = folder / MANIFEST
         advice = "remove the folder and build it again (rmd engines prune --broken, then rmd build)"
@@ -130,8 +137,11 @@ class Manifest:
             raise EngineCorrupt(f"{path} is missing; {advice}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise EngineCorrupt(f"{path} is not JSON ({error}); {advice}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        if not isinstance(data, dict) or data.get("format") not in (FORMAT, _UNGUARDED):
             raise EngineCorrupt(f"{path}: field 'format' is not {FORMAT}; {advice}")
+        digest = data.pop("digest", None)
+        if digest != _digest(data) and (digest is not None or data["format"] == FORMAT):
+            raise EngineCorrupt(f"{path} was altered: it is not what its field 'digest' says; {advice}")
         try:
             manifest = cls(
                 spec=EngineSpec.from_dict(data["spec"]),

@@ -24,6 +24,7 @@ from rmd.dtypes import dtype_name, parse_dtype
 from rmd.size import Size
 
 DEFAULT_BUCKETS = (1, 2, 4, 8)
+_CUDA_BUCKETS = (1, 2, 4, 8, 16)  # a 512 px step of SDXL serves 12 times as many pictures a second at 16 as at 1
 # Of the largest component, beside the loaded model: on the CPU each worker holds the model, a copy with random weights
 # and the packed constants.
 _BUILDING_COPIES = {"cpu": 3, "cuda": 1}
@@ -81,7 +82,12 @@ class EngineOptions:
             BackendUnavailable: the named backend cannot build here.
         """
         chosen, note = choose_backend(backend, device)
-        return cls(chosen, device, dtype, DEFAULT_BUCKETS if buckets is None else tuple(buckets)), note
+        return cls(chosen, device, dtype, default_buckets(device) if buckets is None else tuple(buckets)), note
+
+
+def default_buckets(device: str) -> tuple[int, ...]:
+    """Batch sizes of the denoiser where none are named."""
+    return _CUDA_BUCKETS if device.startswith("cuda") else DEFAULT_BUCKETS
 
 
 class CheckpointPlan:
@@ -154,6 +160,21 @@ class CheckpointPlan:
             for component, size, batches in self.places()
         ]
         return tuple(sorted(planned, key=lambda engine: engine.spec.batch))
+
+    def serving_order(self, engine: PlannedEngine) -> tuple[int, int, int]:
+        """Sorts engines by what a server gains: where a picture of the default schedule spends most, one row first."""
+        cascade = self.checkpoint.default_cascade
+        steps = [step.size for step in cascade.steps]
+        first = engine.spec.batches[0] == self.options.buckets[0]
+        spent = 0
+        if engine.component == "denoiser":
+            rank = (0 if first else 2) if engine.size in steps else 5
+            spent = steps.count(engine.size) * self.backbone.tokens(engine.size) if engine.size in steps else 0
+        elif engine.component == "decoder":
+            rank = (1 if first else 3) if engine.size == cascade.full_size else 6
+        else:
+            rank = 4
+        return rank, engine.spec.batch, -spent
 
     def spec(self, component: str, size: Size | None, *batches: int) -> EngineSpec:
         """The spec of one engine that serves these batches.

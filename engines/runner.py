@@ -1,8 +1,7 @@
-"""Runs a checkpoint through its engines: picks buckets, pads, splits, checks, and keeps one copy of the weights."""
+"""Runs a checkpoint through all of its engines, and gives them other weights without building any again."""
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,25 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.build import as_it_runs, loadable_options
-from engines.compilers.base import Engine, EngineMemory
-from engines.errors import EngineError, EngineInputError, EngineMismatch, EngineMissing
+from engines.buckets import BucketExecutor, Place
+from engines.build import loadable_options
+from engines.compilers.base import Engine
+from engines.errors import EngineError, EngineMismatch, EngineMissing
+from engines.loader import EngineLoader
 from engines.manifest import Manifest
 from engines.planning import CheckpointPlan, EngineOptions, load_backbone
 from engines.spec import EngineSpec, graph_digest
 from engines.store import EngineStore
-from engines.weights import Recipe, WeightBank
+from engines.weights import WeightBank
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
-from rmd.size import Size
 
 log = logging.getLogger(__name__)
 
-Place = tuple[str, str | None]
 
-
-class EngineExecutor:
-    """An :class:`~rmd.backbones.base.Executor` over built engines. One thread at a time.
+class EngineExecutor(BucketExecutor):
+    """An :class:`~rmd.backbones.base.Executor` over all engines of a checkpoint, loaded at once.
 
     Attributes:
         kind: the backend, such as "inductor"; "eager" when nothing is compiled.
@@ -37,11 +35,7 @@ class EngineExecutor:
     def __init__(
         self, engines: Mapping[Place, Mapping[int, Engine]], banks: Mapping[str, WeightBank], kind: str, padded: bool
     ) -> None:
-        self.kind = kind
-        self._engines = {place: dict(sorted(by_batch.items())) for place, by_batch in engines.items()}
-        self._banks = dict(banks)
-        self._padded = padded
-        self._splits: dict[tuple[Place, int], tuple[int, ...]] = {}
+        super().__init__(engines, banks, kind, padded)
         # What the engines that hold their weights hold now, by component; a digest, None where it is not known.
         self._held = {m.spec.component: m.spec.weights for m in self.manifests() if m.holds_weights}
 
@@ -108,133 +102,17 @@ class EngineExecutor:
                 manifests.append(manifest)
         if missing:
             raise EngineMissing(_missing_message(missing, store, plan, command))
-        for manifest in manifests:
-            store.check(manifest, plan.target, command)
-        holding = {manifest.spec.component for manifest in manifests if manifest.holds_weights}
-        if foreign and holding:
-            raise EngineMismatch(
-                f"{plan.options.backend} engines hold the weights of {plan.checkpoint.path} "
-                f"({', '.join(sorted(holding))}) and cannot run another folder's; take --backend inductor, whose "
-                f"engines hold none, or build that folder's own engines"
-            )
-        banks = {name: WeightBank(module) for name, module in plan.modules.items()}
-        for component in holding:  # the network's own copy goes before the plans come: both may not fit
-            banks[component].release(())
-        _free_memory()
+        loader = EngineLoader(plan, store, foreign=foreign, cuda_graphs=cuda_graphs)
+        loader.check(manifests)
+        for component in {manifest.spec.component for manifest in manifests if manifest.holds_weights}:
+            loader.make_room(component)
         engines: dict[Place, dict[int, Engine]] = {}
         for manifest in manifests:
-            spec = manifest.spec
-            loaded = plan.compiler.load(manifest, store.folder(spec.key), banks[spec.component])
-            for batch in spec.batches:
-                place = engines.setdefault((spec.component, spec.size), {})
-                engine = _warm(loaded, batch, cuda_graphs, needed=not place)
-                if engine is None:
-                    break
-                place[batch] = engine
-        if plan.options.backend != "eager":
-            for name, bank in banks.items():
-                own = [manifest for manifest in manifests if manifest.spec.component == name]
-                bank.release([Recipe.from_dict(recipe) for manifest in own for recipe in _shared_constants(manifest)])
-        padded = plan.compiler.capabilities(plan.target.device).static_shapes
-        return cls(engines, banks, plan.options.backend, padded)
-
-    # ---- running --------------------------------------------------------------------------------------------------
-
-    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The component's output for any number of rows.
-
-        Raises:
-            EngineError: no such component or size.
-            EngineInputError: a name, shape or dtype is wrong, or the inputs' rows disagree.
-        """
-        place = self._place(component, size)
-        rows = _rows(component, inputs)
-        while True:
-            try:
-                return self._run(place, rows, inputs)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                if not self._drop_largest(place, rows):
-                    raise
-                log.warning("%s: out of memory at %d rows, falling back to smaller batches", component, rows)
-                _free_memory()
-
-    def _run(self, place: Place, rows: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        outputs = []
-        start = 0
-        for bucket in self.split(place, rows):
-            taken = min(bucket, rows - start)
-            part = {name: tensor[start : start + taken] for name, tensor in inputs.items()}
-            outputs.append(self._run_bucket(self._engines[place][bucket], taken, part))
-            start += taken
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _run_bucket(self, engine: Engine, rows: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        if self._padded and rows < engine.batch:
-            # Copies of the last row, not zeros: an all-zero mask or prompt may give NaN.
-            inputs = {
-                name: torch.cat([tensor, tensor[-1:].expand(engine.batch - rows, *tensor.shape[1:])])
-                for name, tensor in inputs.items()
-            }
-        return engine.run(inputs)[:rows]
-
-    def split(self, place: Place, rows: int) -> tuple[int, ...]:
-        """The buckets that serve ``rows`` rows in the least time, by the recorded latencies; largest first."""
-        known = self._splits.get((place, rows))
-        if known is None:
-            cost = self._costs(place)
-            best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-            for count in range(1, rows + 1):
-                options = [
-                    (best[max(0, count - bucket)][0] + seconds, (bucket, *best[max(0, count - bucket)][1]))
-                    for bucket, seconds in cost.items()
-                ]
-                best.append(min(options, key=lambda option: (option[0], len(option[1]))))
-            known = tuple(sorted(best[rows][1], reverse=True))
-            self._splits[place, rows] = known
-        return known
-
-    def _costs(self, place: Place) -> dict[int, float]:
-        """By bucket: recorded seconds, or rows for all where one was never timed, since the two do not compare."""
-        recorded = {bucket: engine.latency_seconds for bucket, engine in self._engines[place].items()}
-        timed = {bucket: seconds for bucket, seconds in recorded.items() if seconds is not None}
-        return timed if len(timed) == len(recorded) else {bucket: float(bucket) for bucket in recorded}
-
-    def _drop_largest(self, place: Place, rows: int) -> bool:
-        """Stop using the largest bucket that ``rows`` uses, and all above; False when only the smallest is left."""
-        by_batch = self._engines[place]
-        used = max(self.split(place, rows))
-        if used == min(by_batch):
-            return False
-        for bucket in [bucket for bucket in by_batch if bucket >= used]:
-            by_batch.pop(bucket).unload()
-        self._splits = {key: split for key, split in self._splits.items() if key[0] != place}
-        return True
-
-    # ---- what the server asks -------------------------------------------------------------------------------------
-
-    def buckets(self, component: str, size: Size | None) -> tuple[int, ...]:
-        """Batch sizes that have an engine, ascending."""
-        return tuple(self._engines[self._place(component, size)])
-
-    def engine_memory(self, component: str, size: Size | None, batch: int) -> EngineMemory:
-        """Bytes of one loaded engine: its own, and the weights that it shares with others."""
-        return self._engines[self._place(component, size)][batch].memory()
-
-    def manifests(self) -> list[Manifest]:
-        """Of the loaded engines, once each."""
-        loaded = [engine.manifest for by_batch in self._engines.values() for engine in by_batch.values()]
-        return list({manifest.key: manifest for manifest in loaded}.values())
-
-    def memory(self) -> dict[str, int]:
-        """Bytes by component: weights, each counted once, and what its engines hold of their own."""
-        held = {name: bank.memory() for name, bank in self._banks.items()}
-        for (component, _), by_batch in self._engines.items():
-            held[component] += sum(engine.memory().private for engine in by_batch.values())
-        for manifest in self.manifests():
-            held[manifest.spec.component] += manifest.embedded_bytes
-        return held
+            place = engines.setdefault((manifest.spec.component, manifest.spec.size), {})
+            place |= loader.load(manifest, needed=not place)
+        for name in loader.banks:
+            loader.release(name, [manifest for manifest in manifests if manifest.spec.component == name])
+        return cls(engines, loader.banks, plan.options.backend, loader.padded)
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -295,44 +173,6 @@ class EngineExecutor:
             states[name] = dict(tensors)
         return states
 
-    def unload(self) -> None:
-        """Free all engines and weights."""
-        for by_batch in self._engines.values():
-            for engine in by_batch.values():
-                engine.unload()
-        self._engines.clear()
-        self._banks.clear()
-
-    def _place(self, component: str, size: Size | None) -> Place:
-        place = (component, None if size is None else str(size))
-        if place not in self._engines:
-            components = sorted({name for name, _ in self._engines})
-            if component not in components:
-                raise EngineError(f"unknown component {component!r}; this model has {', '.join(components)}")
-            sizes = sorted(str(other) for name, other in self._engines if name == component)
-            raise EngineMissing(f"no engine of {component!r} at size {place[1]}; there are {', '.join(sizes)}")
-        return place
-
-
-def _warm(loaded: Engine, batch: int, cuda_graphs: bool, needed: bool) -> Engine | None:
-    """The engine at one of its batches, run once; None where that is out of memory and a smaller one is there."""
-    try:
-        engine = as_it_runs(loaded.at(batch), cuda_graphs)
-        engine.warmup(1)
-        return engine
-    except RuntimeError as error:
-        if needed or not _is_out_of_memory(error):
-            raise
-    log.warning("%s: no memory for batch %d, smaller ones are used", loaded.manifest.spec.title, batch)
-    _free_memory()
-    return None
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
 
 def _digest(folder: CheckpointFolder, component: str) -> str | None:
     try:
@@ -353,27 +193,6 @@ def _missing_message(missing: list[EngineSpec], store: EngineStore, plan: Checkp
     # The nearest one: the fewer differences, the likelier it is the engine that was meant.
     reasons = min((differences for differences in others if differences), key=len, default=None)
     return f"{message}. Engines there were built for {'; '.join(reasons)}" if reasons else message
-
-
-def _shared_constants(manifest: Manifest) -> list[Mapping[str, object]]:
-    return list(manifest.constants.values()) if manifest.weights_mode in ("packed", "shared") else []
-
-
-def _rows(component: str, inputs: Mapping[str, Tensor]) -> int:
-    rows = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs.values()}
-    if len(rows) != 1 or 0 in rows:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-        raise EngineInputError(
-            f"inputs of {component!r} need the same number of rows, at least 1; got {shapes or 'none'}"
-        )
-    return rows.pop()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        phrase in text for phrase in ("out of memory", "can't allocate memory", "bad_alloc", "not enough memory")
-    )
 
 
 def _dtype(engines: Mapping[Place, Mapping[int, Engine]]) -> str:

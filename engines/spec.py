@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
+import linecache
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -191,12 +193,42 @@ def graph_digest(module: nn.Module) -> str:
 
 @lru_cache(maxsize=4096)
 def _source(kind: type) -> str:
+    """As ``inspect.getsource``, which parses the whole file once more for every class of it."""
     if kind.__module__.startswith("torch."):
         return ""  # torch's version is in the key
     try:
-        return inspect.getsource(kind)
+        file = inspect.getsourcefile(kind)
+        first = _classes(file).get(kind.__qualname__) if file else None
+        if file is None or first is None:
+            return inspect.getsource(kind)
+        return "".join(inspect.getblock(linecache.getlines(file)[first:]))
     except (OSError, TypeError):
         return ""
+
+
+@lru_cache(maxsize=256)
+def _classes(file: str) -> dict[str, int]:
+    """The line, from 0, where each class of a file begins, its decorators included; by qualified name.
+
+    Not those inside functions, and none that is defined twice.
+    """
+    lines: dict[str, int] = {}
+    twice: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for statement in body:
+            if isinstance(statement, ast.ClassDef):
+                name = prefix + statement.name
+                if name in lines:
+                    twice.add(name)
+                lines[name] = min([statement.lineno, *(part.lineno for part in statement.decorator_list)]) - 1
+                visit(statement.body, f"{name}.")
+            elif isinstance(statement, ast.If | ast.Try | ast.With):
+                for block in ("body", "orelse", "finalbody"):
+                    visit(getattr(statement, block, []), prefix)
+
+    visit(ast.parse("".join(linecache.getlines(file))).body, "")
+    return {name: line for name, line in lines.items() if name not in twice}
 
 
 def _config_text(config: Any) -> str:

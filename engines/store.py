@@ -60,6 +60,17 @@ class EngineStore:
         folder = self.folder(key)
         return Manifest.read(folder) if folder.is_dir() else None
 
+    def check_places(self, keys: Iterable[str]) -> None:
+        """Before anything is built: whether engines can be put under these keys.
+
+        Raises:
+            EngineError: something else than a folder is there.
+        """
+        for key in keys:
+            place = self.folder(key)
+            if place.is_symlink() or (place.exists() and not place.is_dir()):
+                raise EngineError(f"{place} is no folder, and an engine's is to go there; remove it")
+
     def keys(self) -> builtins.list[str]:
         """Keys of all engines, sound or not."""
         if not self.root.is_dir():
@@ -92,6 +103,7 @@ class EngineStore:
         existing = self._sound(key)
         if existing is not None:
             return existing
+        self.check_places([key])
         with self._lock(key):
             existing = self._sound(key)
             if existing is not None:

@@ -1,24 +1,23 @@
 """Builds engines in processes of their own: compiling is single-threaded, so two cores build twice as fast.
 
 A worker is ``python -m engines.worker``: its first line of input says for which checkpoint and store, each further line
-names an engine; it answers each with one line.
+names an engine; it answers each with one line. It ends when its parent does.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines import errors
-from engines.errors import EngineError
+from engines.errors import EngineError, NotEnoughDisk
+from engines.orphans import answers_alone, compile_environment, die_with_parent, end_builder, start_builder
 
 if TYPE_CHECKING:
     from engines.planning import CheckpointPlan, PlannedEngine
@@ -29,12 +28,14 @@ _MARK = "@engine "
 
 def build_in_processes(
     plan: CheckpointPlan, store: EngineStore, missing: list[PlannedEngine], workers: int
-) -> Iterator[str]:
-    """Builds ``missing`` in ``workers`` processes; yields each engine's title as it is done.
+) -> Generator[tuple[PlannedEngine, EngineError | None], None, None]:
+    """Builds ``missing``, in this order, in ``workers`` processes; yields each engine as it is done, or why it failed.
+
+    Where it is closed early, the workers are stopped, and what they were building is dropped.
 
     Raises:
-        EngineError: the first failure of a worker, of its own kind; the other workers are stopped, and what they were
-            building is dropped.
+        NotEnoughDisk: no other engine would fit either.
+        EngineError: a worker died, or could not be started.
     """
     import torch
 
@@ -47,11 +48,11 @@ def build_in_processes(
         }
     )
     todo: queue.SimpleQueue[PlannedEngine] = queue.SimpleQueue()
-    # Large batches take longest to measure, so they start first and no worker ends alone with one.
-    for engine in sorted(missing, key=lambda engine: -engine.spec.batch):
+    for engine in missing:
         todo.put(engine)
-    done: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
-    processes = [_start() for _ in range(workers)]
+    done: queue.SimpleQueue[tuple[PlannedEngine, EngineError | None] | BaseException] = queue.SimpleQueue()
+    environment = compile_environment(plan.target.device)
+    processes = [start_builder("engines.worker", environment) for _ in range(workers)]
     threads = [threading.Thread(target=_feed, args=(process, job, todo, done), daemon=True) for process in processes]
     for thread in threads:
         thread.start()
@@ -60,38 +61,22 @@ def build_in_processes(
             result = done.get()
             if isinstance(result, BaseException):
                 raise result
+            if isinstance(result[1], NotEnoughDisk):
+                raise result[1]
             yield result
     finally:
         for process in processes:
             if process.stdin is not None:
                 process.stdin.close()  # the end of its input ends a worker
         for process in processes:
-            try:
-                process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
-
-
-def _start() -> subprocess.Popen[str]:
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "engines.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+            end_builder(process, patience=0.5)
 
 
 def _feed(
     process: subprocess.Popen[str],
     job: str,
     todo: queue.SimpleQueue[PlannedEngine],
-    done: queue.SimpleQueue[str | BaseException],
+    done: queue.SimpleQueue[tuple[PlannedEngine, EngineError | None] | BaseException],
 ) -> None:
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     said: list[str] = []
@@ -113,24 +98,21 @@ def _feed(
                     f"the process that built {engine.spec.title} died: {last[-1] if last else 'no message'}"
                 )
             failure = json.loads(answer.removeprefix(_MARK))
-            if failure is not None:
-                kind = getattr(errors, failure["kind"], EngineError)
-                raise kind(failure["message"])
-            done.put(engine.spec.title)
+            done.put((engine, None if failure is None else errors.of_kind(failure["kind"], failure["message"])))
     except (EngineError, OSError, ValueError) as error:
         done.put(error)
 
 
 def main() -> None:
     """Serve one parent until it closes our input."""
+    die_with_parent(int(sys.argv[1]))
+    answers = answers_alone()
     from engines.build import build_engine
     from engines.planning import CheckpointPlan, EngineOptions, load_backbone
     from engines.store import EngineStore
     from rmd.checkpoint import CheckpointFolder
     from rmd.size import Size
 
-    # Libraries print what they like; the answers keep standard output to themselves.
-    answers, sys.stdout = sys.stdout, sys.stderr
     first = sys.stdin.readline()
     if not first:
         return

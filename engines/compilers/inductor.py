@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.cpp_extension import CUDA_HOME
 
 from engines.compilers.base import (
     Capabilities,
@@ -74,8 +73,11 @@ class InductorCompiler(Compiler):
             return Capabilities(False, f"no C++ compiler ({' or '.join(compilers)}) is installed")
         if device == "cuda" and not torch.cuda.is_available():
             return Capabilities(False, "torch sees no CUDA device")
-        if device == "cuda" and CUDA_HOME is None:
-            return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)")
+        if device == "cuda":
+            from torch.utils.cpp_extension import CUDA_HOME
+
+            if CUDA_HOME is None:
+                return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)")
         return Capabilities(True, "", parallel=device == "cpu")
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
@@ -236,9 +238,15 @@ def _save(constants: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _loader(path: Path, device: str = "cpu") -> Any:
-    # Otherwise each run asks for an event of the one before, which is forbidden while a CUDA graph is recorded. Engines
-    # are run by one thread anyway.
-    return torch._inductor.aoti_load_package(str(path), run_single_threaded=device == "cuda").loader
+    """The package's code, its constants not yet given.
+
+    What ``torch._inductor.aoti_load_package`` makes, without the second in which that compiles programs to learn this
+    processor's extensions: :func:`_check_extensions` knows them.
+    """
+    # On CUDA each run would otherwise ask for an event of the one before, which is forbidden while a graph is recorded.
+    # Engines are run by one thread anyway.
+    single = device == "cuda"
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", single, 1, -1)
 
 
 def _check_extensions(metadata: Mapping[str, str], manifest: Manifest) -> None:

@@ -1,0 +1,107 @@
+"""From the store into service: an engine is checked, loaded over the shared weights, and run once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from engines.buckets import free_memory, is_out_of_memory
+from engines.build import as_it_runs
+from engines.compilers.base import Engine
+from engines.errors import EngineMismatch
+from engines.manifest import Manifest
+from engines.planning import CheckpointPlan
+from engines.store import EngineStore
+from engines.weights import Recipe, WeightBank
+
+log = logging.getLogger(__name__)
+
+
+class EngineLoader:
+    """Loads engines of one plan over one copy of its weights.
+
+    Args:
+        plan: its backbone has its weights; they may be taken apart (:meth:`release`).
+        store: of the built engines.
+        foreign: those weights are not the checkpoint's own, such as the teacher's.
+        cuda_graphs: replay each engine as one CUDA graph (on CUDA).
+
+    Attributes:
+        banks: the weights of each component.
+        padded: engines take exactly their batch.
+    """
+
+    def __init__(
+        self, plan: CheckpointPlan, store: EngineStore, *, foreign: bool = False, cuda_graphs: bool = True
+    ) -> None:
+        self.plan = plan
+        self.store = store
+        self.banks = {name: WeightBank(module) for name, module in plan.modules.items()}
+        self.padded = plan.compiler.capabilities(plan.target.device).static_shapes
+        self._foreign = foreign
+        self._cuda_graphs = cuda_graphs
+        self._command = plan.command(store.root)
+
+    def check(self, manifests: Iterable[Manifest]) -> None:
+        """Whether the engines fit this machine, are whole, and may run these weights.
+
+        Raises:
+            EngineMismatch, EngineCorrupt: the first that does not or is not; the message says what to do.
+        """
+        manifests = list(manifests)
+        for manifest in manifests:
+            self.store.check(manifest, self.plan.target, self._command)
+        holding = sorted({manifest.spec.component for manifest in manifests if manifest.holds_weights})
+        if self._foreign and holding:
+            raise EngineMismatch(
+                f"{self.plan.options.backend} engines hold the weights of {self.plan.checkpoint.path} "
+                f"({', '.join(holding)}) and cannot run another folder's; take --backend inductor, whose "
+                f"engines hold none, or build that folder's own engines"
+            )
+
+    def load(self, manifest: Manifest, needed: bool = True) -> dict[int, Engine]:
+        """A checked engine at each of its batches, each run once.
+
+        Args:
+            manifest: of the engine.
+            needed: its smallest batch has to fit; else it may have none.
+
+        Returns:
+            By batch; the batches for which there is no memory are left out.
+        """
+        loaded = self.plan.compiler.load(manifest, self.store.folder(manifest.key), self.banks[manifest.spec.component])
+        found: dict[int, Engine] = {}
+        for batch in manifest.spec.batches:
+            engine = self._warm(loaded, batch, needed and not found)
+            if engine is None:
+                break
+            found[batch] = engine
+        return found
+
+    def _warm(self, loaded: Engine, batch: int, needed: bool) -> Engine | None:
+        """The engine at one of its batches, run once; None where that is out of memory and a smaller one is there."""
+        try:
+            engine = as_it_runs(loaded.at(batch), self._cuda_graphs)
+            engine.warmup(1)
+            return engine
+        except RuntimeError as error:
+            if needed or not is_out_of_memory(error):
+                raise
+        log.warning("%s: no memory for batch %d, smaller ones are used", loaded.manifest.spec.title, batch)
+        free_memory()
+        return None
+
+    def release(self, component: str, manifests: Iterable[Manifest]) -> None:
+        """Drop the weights of a component that none of ``manifests``, all that it has, reads as they are."""
+        if self.plan.options.backend != "eager":
+            shared = [recipe for manifest in manifests for recipe in _shared_constants(manifest)]
+            self.banks[component].release([Recipe.from_dict(recipe) for recipe in shared])
+
+    def make_room(self, component: str) -> None:
+        """Drop a network's own copy before engines come that hold their weights: both may not fit."""
+        self.banks[component].release(())
+        free_memory()
+
+
+def _shared_constants(manifest: Manifest) -> list[Mapping[str, object]]:
+    return list(manifest.constants.values()) if manifest.weights_mode in ("packed", "shared") else []
