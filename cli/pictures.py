@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from server.front.media import encode_film, to_pixels
+from server.device.pixels import to_pixels
+from server.front.media import encode_film
 
 CAPTION_HEIGHT = 16
 _CHARACTER_WIDTH = 6

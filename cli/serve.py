@@ -14,13 +14,17 @@ def command(
     engines: Annotated[Path | None, typer.Option(help="The folder of built engines.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine backend: auto, inductor, tensorrt ... or eager.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda:0.")] = None,
+    devices: Annotated[str | None, typer.Option(help="Several, one engine each: cuda:0,cuda:1.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Scheduler: stagewise, fifo, dynamic:8:0.02 or continuous:8.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     model_name: Annotated[str | None, typer.Option(help="The model's id; default: the folder's name.")] = None,
     teacher: Annotated[bool | None, typer.Option("--teacher/--no-teacher", help="Offer schedule 'teacher'.")] = None,
     build_missing: Annotated[
-        bool | None, typer.Option("--build/--no-build", help="Build missing engines before serving.")
+        bool | None, typer.Option("--build/--no-build", help="Build missing engines beside serving.")
     ] = None,
     queue_items: Annotated[int | None, typer.Option(help="Pictures admitted at once.")] = None,
     deadline_seconds: Annotated[float | None, typer.Option(help="Longest time from admission to reply.")] = None,
@@ -37,7 +41,7 @@ def command(
     from pydantic import ValidationError
 
     from server.front.service import Service
-    from server.start.loading import load_model
+    from server.start.films import open_jobs
     from server.start.progress import ProgressLine
     from server.start.run import make_server
     from server.start.settings import CONFIG_VARIABLE, ServerSettings, unknown_variables
@@ -49,6 +53,8 @@ def command(
         "engines": engines,
         "backend": backend,
         "device": device,
+        "devices": devices,
+        "policy": policy,
         "host": host,
         "port": port,
         "model_name": model_name,
@@ -76,20 +82,16 @@ def command(
         )
     typer.echo(settings.describe())
 
-    failures: list[BaseException] = []
+    failures: list[str] = []
 
-    def stop_at_failure(error: BaseException) -> None:
-        failures.append(error)
+    def stop_at_failure(reason: str) -> None:
+        failures.append(reason)
         server.should_exit = True
 
     with ProgressLine() as line:
-        service = Service(settings, load_model, on_failed=stop_at_failure, on_progress=line.update)
+        service = Service(settings, open_jobs, on_failed=stop_at_failure, on_progress=line.update)
         server = make_server(service)
-        try:
-            server.run()
-        finally:
-            if service.alive:  # stopped within a long batch or build; its native code cannot be unwound from here
-                os._exit(1)
+        server.run()
     if failures:
         typer.secho(f"rmd serve: {failures[0]}", fg="red", err=True)
         raise typer.Exit(1)

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rmd.fields import check_cascade, field_of, integer, read_cascade_fields
-from rmd.noise_schedule import NoiseSchedule
 from rmd.size import Size
 from rmd.timesteps import assign_stages, map_timestep, uniform_teacher_timesteps
+
+if TYPE_CHECKING:  # schedules of steps are data; only noise schedules need torch
+    from rmd.noise_schedule import NoiseSchedule
 
 INTERVAL_CLIP = (0.02, 0.98)
 _NARROWEST_INTERVAL = 0.02

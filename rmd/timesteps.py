@@ -9,8 +9,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from rmd.noise_schedule import NoiseSchedule
+if TYPE_CHECKING:
+    from rmd.noise_schedule import NoiseSchedule
+
 
 RESOLUTION_MAPS = ("shift", "logsnr", "none", "inverse")
 

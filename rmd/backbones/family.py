@@ -205,3 +205,15 @@ class DiffusersBackbone(Backbone):
             return_tensors="pt",
         )
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def cut_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens of each prompt no text encoder hears, since even the longest of them cuts them off.
+
+        Raises:
+            BackboneError: the backbone was built from a configuration and has no tokenizer.
+        """
+        name = max(self.tokenizers, key=lambda tokenizer: self.tokenizers[tokenizer])
+        if name not in self._tokenizers:
+            raise BackboneError(f"this {self.name} has no {name!r}; load it from a folder to encode prompts")
+        whole = self._tokenizers[name](list(prompts), truncation=False, verbose=False)["input_ids"]
+        return [max(len(ids) - self.tokenizers[name], 0) for ids in whole]

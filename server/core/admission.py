@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
-from server.http.errors import ApiError, Fault
+from server.core.faults import Fault, RequestError
 
 _REMEMBERED = 32  # departures that the drain rate is taken over
+_CAUTION = 1.15  # times the expected time: whoever comes too early is refused again
 LONGEST_RETRY = 120
 """Seconds; the official client does not come back after longer ones."""
 
@@ -18,10 +19,11 @@ LONGEST_RETRY = 120
 class Permit:
     """The right to occupy ``items`` pictures of the queue; they may leave one by one. Releasing twice is harmless."""
 
-    def __init__(self, admission: Admission, items: int, pixels: int) -> None:
+    def __init__(self, admission: Admission, items: int, pixels: int, account: str = "") -> None:
         self._admission = admission
         self.items = items
         self.pixels = pixels
+        self.account = account
 
     def leave(self, finished: bool) -> None:
         """Give one picture's place back; ``finished`` says that it was really made (feeds the drain rate)."""
@@ -37,16 +39,20 @@ class Permit:
         pixels = self.pixels * items // self.items
         self.items -= items
         self.pixels -= pixels
-        self._admission._release(items, pixels, last=not self.items, finished=finished)
+        self._admission._release(self.account, items, pixels, last=not self.items, finished=finished)
 
 
 class Admission:
     """Counts what is admitted and refuses what does not fit.
 
+    Whoever is refused is told a time of its own at which there will be room: a crowd that is told one time comes back
+    as a crowd, and all but the first few are refused again.
+
     Args:
         max_items: pictures at once.
         max_pixels: their pixels at full size; a single request is let in whatever its size when nothing else is.
         seconds_per_item: first guess of the drain rate, until real completions are seen.
+        share: of the places that one account may hold while others are known.
     """
 
     def __init__(
@@ -55,15 +61,19 @@ class Admission:
         max_pixels: int,
         seconds_per_item: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
+        share: float = 1.0,
     ) -> None:
         self.max_items = max_items
         self.max_pixels = max_pixels
         self._seconds_per_item = seconds_per_item
         self._clock = clock
+        self._share = share
         self._lock = threading.Lock()
         self._items = 0
         self._pixels = 0
         self._requests = 0
+        self._held: Counter[str] = Counter()
+        self._promised: deque[tuple[float, int]] = deque()  # when somebody was told to come back, and for how many
         self._last_finish = clock()
         self._finishes: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # seconds since the one before, pictures
         self._idle = threading.Event()
@@ -83,50 +93,76 @@ class Admission:
         """Replace the first guess of the drain rate, once latencies are known."""
         self._seconds_per_item = max(seconds_per_item, 1e-4)
 
-    def acquire(self, items: int, pixels: int) -> Permit:
+    def acquire(self, items: int, pixels: int, account: str = "") -> Permit:
         """Return a permit for ``items`` pictures of ``pixels`` pixels in all.
 
         Raises:
-            ApiError: 429 with ``Retry-After`` where the queue is full.
+            RequestError: 429 with ``Retry-After`` where the queue is full, or the account's share of it.
         """
         with self._lock:
             full = self._items + items > self.max_items or self._pixels + pixels > self.max_pixels
             if full and self._items:
-                raise ApiError(
+                raise RequestError(
                     Fault.QUEUE_FULL,
                     f"The queue is full ({self._items} of {self.max_items} pictures, {self._pixels / 1e6:.1f} of "
                     f"{self.max_pixels / 1e6:.1f} megapixels); "
                     "try again after the seconds in Retry-After.",
-                    retry_after=self._retry_after(items, pixels),
+                    retry_after=self._promise(items, pixels),
+                )
+            own = self._held[account]
+            if own and own + items > self._share * self.max_items:
+                raise RequestError(
+                    Fault.QUEUE_FULL,
+                    f"This API key has {own} pictures in the queue, and may have {int(self._share * self.max_items)}; "
+                    "try again after the seconds in Retry-After.",
+                    code="key_share_used",
+                    retry_after=self._promise(items, pixels),
                 )
             if self._items == 0:
                 self._last_finish = self._clock()
             self._items += items
             self._pixels += pixels
             self._requests += 1
+            self._held[account] += items
             self._idle.clear()
-            return Permit(self, items, pixels)
+            return Permit(self, items, pixels, account)
 
     def wait_idle(self, timeout: float) -> bool:
         """Block until nothing is admitted; False where ``timeout`` seconds passed first."""
         return self._idle.wait(timeout)
 
-    def _retry_after(self, items: int, pixels: int) -> int:
-        """Whole seconds until enough places are free at the present drain rate."""
+    def retry_after(self, items: int, pixels: int, least: float = 0.0) -> int:
+        """Return whole seconds until ``items`` pictures have a chance, ``least`` at least, and remember the promise."""
+        with self._lock:
+            return self._promise(items, pixels, least)
+
+    def _promise(self, items: int, pixels: int, least: float = 0.0) -> int:
+        """Whole seconds until enough places are free, and those are who were promised places before."""
+        now = self._clock()
+        while self._promised and self._promised[0][0] <= now:
+            self._promised.popleft()
+        before = sum(count for _, count in self._promised)
         mean_pixels = max(self._pixels / max(self._items, 1), 1.0)
         excess = max(
             self._items + items - self.max_items,
             (self._pixels + pixels - self.max_pixels) / mean_pixels,
             1,
         )
-        return min(max(math.ceil(excess * self._seconds_per_item), 1), LONGEST_RETRY)
+        seconds = max((excess + before) * self._seconds_per_item * _CAUTION, least)
+        seconds = min(max(math.ceil(seconds), 1), LONGEST_RETRY)
+        when = max(now + seconds, self._promised[-1][0] if self._promised else 0.0)
+        self._promised.append((when, items))
+        return seconds
 
-    def _release(self, items: int, pixels: int, last: bool, finished: bool) -> None:
+    def _release(self, account: str, items: int, pixels: int, last: bool, finished: bool) -> None:
         with self._lock:
             now = self._clock()
             self._items -= items
             self._pixels -= pixels
             self._requests -= last
+            self._held[account] -= items
+            if self._held[account] <= 0:
+                del self._held[account]
             if finished:
                 # A sum over many: pictures leave in batches, several at one moment and then none for a while.
                 self._finishes.append((now - self._last_finish, items))

@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from server.core.latency import StationKey
-from server.core.request import Entry
+from rmd.size import Size
+
+if TYPE_CHECKING:
+    from server.core.tickets import Ticket
+
+Kind = Literal["encode", "denoise", "decode"]
+STUDENT = "student"
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class StationKey:
+    """One station: what is done, with whose weights, at which picture size."""
+
+    kind: Kind
+    lane: str = STUDENT
+    size: Size | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics and replies: ``encode``, ``128x128``, ``teacher 256x256``, ``decode 256x256``."""
+        size = "" if self.size is None else str(self.size)
+        if self.kind == "denoise":
+            return size if self.lane == STUDENT else f"{self.lane} {size}"
+        return f"{self.kind} {size}".strip()
 
 
 class Station:
-    """One queue. Entries keep the order they joined in; the policy ranks them."""
+    """One queue. Tickets keep the order they joined in; the policy ranks them."""
 
     def __init__(self, key: StationKey) -> None:
         self.key = key
-        self.entries: list[Entry] = []
+        self.tickets: list[Ticket] = []
 
 
 class Stations:
-    """All queues of the house, made as they are first needed. Guarded by the executor's lock."""
+    """All queues of one engine, made as they are first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Iterable[StationKey] = ()) -> None:
         self._stations: dict[StationKey, Station] = {}
+        self.open(keys)
 
     def __iter__(self) -> Iterator[Station]:
         return iter(self._stations.values())
 
     def open(self, keys: Iterable[StationKey]) -> None:
-        """Make stations ahead of their first entry, so that metrics show them at 0."""
+        """Make stations ahead of their first ticket, so that metrics show them at 0."""
         for key in keys:
             self._stations.setdefault(key, Station(key))
 
-    def join(self, key: StationKey, entry: Entry) -> None:
-        """Put an entry at the end of a queue and note when."""
+    def join(self, key: StationKey, ticket: Ticket, now: float) -> None:
+        """Put a ticket at the end of a queue and note when."""
         self.open([key])
-        entry.joined = time.monotonic()
-        self._stations[key].entries.append(entry)
+        ticket.joined = now
+        self._stations[key].tickets.append(ticket)
 
-    def take(self, station: Station, entries: Iterable[Entry]) -> None:
-        """Remove the entries that are about to run."""
-        gone = set(map(id, entries))
-        station.entries = [entry for entry in station.entries if id(entry) not in gone]
+    def take(self, station: Station, tickets: Iterable[Ticket]) -> None:
+        """Remove the tickets that are about to run."""
+        gone = set(map(id, tickets))
+        station.tickets = [ticket for ticket in station.tickets if id(ticket) not in gone]
 
-    def remove(self, unwanted: Callable[[Entry], bool]) -> list[Entry]:
-        """Remove and return every waiting entry for which ``unwanted`` holds."""
-        removed: list[Entry] = []
+    def remove(self, unwanted: Callable[[Ticket], bool]) -> list[Ticket]:
+        """Remove and return every waiting ticket for which ``unwanted`` holds."""
+        removed: list[Ticket] = []
         for station in self._stations.values():
-            kept: list[Entry] = []
-            for entry in station.entries:
-                (removed if unwanted(entry) else kept).append(entry)
-            station.entries = kept
+            kept: list[Ticket] = []
+            for ticket in station.tickets:
+                (removed if unwanted(ticket) else kept).append(ticket)
+            station.tickets = kept
         return removed
 
-    def depths(self) -> dict[StationKey, int]:
-        """Return how many entries wait at each station."""
-        return {key: len(station.entries) for key, station in self._stations.items()}
+    def waiting(self) -> Iterator[Ticket]:
+        """Every waiting ticket."""
+        for station in self._stations.values():
+            yield from station.tickets

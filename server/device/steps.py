@@ -1,13 +1,14 @@
 """The device's work at each station: encode prompts, one denoising step, decode.
 
-Every function computes all its results before it changes any entry, so that a batch that raises leaves its entries
+Every function computes all its results before it changes any ticket, so that a batch that raises leaves its tickets
 as they were and each can be tried again alone.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,141 +18,180 @@ from rmd.backbones.family import DiffusersBackbone
 from rmd.cascade import Step
 from rmd.sampler import advance_batch, initial_noise, needs_noise, noise_intensity, step_noise
 from rmd.size import Size
-from server.core.latency import StationKey
-from server.core.request import Item, Preview, partial_steps
-from server.device.model import ServedModel
-from server.front.media import Pixels, to_pixels
+from server.core.stations import StationKey
+from server.core.tickets import Picture, Request, Ticket
+from server.device.model import DeviceModel
+from server.device.pixels import Pixels, to_pixels
+from server.device.prompts import EncodedText, PromptCache
 
-_KEPT_UNCONDITIONALS = 16
+T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
     """A network returned NaN or infinity."""
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a batch gave.
+
+    Attributes:
+        rows: that the network ran on; 0 where there was nothing to do.
+        shown: for pictures whose step's result is to be shown: x0 (1, C, [T], h, w).
+        pixels: of a decoding, one entry a ticket.
+    """
+
+    rows: int
+    shown: dict[Picture, Tensor] = field(default_factory=dict)
+    pixels: Sequence[Pixels] = ()
+
+
 class StageRunner:
-    """Runs batches on the device that the calling thread owns."""
+    """Runs batches on the device that the calling thread owns.
 
-    def __init__(self, model: ServedModel) -> None:
+    Args:
+        model: the networks.
+        prompt_bytes: encoded texts that are kept.
+    """
+
+    def __init__(self, model: DeviceModel, prompt_bytes: int = 64 << 20) -> None:
         self._model = model
-        self._unconditionals: OrderedDict[str, Conditioning] = OrderedDict()
+        self._texts = PromptCache(prompt_bytes)
 
-    def encode(self, items: Sequence[Item]) -> int:
-        """Encode the prompts of the items' generations, each distinct text once.
+    def run(self, key: StationKey, tickets: Sequence[Ticket]) -> Done:
+        """Do one batch's work. Raises whatever the network raises, before any ticket is changed."""
+        if key.kind == "encode":
+            return Done(self._encode([ticket for ticket in tickets if isinstance(ticket, Picture)]))
+        if key.kind == "decode":
+            assert key.size is not None
+            return Done(len(tickets), pixels=self._decode(key.size, tickets))
+        pictures = [ticket for ticket in tickets if isinstance(ticket, Picture)]
+        shown = self._denoise(key, pictures)
+        return Done(sum(2 if picture.request.guided else 1 for picture in pictures), shown)
 
-        Negative prompts are encoded in the same batch; the most recent ones are kept, since nearly all are empty.
+    def recall(self, request: Request) -> bool:
+        """Give a request its encoded texts where they are kept; False where they have to be computed."""
+        work = request.work
+        text = self._texts.get(work.prompt)
+        against = self._texts.get(work.negative_prompt, negative=True) if request.guided else None
+        if text is None or (request.guided and against is None):
+            return False
+        request.conditioning, request.text_tokens, request.cut_tokens = text.conditioning, text.tokens, text.cut
+        request.unconditional = None if against is None else against.conditioning
+        return True
+
+    def _encode(self, pictures: Sequence[Picture]) -> int:
+        """Encode the texts of the pictures' requests, each distinct one once; negative prompts in the same batch.
 
         Returns:
-            How many texts the network was run on: none where a generation's first items brought them all.
+            How many texts the network was run on: none where all were kept.
         """
-        generations = list({id(item.generation): item.generation for item in items}.values())
-        waiting = [generation for generation in generations if generation.conditioning is None]
-        prompts = {generation.spec.prompt for generation in waiting}
-        negatives = {g.spec.negative_prompt for g in waiting if g.spec.guided} - self._unconditionals.keys()
-        empty_is_special = "" in negatives
-        texts = sorted(prompts | (negatives - {""}))
-        rows = _split(self._model.backbone.encode_prompts(texts), len(texts)) if texts else []
-        encoded = dict(zip(texts, rows, strict=True))
-        for text, row in encoded.items():
+        requests = list({id(picture.request): picture.request for picture in pictures}.values())
+        waiting = [request for request in requests if not self.recall(request)]
+        prompts = {r.work.prompt for r in waiting if self._texts.get(r.work.prompt) is None}
+        against = {r.work.negative_prompt for r in waiting if r.guided}
+        against = {text for text in against if self._texts.get(text, negative=True) is None}
+        texts = sorted(prompts | (against - {""}))
+        backbone = self._model.backbone
+        rows = _split(backbone.encode_prompts(texts), len(texts)) if texts else []
+        for text, row in zip(texts, rows, strict=True):
             _check_finite(row.values(), f"the text encoder's output for a prompt of {len(text)} characters")
-        fresh = {text: encoded[text] for text in negatives if text}
-        if empty_is_special:
-            fresh[""] = self._model.backbone.encode_unconditional(1)
-        self._unconditionals.update(fresh)
-        counts = text_tokens(self._model.backbone, texts)
-        for generation in waiting:
-            generation.text_tokens = counts.get(generation.spec.prompt, 0)
-            if generation.spec.guided:
-                generation.unconditional = self._unconditionals[generation.spec.negative_prompt]
-                self._unconditionals.move_to_end(generation.spec.negative_prompt)
-            generation.conditioning = encoded[generation.spec.prompt]
-        while len(self._unconditionals) > _KEPT_UNCONDITIONALS:
-            self._unconditionals.popitem(last=False)
-        return len(texts) + empty_is_special
+        known = [EncodedText(*each) for each in zip(rows, *_tokens(backbone, texts), strict=True)]
+        encoded = dict(zip(texts, known, strict=True))
+        empty = EncodedText(backbone.encode_unconditional(1), 0, 0) if "" in against else None
+        for text in prompts:
+            self._texts.put(text, encoded[text])
+        for text in against:
+            self._texts.put(text, encoded[text] if text else _required(empty), negative=True)
+        for request in waiting:
+            # From what was computed here first: a small cache may have let it go again.
+            work = request.work
+            own = encoded.get(work.prompt) or _required(self._texts.get(work.prompt))
+            if request.guided:
+                other = encoded.get(work.negative_prompt) if work.negative_prompt else empty
+                other = other or _required(self._texts.get(work.negative_prompt, negative=True))
+                request.unconditional = other.conditioning
+            request.conditioning, request.text_tokens, request.cut_tokens = own.conditioning, own.tokens, own.cut
+        return len(texts) + (empty is not None)
 
-    def denoise(self, key: StationKey, items: Sequence[Item]) -> list[Preview]:
-        """Do one step for items that stand at the same size, whatever their step, seed, guidance or schedule.
-
-        Returns:
-            The partial pictures that are due after this step.
-        """
+    def _denoise(self, key: StationKey, pictures: Sequence[Picture]) -> dict[Picture, Tensor]:
+        """Do one step for pictures that stand at the same size, whatever their step, seed, guidance or schedule."""
         assert key.size is not None
         backbone = self._model.lanes[key.lane]
-        latents = torch.cat([_latents(backbone, item) for item in items])
-        x0 = _predict(backbone, key.size, items, latents)
-        advanced = _advance(backbone, items, latents, x0)
-        previews = [_preview(item, row) for item, row in zip(items, torch.split(x0, 1), strict=True)]
-        for item, state in zip(items, advanced, strict=True):
-            item.latents = state
-            item.step += 1
-        return [preview for preview in previews if preview is not None]
+        latents = torch.cat([_latents(backbone, picture) for picture in pictures])
+        x0 = _predict(backbone, key.size, pictures, latents)
+        advanced = _advance(backbone, pictures, latents, x0)
+        for picture, state in zip(pictures, advanced, strict=True):
+            picture.data = state
+        return {picture: x0[i : i + 1] for i, picture in enumerate(pictures) if picture.preview_due}
 
-    def decode(self, size: Size, entries: Sequence[Item | Preview]) -> list[Pixels]:
-        """Decode latents at one size; pictures come back as (H, W, 3) uint8."""
-        latents = torch.cat([entry.latents for entry in entries if entry.latents is not None])
+    def _decode(self, size: Size, tickets: Sequence[Ticket]) -> list[Pixels]:
+        """Decode latents at one size; pictures come back as ([T], H, W, 3) uint8."""
+        latents = torch.cat([ticket.data for ticket in tickets])
         decoded = self._model.backbone.decode(latents, size)
         _check_finite([decoded], f"the decoder's output at {size}")
         return to_pixels(decoded)
 
 
-def text_tokens(backbone: Backbone, prompts: Sequence[str]) -> dict[str, int]:
-    """Return the number of tokens of each prompt, as the backbone's first tokenizer cuts it, padding left out."""
-    if not isinstance(backbone, DiffusersBackbone) or not backbone.tokenizers or not prompts:
-        return {}
-    mask = backbone.tokenize(next(iter(backbone.tokenizers)), prompts)["attention_mask"]
-    return dict(zip(prompts, mask.sum(dim=1).tolist(), strict=True))
+def _tokens(backbone: Backbone, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Return each text's tokens, as the backbone's first tokenizer cuts it, padding left out, and those cut off."""
+    if not isinstance(backbone, DiffusersBackbone) or not backbone.tokenizers or not texts:
+        return [0] * len(texts), [0] * len(texts)
+    mask = backbone.tokenize(next(iter(backbone.tokenizers)), texts)["attention_mask"]
+    return mask.sum(dim=1).tolist(), backbone.cut_tokens(texts)
 
 
-def _latents(backbone: Backbone, item: Item) -> Tensor:
+def _latents(backbone: Backbone, picture: Picture) -> Tensor:
     """The item's state; before its first step, noise from its own seed and nothing else."""
-    if item.latents is not None:
-        return item.latents
-    shape = backbone.latent_shape(item.generation.spec.cascade.steps[0].size)
-    return initial_noise(shape, [item.seed], backbone.device, torch.float32)
+    if picture.data is not None:
+        latents: Tensor = picture.data
+        return latents
+    shape = backbone.latent_shape(picture.request.cascade.steps[0].size)
+    return initial_noise(shape, [picture.seed], backbone.device, torch.float32)
 
 
-def _predict(backbone: Backbone, size: Size, items: Sequence[Item], latents: Tensor) -> Tensor:
-    """Predict x0 (B, C, H, W) in one network call; guided items ride with a second, unconditional row.
+def _predict(backbone: Backbone, size: Size, pictures: Sequence[Picture], latents: Tensor) -> Tensor:
+    """Predict x0 (B, C, H, W) in one network call; guided pictures ride with a second, unconditional row.
 
     Guidance is applied to the network's output, ``u + s (c - u)``, as :meth:`Backbone.guided_x0` does.
     """
-    guided = [i for i, item in enumerate(items) if item.rows == 2]
-    times = _numbers([_step(item).t for item in items], latents)
-    conditions = [_required(item.generation.conditioning) for item in items]
-    conditions += [_required(items[i].generation.unconditional) for i in guided]
+    guided = [i for i, picture in enumerate(pictures) if picture.request.guided]
+    times = _numbers([_step(picture).t for picture in pictures], latents)
+    conditions = [_required(picture.request.conditioning) for picture in pictures]
+    conditions += [_required(pictures[i].request.unconditional) for i in guided]
     conditioning = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
     rows = torch.cat([latents, latents[guided]]) if guided else latents
     row_times = torch.cat([times, times[guided]]) if guided else times
     output = backbone.predict_output(rows, row_times, conditioning, size)
-    given = output[: len(items)]
+    given = output[: len(pictures)]
     if guided:
-        scales = torch.tensor([items[i].generation.spec.cascade.guidance_scale for i in guided], device=output.device)
+        scales = torch.tensor([pictures[i].request.cascade.guidance_scale for i in guided], device=output.device)
         scales = scales.view(-1, *[1] * (output.ndim - 1))
-        without = output[len(items) :]
+        without = output[len(pictures) :]
         given = given.clone()
         given[guided] = without + scales * (given[guided] - without)
     return backbone.x0_from_output(latents, given, times)
 
 
-def _advance(backbone: Backbone, items: Sequence[Item], latents: Tensor, x0: Tensor) -> list[Tensor]:
-    """Take every item to its next time and size through the sampler's own step function.
+def _advance(backbone: Backbone, pictures: Sequence[Picture], latents: Tensor, x0: Tensor) -> list[Tensor]:
+    """Take every picture to its next time and size through the sampler's own step function.
 
-    Items that go to the same size share a call, each with its own times and noise intensity; an item after its last
+    Those that go to the same size share a call, each with its own times and noise intensity; one after its last
     step keeps its x0 prediction.
     """
     results: list[Tensor] = list(torch.split(x0.float(), 1))
     groups: dict[tuple[Size, str, bool], list[int]] = {}
-    for i, item in enumerate(items):
-        cascade, step = item.generation.spec.cascade, item.step
+    for i, picture in enumerate(pictures):
+        cascade, step = picture.request.cascade, picture.step
         if step + 1 < cascade.num_steps:
             key = (cascade.steps[step + 1].size, cascade.noise_upsampling, needs_noise(cascade, step))
             groups.setdefault(key, []).append(i)
     for (size, noise_upsampling, noisy), members in groups.items():
-        cascades = [items[i].generation.spec.cascade for i in members]
-        steps = [items[i].step for i in members]
+        cascades = [pictures[i].request.cascade for i in members]
+        steps = [pictures[i].step for i in members]
         pairs = list(zip(cascades, steps, strict=True))
         shape = backbone.latent_shape(size)
-        seeds = [items[i].seed for i in members]
+        seeds = [pictures[i].seed for i in members]
         state = advance_batch(
             backbone.schedule,
             latents[members],
@@ -172,22 +212,14 @@ def _numbers(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)
 
 
-def _preview(item: Item, x0: Tensor) -> Preview | None:
-    spec = item.generation.spec
-    due = partial_steps(spec.cascade, spec.partial_images)
-    if item.step not in due:
-        return None
-    return Preview(item, x0, spec.cascade.steps[item.step].size, due.index(item.step))
+def _step(picture: Picture) -> Step:
+    return picture.request.cascade.steps[picture.step]
 
 
-def _step(item: Item) -> Step:
-    return item.generation.spec.cascade.steps[item.step]
-
-
-def _required(conditioning: Conditioning | None) -> Conditioning:
-    if conditioning is None:
-        raise RuntimeError("an item reached the denoiser before its prompt was encoded")
-    return conditioning
+def _required(value: T | None) -> T:
+    if value is None:
+        raise RuntimeError("a picture reached the denoiser before its prompt was encoded")
+    return value
 
 
 def _split(conditioning: Conditioning, rows: int) -> list[Conditioning]:

@@ -20,10 +20,10 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.core.admission import LONGEST_RETRY
-from server.core.request import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
+from server.core.faults import COMPLETED, Fault, RequestError
 from server.films.shelf import FILM, SPRITESHEET, THUMBNAIL, FilmShelf
 from server.films.store import CANCELLED, JobStore, VideoJob
-from server.http.errors import COMPLETED, ApiError, Fault
+from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
 
 log = logging.getLogger("rmd.server")
 
@@ -59,8 +59,8 @@ class FilmMaker:
     """What the runner asks of the service.
 
     Attributes:
-        prepare: from a job's stored request to a spec. Raises ApiError where the served model cannot do it.
-        submit: admit a spec; its events go to the sink. Raises ApiError where it is not taken now.
+        prepare: from a job's stored request to a spec. Raises RequestError where the served model cannot do it.
+        submit: admit a spec; its events go to the sink. Raises RequestError where it is not taken now.
         cancel: end a generation early.
         report: the ``rmd`` object of a finished film.
         ended: told of a job that ended, and of its outcome as the metrics call it.
@@ -68,7 +68,7 @@ class FilmMaker:
 
     prepare: Callable[[Mapping[str, Any]], GenerationSpec]
     submit: Callable[[GenerationSpec, Callable[[Event], None], str], Generation]
-    cancel: Callable[[Generation, ApiError], None]
+    cancel: Callable[[Generation, RequestError], None]
     report: Callable[[Generation, FinishedPicture], dict[str, Any]]
     ended: Callable[[VideoJob, str], None] = lambda job, outcome: None
 
@@ -126,13 +126,13 @@ class JobRunner:
         """Keep a new job; it will be finished or reported failed.
 
         Raises:
-            ApiError: 429 where too many wait.
+            RequestError: 429 where too many wait.
         """
         with self._admitting:
             waiting = self.store.count_open(self._model)
             if waiting >= self._limits.queue:
                 surplus = waiting - self._limits.queue + 1
-                raise ApiError(
+                raise RequestError(
                     Fault.QUEUE_FULL,
                     f"{waiting} films wait or are being made, and {self._limits.queue} may; "
                     "try again after the seconds in Retry-After.",
@@ -199,7 +199,7 @@ class JobRunner:
                 return
             if job.attempts >= _MOST_ATTEMPTS:
                 text = f"{_MOST_ATTEMPTS} times a server stopped while it made this film."
-                self._fail(job, ApiError(Fault.ENGINE_FAILED, text))
+                self._fail(job, RequestError(Fault.ENGINE_FAILED, text))
                 continue
             if job.attempts and self._running:  # it may have been the cause: not in company
                 self.store.release(job.id, self._worker)
@@ -208,14 +208,16 @@ class JobRunner:
                 spec = self._maker.prepare(job.request)
                 self._running[job.id] = job, self._maker.submit(spec, self._sink(job.id), job.id)
                 self._suspect = job.attempts > 0
-            except ApiError as error:
+            except RequestError as error:
                 if error.fault.value.retry:  # full, draining: it stays in line
                     self.store.release(job.id, self._worker)
                     return
                 self._fail(job, error)
             except Exception:  # such as a request that another version of the server wrote
                 log.exception("job %s cannot be begun", job.id)
-                self._fail(job, ApiError(Fault.ENGINE_FAILED, "The server cannot make a film from the stored request."))
+                self._fail(
+                    job, RequestError(Fault.ENGINE_FAILED, "The server cannot make a film from the stored request.")
+                )
 
     def _sink(self, job_id: str) -> Callable[[Event], None]:
         return lambda event: self._events.put((job_id, event))
@@ -250,7 +252,7 @@ class JobRunner:
         except OSError as error:
             log.error("the film of %s cannot be kept: %s", job.id, error)
             text = "The film was made and could not be kept: the server's disk failed."
-            self._fail(job, ApiError(Fault.INTERNAL, text, code="storage_failed"))
+            self._fail(job, RequestError(Fault.INTERNAL, text, code="storage_failed"))
             return
         report = self._maker.report(generation, film)
         size = sum(map(len, files.values()))
@@ -259,7 +261,7 @@ class JobRunner:
             self._maker.ended(job, COMPLETED)
             self._bound_bytes()
 
-    def _fail(self, job: VideoJob, error: ApiError) -> None:
+    def _fail(self, job: VideoJob, error: RequestError) -> None:
         now = time.time()
         if self.store.fail(job.id, self._worker, now, now + self._limits.seconds, error.code, error.message):
             self._maker.ended(job, error.fault.value.outcome)
@@ -307,5 +309,5 @@ class JobRunner:
         self._running.clear()
 
 
-def _cancelled() -> ApiError:
-    return ApiError(Fault.CLIENT_GONE, "The job was cancelled.", code=CANCELLED)
+def _cancelled() -> RequestError:
+    return RequestError(Fault.CLIENT_GONE, "The job was cancelled.", code=CANCELLED)

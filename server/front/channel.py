@@ -1,16 +1,15 @@
-"""From the executor's threads to one coroutine."""
+"""From other threads to one coroutine."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 
-from server.core.request import Event, Failed, Generation
-from server.device.executor import deadline_error
+from server.core.faults import RequestError, deadline_error
+from server.front.generation import Event, Failed, Generation
 from server.front.service import Service
-from server.http.errors import ApiError
 
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 1.5  # the fleet ends a late request before that
 
 
 class EventChannel:
@@ -29,7 +28,7 @@ class EventChannel:
         """Return the next event, or None after ``patience`` seconds.
 
         Raises:
-            ApiError: the generation has failed.
+            RequestError: the generation has failed.
         """
         try:
             # Not wait_for: before Python 3.12 it may swallow the cancellation by which a departed client ends the work.
@@ -45,16 +44,15 @@ class EventChannel:
 async def next_event(service: Service, generation: Generation, channel: EventChannel, patience: float) -> Event | None:
     """Return the next event, or None after ``patience`` seconds without one.
 
-    The executor checks deadlines at every step; should one step alone outlast the deadline, the client still gets
-    its 504 here, a little later, and the work is dropped at the next hand-over.
+    Deadlines are checked by engines and by the fleet; this is the last resort.
 
     Raises:
-        ApiError: the generation failed or is late.
+        RequestError: the generation failed or is late.
     """
     left = generation.seconds_left() + _GRACE_SECONDS
     event = await channel.next(min(max(left, 0.0), patience))
     if event is None and generation.seconds_left() < -_GRACE_SECONDS:
-        error: ApiError = deadline_error()
+        error: RequestError = deadline_error()
         service.cancel(generation, error)
         raise error
     return event

@@ -12,9 +12,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, PngImagePlugin
-from torch import Tensor
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Pixels = npt.NDArray[np.uint8]
@@ -24,12 +22,6 @@ _SPRITES = 16
 _SPRITE_WIDTH = 320
 
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-
-
-def to_pixels(decoded: Tensor) -> list[Pixels]:
-    """Turn decoded pictures or films (B, 3, [T], H, W), floats in [0, 1], into B arrays ([T], H, W, 3) of uint8."""
-    levels = decoded.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return list(levels.movedim(1, -1).contiguous().cpu().numpy())
 
 
 def encode_picture(

@@ -1,4 +1,4 @@
-"""One server's state and its verbs: load, admit, cancel, drain, and the snapshot behind the gauges."""
+"""One server's state and its verbs: start, admit, cancel, drain, and the snapshot behind the gauges."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import logging
 import math
 import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from server.core.admission import LONGEST_RETRY, Admission
-from server.core.request import Event, Generation, GenerationSpec, Item
-from server.device.executor import DeviceExecutor
-from server.device.model import ServedModel
-from server.films.runner import FilmMaker, JobLimits, JobRunner
-from server.films.shelf import FilmShelf
-from server.films.store import JobStore
-from server.http.auth import KeyRing
-from server.http.errors import ApiError, Fault
-from server.http.files import FileStore
-from server.http.idempotency import IdempotencyStore
-from server.http.replies import report
-from server.http.resolve import resolve_film
-from server.http.schemas import VideoRequest
+from server.core.admission import Admission
+from server.core.card import ModelCard, step_costs
+from server.core.costs import CostTable
+from server.core.faults import Fault, RequestError
+from server.core.work import Work
+from server.films.runner import JobRunner
+from server.front.auth import KeyRing
+from server.front.builder import EngineBuilder
+from server.front.engine import EngineLink, EngineProcess
+from server.front.files import FileStore
+from server.front.fleet import Fleet
+from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec
+from server.front.idempotency import IdempotencyStore
+from server.front.member import Health, WatchLimits
 from server.start.settings import ServerSettings
 from server.telemetry.metrics import Metrics, Snapshot
 
@@ -33,7 +34,7 @@ log = logging.getLogger("rmd.server")
 READY_TEXT = "ready"
 _SPEEDUP_WINDOW = 100
 LAST_BATCH_SECONDS = 5.0
-"""What a stop waits for the batch that runs: films in it go back in line, pictures are reported failed."""
+"""What a stop waits for the batches that run: films in them go back in line, pictures are reported failed."""
 
 
 class State(Enum):
@@ -54,23 +55,27 @@ class Progress:
     text: str = "starting"
 
 
-ModelLoader = Callable[[ServerSettings, Callable[[Progress], None]], ServedModel]
+Starts = Sequence[tuple[str, Callable[[], EngineLink]]]
+JobsOpener = Callable[["Service", ModelCard], JobRunner]
 
 
 class Service:
-    """Ties settings, queue, executor, metrics and stores together; one a process.
+    """Ties settings, queue, engines, metrics and stores together; one a process.
 
     Args:
         settings: see :class:`ServerSettings`.
-        loader: builds the model on the device thread and reports its progress.
-        on_failed: called (on the device thread) where the model cannot be loaded.
+        open_jobs: opens the video jobs of a model that makes films.
+        starts: by device, what starts an engine on it; default: a process for each of the settings' devices.
+        on_failed: told why, where no engine can be had.
+        on_progress: told how far the start is.
     """
 
     def __init__(
         self,
         settings: ServerSettings,
-        loader: ModelLoader,
-        on_failed: Callable[[BaseException], None] = lambda error: None,
+        open_jobs: JobsOpener,
+        starts: Starts | None = None,
+        on_failed: Callable[[str], None] = lambda reason: None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.settings = settings
@@ -80,21 +85,25 @@ class Service:
             settings.idempotency_replies, int(settings.idempotency_megabytes * 1e6), settings.idempotency_seconds
         )
         self.metrics = Metrics(self.snapshot)
-        self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6))
+        share = settings.key_share if len(settings.api_keys) > 1 else 1.0
+        self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6), share=share)
         self.progress = Progress()
         self.failure: str | None = None
-        self._model: ServedModel | None = None
+        self._card: ModelCard | None = None
         self._draining = False
+        self._open_jobs = open_jobs
         self._notify_failed = on_failed
         self._notify_progress = on_progress
         self._jobs: JobRunner | None = None
         self._recent: dict[str, deque[float]] = {}
         self._recent_lock = threading.Lock()
-        self._executor = DeviceExecutor(
-            lambda: loader(settings, self._report),
+        self.builder = EngineBuilder(settings, on_built=lambda: self.fleet.adopt())
+        self.fleet = Fleet(
+            starts or [(device, _starter(settings, device)) for device in settings.engine_devices],
             self.metrics,
             package_threads=settings.package_threads,
-            film_seconds=settings.video_deadline_seconds,
+            limits=WatchLimits(settings.watchdog_seconds, settings.watchdog_factor),
+            on_progress=lambda done, total, text: self._report(Progress(done, total, text)),
             on_ready=self._ready,
             on_failed=self._failed,
             on_picture=self._picture_done,
@@ -109,16 +118,21 @@ class Service:
             return State.FAILED
         if self._draining:
             return State.DRAINING
-        return State.LOADING if self._model is None else State.READY
+        return State.LOADING if self._card is None else State.READY
 
     @property
     def alive(self) -> bool:
-        """False once the device thread is gone: nothing can be drawn any more."""
-        return self._executor.alive
+        """False once no engine is left or will come: nothing can be drawn any more."""
+        return self.fleet.alive
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken, and an engine works on them."""
+        return self.state is State.READY and self.alive and self.fleet.ready
 
     def start(self) -> None:
-        """Start loading; :attr:`state` turns READY when the model is warm."""
-        self._executor.start()
+        """Start the engines; :attr:`state` turns READY when the first one is warm."""
+        self.fleet.start()
 
     def drain(self) -> None:
         """Refuse new requests from now on; accepted ones are finished."""
@@ -129,199 +143,214 @@ class Service:
         return self.admission.wait_idle(timeout)
 
     def stop(self) -> None:
-        """Stop the device thread; video jobs that it had to leave unfinished go back in line."""
+        """Stop the engines; video jobs that they had to leave unfinished go back in line."""
         self._draining = True
-        self._executor.stop(LAST_BATCH_SECONDS)
+        self.builder.stop()
+        self.fleet.stop(LAST_BATCH_SECONDS)
         if self._jobs is not None:
             self._jobs.stop()
 
     # -- requests --------------------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> ServedModel:
-        """The model, whatever the drain state.
+    def card(self) -> ModelCard:
+        """What is served, whatever the drain state.
 
         Raises:
-            ApiError: 503 while it is loading, or where loading failed.
+            RequestError: 503 while it is loading, or where loading failed.
         """
-        if self._model is None:
+        lead = self.fleet.lead
+        if self._card is None or lead is None or lead.card is None:
             what = "could not load its model" if self.failure else f"is still loading ({self.progress.text})"
-            raise ApiError(Fault.NOT_READY, f"The server {what}; see /health/ready.", retry_after=5)
-        return self._model
+            raise RequestError(Fault.NOT_READY, f"The server {what}; see /health/ready.", retry_after=5)
+        return lead.card
+
+    @property
+    def costs(self) -> CostTable:
+        """What batches cost now."""
+        lead = self.fleet.lead
+        return CostTable({}) if lead is None else lead.costs
 
     def check_accepting(self) -> None:
         """Raise 503 where the server is not taking requests."""
         if self.state is State.DRAINING:
-            raise ApiError(Fault.DRAINING, "The server is finishing its last requests before it stops.", retry_after=5)
-        if self.state is not State.READY:
-            _ = self.model
-            raise ApiError(Fault.NOT_READY, "The server's device thread has ended; see /health/ready.", retry_after=5)
+            text = "The server is finishing its last requests before it stops."
+            raise RequestError(Fault.DRAINING, text, retry_after=5)
+        if self.state is not State.READY or not self.alive:
+            _ = self.card
+            raise RequestError(Fault.NOT_READY, "The server has no engine left; see /health/ready.", retry_after=5)
 
     @property
     def jobs(self) -> JobRunner:
         """The video jobs.
 
         Raises:
-            ApiError: 503 while the model is loading, 404 where it makes pictures.
+            RequestError: 503 while the model is loading, 404 where it makes pictures.
         """
-        model = self.model
+        card = self.card
         if self._jobs is None:
-            raise ApiError(
+            raise RequestError(
                 Fault.NOT_FOUND,
-                f"The model '{model.model_id}' makes pictures, not films; use /v1/images/generations.",
+                f"The model '{card.model_id}' makes pictures, not films; use /v1/images/generations.",
                 code="model_makes_pictures",
             )
         return self._jobs
 
-    def submit(self, spec: GenerationSpec, sink: Callable[[Event], None], request_id: str = "") -> Generation:
-        """Admit one request and queue it; its events go to ``sink`` from other threads.
+    def submit(
+        self, spec: GenerationSpec, sink: Callable[[Event], None], request_id: str = "", account: str = ""
+    ) -> Generation:
+        """Admit one request and hand it to an engine; its events go to ``sink`` from other threads.
 
         Raises:
-            ApiError: 503 where not accepting, 429 where the queue is full.
+            RequestError: 503 where not accepting, 429 where the queue is full.
         """
         self.check_accepting()
-        film = spec.frames_per_second is not None
-        costs = self.model.costs(spec.cascade, spec.lane)
-        if not film:
-            self._check_backlog(len(spec.seeds) * costs[0], self.check_possible(spec), costs[0])
-        # Films are bounded by videos_together already; their pixels are no measure of what a queue of pictures holds.
-        permit = self.admission.acquire(len(spec.seeds), 0 if film else len(spec.seeds) * spec.cascade.full_size.pixels)
+        costs = self._costs(spec, "seconds")
+        count, pixels = len(spec.seeds), 0
+        if not spec.film:  # films are bounded by videos_together, and wait as long as it takes
+            pixels = count * spec.cascade.full_size.pixels
+            self.check_possible(spec)
+            self._check_backlog(count, pixels, costs[0], self._costs(spec, "shared")[0])
+        permit = self.admission.acquire(count, pixels, account)
         try:
-            # A film waits in line for as long as it takes; the executor counts its work.
-            deadline = math.inf if film else time.monotonic() + self.settings.deadline_seconds
-            generation = Generation(spec, permit, deadline, sink, costs, request_id)
-            self._executor.submit(generation)
+            now = time.monotonic()
+            work = Work(
+                id=request_id or uuid.uuid4().hex,
+                prompt=spec.prompt,
+                schedule=spec.schedule,
+                seeds=spec.seeds,
+                negative_prompt=spec.negative_prompt,
+                guidance_scale=spec.guidance_scale,
+                noise_intensity=spec.noise_intensity,
+                partial_images=spec.partial_images,
+                frames_per_second=spec.frames_per_second,
+                account=account,
+                arrived=now,
+                deadline=math.inf if spec.film else now + self.settings.deadline_seconds,
+            )
+            generation = Generation(spec, work, permit, sink, costs)
+            self.fleet.submit(generation)
         except BaseException:
             permit.release()
             raise
         return generation
 
-    def check_possible(self, spec: GenerationSpec) -> float:
-        """Return the expected work (seconds) on a request in the best company.
+    def check_possible(self, spec: GenerationSpec) -> None:
+        """Refuse what could not be ready in time in an empty house, by what batches cost when their stations opened.
 
         Raises:
-            ApiError: 400 where it could not be ready in time in an empty house either.
+            RequestError: 400.
         """
-        film = spec.frames_per_second is not None
-        limit = self.settings.video_deadline_seconds if film else self.settings.deadline_seconds
+        limit = self.settings.video_deadline_seconds if spec.film else self.settings.deadline_seconds
         count = len(spec.seeds)
-        work = count * self.model.costs(spec.cascade, spec.lane, shared=True)[0]
+        work = count * self._costs(spec, "first")[0]
         if work > limit:
-            what = "a film" if film else f"{count} picture(s)"
-            raise ApiError(
+            what = "a film" if spec.film else f"{count} picture(s)"
+            raise RequestError(
                 Fault.BAD_FIELD,
                 f"Work on {what} of schedule '{spec.schedule}' takes {work:.0f} s here, and may take {limit:g} s; "
                 "ask for less, or for another schedule.",
                 param="n" if count > 1 else "schedule",
                 code="takes_too_long",
             )
-        return work
 
-    def _check_backlog(self, alone: float, shared: float, one: float) -> None:
+    def _costs(self, spec: GenerationSpec, how: str) -> tuple[float, ...]:
+        return step_costs(self.costs, spec.cascade, spec.lane, partial_images=spec.partial_images, how=how)
+
+    def _check_backlog(self, count: int, pixels: int, alone: float, shared: float) -> None:
         """Refuse a request that would not be ready in time behind those that are here.
 
         Args:
-            alone, shared: its work (seconds) in batches of its own, and in the best company.
-            one: one of its pictures' work; others that need more are passed.
+            count, pixels: its pictures, and their pixels in all.
+            alone, shared: one picture's work (seconds) in batches of its own, and in the best company.
 
         Raises:
-            ApiError: 429, with the seconds that are lacking.
+            RequestError: 429, with the seconds that are lacking.
         """
-        before = self._executor.backlog(one) * shared / alone
-        late = before + shared - self.settings.deadline_seconds
-        if late > 0:
-            raise ApiError(
+        before = self.fleet.backlog(alone) * shared / max(alone, 1e-9)
+        late = before + count * shared - self.settings.deadline_seconds
+        if late > 0 and before > 0:  # in an empty house even what looks too slow is tried: costs are learnt from it
+            raise RequestError(
                 Fault.QUEUE_FULL,
                 f"The queue is full: this would not be ready within {self.settings.deadline_seconds:g} s; "
                 "try again after the seconds in Retry-After.",
-                retry_after=min(max(math.ceil(late), 1), LONGEST_RETRY),
+                retry_after=self.admission.retry_after(count, pixels, late),
             )
 
-    def cancel(self, generation: Generation, error: ApiError) -> None:
+    def cancel(self, generation: Generation, error: RequestError) -> None:
         """End a request early. Does nothing where it has ended already."""
-        self._executor.cancel(generation, error)
+        self.fleet.cancel(generation, error)
 
     # -- state for others ------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         """Return the state that the gauges show."""
-        model = self._model
+        lead, now = self.fleet.lead, time.monotonic()
+        card = None if lead is None else lead.card
         with self._recent_lock:
             means = {name: sum(window) / len(window) for name, window in self._recent.items() if window}
+        baselines = card.baselines if card else ()
         speedup = {
             (name, kind): ratio
             for name, mean in means.items()
-            for kind, ratio in (model.speedups(mean) if model else {}).items()
+            for kind, ratio in (card.speedups(mean) if card else {}).items()
         }
         return Snapshot(
-            ready=self.state is State.READY,
+            ready=self.ready,
             draining=self.state is State.DRAINING,
-            load_progress=1.0 if model else self.progress.done / max(self.progress.total, 1),
+            load_progress=1.0 if card else self.progress.done / max(self.progress.total, 1),
             in_flight_requests=self.admission.requests,
             in_flight_items=self.admission.items,
             queue_capacity_items=self.admission.max_items,
-            queue_depth=self._executor.depths(),
-            batch_width={key.label: model.latencies.width(key) for key in model.stations()} if model else {},
-            engine_memory_bytes=model.memory_bytes if model else {},
-            teacher_seconds={baseline.kind: baseline.seconds for baseline in model.baselines} if model else {},
+            queue_depth=self.fleet.depths(),
+            batch_width={key.label: lead.costs.widest(key) for key in card.stations()} if card and lead else {},
+            engine_memory_bytes=card.memory_bytes if card else {},
+            teacher_seconds={baseline.kind: baseline.seconds for baseline in baselines},
+            teacher_age_seconds={baseline.kind: now - baseline.measured for baseline in baselines},
+            teacher_spread={baseline.kind: baseline.spread for baseline in baselines},
             speedup=speedup,
             stored_file_bytes=self.files.stored_bytes,
             video_jobs=self._jobs.counts() if self._jobs else {},
+            engine_up={str(each.index): each.health is Health.READY for each in self.fleet.members},
+            station_compiled={label: bool(buckets) for label, buckets in card.compiled.items()} if card else {},
         )
 
-    # -- called by the executor ------------------------------------------------------------------------------------
+    # -- called by the fleet (its lock held) -----------------------------------------------------------------------
 
     def _report(self, progress: Progress) -> None:
-        if self._draining:
-            raise InterruptedError("the server was stopped while it was loading")
         self.progress = progress
         self._notify_progress(progress)
 
-    def _ready(self, model: ServedModel) -> None:
-        default = model.schedules[model.default]
-        seconds_each = model.costs(default.cascade, default.lane)[0]
-        self.admission.expect(seconds_each)
-        if model.films:
-            self._jobs = self._open_jobs(model, seconds_each)
+    def _ready(self, card: ModelCard) -> None:
+        self.builder.look(card)
+        if self._card is not None:  # an engine that was started again, or another one of several
+            return
+        default = card.schedules[card.default]
+        costs = step_costs(self.costs, default.cascade, default.lane)
+        self.admission.expect(costs[0] / len(self.fleet.members))
+        if card.films:
+            try:
+                self._jobs = self._open_jobs(self, card)
+            except (ValueError, OSError) as error:
+                self._failed(f"{type(error).__name__}: {error}")
+                return
         self.progress = Progress(self.progress.total, self.progress.total, READY_TEXT)
-        self._model = model
+        self._card = card
         if self._jobs is not None:
             self._jobs.start()  # only now are its films taken
         self._notify_progress(self.progress)
-        log.info("ready: %s on %s", model.model_id, model.executor_kind)
+        log.info("ready: %s on %s", card.model_id, card.executor_kind)
 
-    def _open_jobs(self, model: ServedModel, seconds_per_film: float) -> JobRunner:
-        settings = self.settings
-        shelf = FilmShelf(settings.videos)
-        return JobRunner(
-            JobStore(settings.video_database_url),
-            shelf,
-            FilmMaker(
-                prepare=lambda request: resolve_film(VideoRequest.model_validate(request), model, settings),
-                submit=self.submit,
-                cancel=self.cancel,
-                report=lambda generation, film: report(model, generation, [film]).model_dump(),
-                ended=lambda job, outcome: self.metrics.video_ended(
-                    str(job.request["schedule"]), outcome, time.time() - job.created_at
-                ),
-            ),
-            model.model_id,
-            JobLimits(
-                queue=settings.video_queue,
-                together=settings.videos_together,
-                seconds=settings.video_seconds,
-                bytes=int(settings.video_gigabytes * 1e9),
-            ),
-            seconds_per_film,
-        )
+    def _failed(self, reason: str) -> None:
+        if not self._draining:
+            self.failure = reason
+            self._notify_failed(reason)
 
-    def _failed(self, error: BaseException) -> None:
-        if isinstance(error, InterruptedError):
-            return
-        self.failure = f"{type(error).__name__}: {error}"
-        self._notify_failed(error)
-
-    def _picture_done(self, generation: Generation, item: Item) -> None:
+    def _picture_done(self, generation: Generation, picture: FinishedPicture) -> None:
         with self._recent_lock:
             window = self._recent.setdefault(generation.spec.schedule, deque(maxlen=_SPEEDUP_WINDOW))
-            window.append(item.record.compute)
+            window.append(picture.record.compute)
+
+
+def _starter(settings: ServerSettings, device: str) -> Callable[[], EngineLink]:
+    return lambda: EngineProcess.start(settings, device)

@@ -12,8 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server import playground
+from server.core.faults import Fault, RequestError
 from server.front.service import Service
-from server.http.errors import ApiError, Fault, fault_for_status, validation_error
+from server.http.errors import error_response, fault_for_status, validation_error
 from server.http.middleware import OUTCOME, Accounting, BoundBody, RequireKey
 from server.http.routes import files, health, images, models, videos
 
@@ -36,7 +37,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for router in (images.router, videos.router, models.router, health.router, files.router, playground.router):
         app.include_router(router)
-    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     # the last one added is the outermost
@@ -47,14 +48,14 @@ def create_app(service: Service) -> FastAPI:
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+    assert isinstance(error, RequestError)
     request.scope.setdefault("state", {})[OUTCOME] = error.fault.value.outcome
-    return error.response()
+    return error_response(error)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_error(error.errors()).response()
+    return error_response(validation_error(error.errors()))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -64,9 +65,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     path = request.url.path[:80]
     if fault is Fault.NOT_FOUND:
         text = f"There is no {request.method} {path} here; /docs lists the routes."
-        return ApiError(fault, text, code="unknown_url").response()
+        return error_response(RequestError(fault, text, code="unknown_url"))
     if fault is Fault.WRONG_METHOD:
         allowed = (error.headers or {}).get("Allow", "")
         text = f"{path} does not take {request.method}; use {allowed or 'another method'}."
-        return ApiError(fault, text, headers=dict(error.headers or {})).response()
-    return ApiError(fault, f"{error.detail}.", headers=dict(error.headers or {})).response()
+        return error_response(RequestError(fault, text, headers=dict(error.headers or {})))
+    return error_response(RequestError(fault, f"{error.detail}.", headers=dict(error.headers or {})))

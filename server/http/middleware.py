@@ -13,8 +13,9 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.auth import KeyRing
-from server.http.errors import ApiError, Fault, outcome_of_status
+from server.core.faults import Fault, RequestError
+from server.front.auth import KeyRing
+from server.http.errors import error_response, outcome_of_status
 from server.telemetry.metrics import Metrics
 
 log = logging.getLogger("rmd.server")
@@ -59,16 +60,18 @@ class Accounting:
         except asyncio.CancelledError:  # the server stops and waits no longer
             state[OUTCOME] = Fault.DRAINING.value.outcome
             if not status:
-                stopping = ApiError(Fault.DRAINING, "The server is stopping.", retry_after=5)
-                await stopping.response()(scope, receive, watched_send)
+                stopping = RequestError(Fault.DRAINING, "The server is stopping.", retry_after=5)
+                await error_response(stopping)(scope, receive, watched_send)
             raise
         except Exception:
             log.exception("request %s raised", request_id)
             state[OUTCOME] = Fault.INTERNAL.value.outcome
             if status:
                 raise  # too late for a status: close the connection, so that the client sees a broken reply
-            error = ApiError(Fault.INTERNAL, "Something broke while answering; the server's log has this request's id.")
-            await error.response()(scope, receive, watched_send)
+            error = RequestError(
+                Fault.INTERNAL, "Something broke while answering; the server's log has this request's id."
+            )
+            await error_response(error)(scope, receive, watched_send)
         finally:
             outcome = state.get(OUTCOME) or outcome_of_status(status or 499)
             if outcome == Fault.CLIENT_GONE.value.outcome:
@@ -91,11 +94,11 @@ class RequireKey:
                 # Only browsers send it. Otherwise any page that is open beside a server without keys could order films
                 # from it: a form needs no leave.
                 if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-                    raise ApiError(Fault.FOREIGN_PAGE, "Pages of other sites may not use this server.")
+                    raise RequestError(Fault.FOREIGN_PAGE, "Pages of other sites may not use this server.")
                 self.keys.check(headers.get("authorization"))
-            except ApiError as error:
+            except RequestError as error:
                 await _discard(receive)
-                await error.response()(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -131,15 +134,17 @@ class BoundBody:
                     too_long = len(body) > self.max_bytes
         except TimeoutError:
             text = f"The body did not arrive within {CLIENT_PATIENCE_SECONDS:g} seconds."
-            await ApiError(Fault.SLOW_BODY, text).response()(scope, receive, send)
+            await error_response(RequestError(Fault.SLOW_BODY, text))(scope, receive, send)
             return
         if too_long:
             if more:
                 await _discard(receive)
             form = Headers(scope=scope).get("content-type", "").lower().startswith("multipart/")
             advice, param = ("send texts, no files", None) if form else ("shorten the prompt", "prompt")
-            error = ApiError(Fault.TOO_LARGE, f"The body is longer than {self.max_bytes} bytes; {advice}.", param=param)
-            await error.response()(scope, receive, send)
+            error = RequestError(
+                Fault.TOO_LARGE, f"The body is longer than {self.max_bytes} bytes; {advice}.", param=param
+            )
+            await error_response(error)(scope, receive, send)
             return
         await self.app(scope, _replay(body, receive), send)
 

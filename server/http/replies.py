@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from server.core.latency import StationKey
-from server.core.request import FinishedPicture, Generation, PartialPicture
-from server.device.model import ServedModel
+from server.core.card import ModelCard
+from server.core.stations import StationKey
+from server.front.files import FileStore
+from server.front.generation import FinishedPicture, Generation, PartialPicture
 from server.front.media import MEDIA_TYPES
-from server.http.files import FileStore
 from server.http.schemas import (
     ImageData,
     ImageReply,
@@ -28,7 +27,7 @@ ReplyQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
 
 def image_reply(
-    model: ServedModel,
+    model: ModelCard,
     files: FileStore,
     body: ImageRequest,
     generation: Generation,
@@ -43,7 +42,7 @@ def image_reply(
         names = [files.put(picture.content, media_type, spec.output_format) for picture in ordered]
         data = [ImageData(url=f"{base_url.rstrip('/')}/files/{name}") for name in names]
     else:
-        data = [ImageData(b64_json=_base64(picture.content)) for picture in ordered]
+        data = [ImageData(b64_json=picture.encoded) for picture in ordered]
     return ImageReply(
         created=int(time.time()),
         data=data,
@@ -60,30 +59,30 @@ def partial_event(body: ImageRequest, generation: Generation, picture: PartialPi
     """Return an ``image_generation.partial_image`` event; its size is that of the stage it comes from."""
     return {
         "type": "image_generation.partial_image",
-        **_event_fields(body, generation, picture.content, str(picture.size)),
+        **_event_fields(body, generation, picture.encoded, str(picture.size)),
         "partial_image_index": picture.partial_index,
         "rmd": {"index": picture.index, "seed": generation.spec.seeds[picture.index]},
     }
 
 
 def completed_event(
-    model: ServedModel, body: ImageRequest, generation: Generation, picture: FinishedPicture
+    model: ModelCard, body: ImageRequest, generation: Generation, picture: FinishedPicture
 ) -> dict[str, Any]:
     """Return an ``image_generation.completed`` event with the usage of this one picture."""
     rmd = report(model, generation, [picture]).model_dump()
     return {
         "type": "image_generation.completed",
-        **_event_fields(body, generation, picture.content, str(generation.spec.cascade.full_size)),
+        **_event_fields(body, generation, picture.encoded, str(generation.spec.cascade.full_size)),
         "usage": usage(model, generation, 1).model_dump(),
         "safety_identifier": body.safety_identifier,
         "rmd": {"index": picture.index, **rmd, "seed": generation.spec.seeds[picture.index]},
     }
 
 
-def usage(model: ServedModel, generation: Generation, pictures: int) -> Usage:
+def usage(model: ModelCard, generation: Generation, pictures: int) -> Usage:
     """Return the token counts: the prompt's, and the picture tokens of the finished pictures at full size."""
     text = generation.text_tokens
-    output = model.backbone.tokens(generation.spec.cascade.full_size) * pictures
+    output = model.tokens[str(generation.spec.cascade.full_size)] * pictures
     return Usage(
         input_tokens=text,
         input_tokens_details=InputTokensDetails(text_tokens=text),
@@ -92,7 +91,7 @@ def usage(model: ServedModel, generation: Generation, pictures: int) -> Usage:
     )
 
 
-def report(model: ServedModel, generation: Generation, pictures: Sequence[FinishedPicture]) -> RmdReport:
+def report(model: ModelCard, generation: Generation, pictures: Sequence[FinishedPicture]) -> RmdReport:
     """Return the ``rmd`` object: how the pictures were made and where the time went."""
     spec = generation.spec
     records = [picture.record for picture in pictures]
@@ -112,7 +111,7 @@ def report(model: ServedModel, generation: Generation, pictures: Sequence[Finish
         seed=spec.seeds[0],
         seeds=list(spec.seeds),
         schedule=spec.schedule,
-        executor=model.executor_kind,
+        executor=model.executor_of(spec.cascade, spec.lane),
         stages=stages,
         seconds=SecondsReport(
             queue=round(fmean(record.queue for record in records), 6),
@@ -123,6 +122,9 @@ def report(model: ServedModel, generation: Generation, pictures: Sequence[Finish
             total=round(time.monotonic() - generation.arrived, 6),
         ),
         teacher_seconds={baseline.kind: round(baseline.seconds, 6) for baseline in model.baselines},
+        teacher_age_seconds={b.kind: round(time.monotonic() - b.measured, 1) for b in model.baselines},
+        teacher_spread={baseline.kind: round(baseline.spread, 2) for baseline in model.baselines},
+        cut_tokens=generation.cut_tokens,
         speedup={kind: round(ratio, 3) for kind, ratio in model.speedups(compute).items()},
     )
 
@@ -134,16 +136,12 @@ def reply_quality(body: ImageRequest) -> ReplyQuality:
     return "high"
 
 
-def _event_fields(body: ImageRequest, generation: Generation, content: bytes, size: str) -> dict[str, Any]:
+def _event_fields(body: ImageRequest, generation: Generation, encoded: str, size: str) -> dict[str, Any]:
     return {
-        "b64_json": _base64(content),
+        "b64_json": encoded,
         "background": "opaque",
         "created_at": int(time.time()),
         "output_format": generation.spec.output_format,
         "quality": reply_quality(body),
         "size": size,
     }
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
 
 from rmd.cascade import Cascade
 from rmd.size import Size
-from server.core.request import GenerationSpec
-from server.device.model import Schedule, ServedModel
+from server.core.card import ModelCard, Schedule
+from server.core.faults import Fault, RequestError
+from server.front.generation import GenerationSpec
 from server.front.media import OutputFormat
-from server.http.errors import ApiError, Fault
 from server.http.schemas import LARGEST_SEED, GenerationRequest, ImageRequest, VideoRequest
 from server.start.settings import ServerSettings
 
 _SECONDS_TOLERANCE = 0.5
 
 
-def resolve(body: ImageRequest, model: ServedModel, settings: ServerSettings) -> GenerationSpec:
+def resolve(body: ImageRequest, model: ModelCard, settings: ServerSettings) -> GenerationSpec:
     """Check a request for pictures against the model and the limits.
 
     Raises:
-        ApiError: 400, 404 or 413 that names the field and the way out.
+        RequestError: 400, 404 or 413 that names the field and the way out.
     """
     _check_model_and_texts(body, model, settings)
     if model.films:
@@ -34,22 +33,25 @@ def resolve(body: ImageRequest, model: ServedModel, settings: ServerSettings) ->
     return GenerationSpec(
         prompt=body.prompt,
         schedule=schedule.name,
-        cascade=_cascade(body, schedule),
+        cascade=_changed(body, schedule),
         lane=schedule.lane,
         seeds=tuple((seed + i) % (LARGEST_SEED + 1) for i in range(n)),
         negative_prompt=body.negative_prompt or "",
+        guidance_scale=body.guidance_scale,
+        noise_intensity=body.noise_intensity,
         partial_images=_partial_images(body),
+        base64=body.response_format != "url",
         output_format=_output_format(body),
         output_compression=body.output_compression,
         metadata=(("Software", "rmd"), ("rmd:model", model.model_id), ("rmd:schedule", schedule.name)),
     )
 
 
-def resolve_film(body: VideoRequest, model: ServedModel, settings: ServerSettings) -> GenerationSpec:
+def resolve_film(body: VideoRequest, model: ModelCard, settings: ServerSettings) -> GenerationSpec:
     """Check a request for a film against the model and the limits.
 
     Raises:
-        ApiError: 400, 404 or 413 that names the field and the way out.
+        RequestError: 400, 404 or 413 that names the field and the way out.
     """
     _check_model_and_texts(body, model, settings)
     if body.input_reference is not None:
@@ -58,7 +60,7 @@ def resolve_film(body: VideoRequest, model: ServedModel, settings: ServerSetting
     frames = schedule.cascade.full_size.num_frames
     if body.num_frames not in (None, frames):
         raise _bad("num_frames", f"schedule '{schedule.name}' makes {frames} frames, not {body.num_frames}.")
-    fps = body.fps or model.backbone.frames_per_second
+    fps = body.fps or model.frames_per_second
     seconds = film_seconds(frames, fps)
     if body.seconds is not None and abs(float(body.seconds) - float(seconds)) > _SECONDS_TOLERANCE:
         raise _bad(
@@ -68,10 +70,12 @@ def resolve_film(body: VideoRequest, model: ServedModel, settings: ServerSetting
     return GenerationSpec(
         prompt=body.prompt,
         schedule=schedule.name,
-        cascade=_cascade(body, schedule),
+        cascade=_changed(body, schedule),
         lane=schedule.lane,
         seeds=(secrets.randbelow(2**32) if body.seed is None else body.seed,),
         negative_prompt=body.negative_prompt or "",
+        guidance_scale=body.guidance_scale,
+        noise_intensity=body.noise_intensity,
         frames_per_second=fps,
     )
 
@@ -86,9 +90,9 @@ def plane(size: Size) -> str:
     return f"{size.width}x{size.height}"
 
 
-def unknown_model(name: str, model: ServedModel) -> ApiError:
+def unknown_model(name: str, model: ModelCard) -> RequestError:
     """Return the 404 for a model that is not served here."""
-    return ApiError(
+    return RequestError(
         Fault.NOT_FOUND,
         f"The model '{name[:80]}' is not served here; this server holds '{model.model_id}'.",
         param="model",
@@ -96,12 +100,12 @@ def unknown_model(name: str, model: ServedModel) -> ApiError:
     )
 
 
-def _check_model_and_texts(body: GenerationRequest, model: ServedModel, settings: ServerSettings) -> None:
+def _check_model_and_texts(body: GenerationRequest, model: ModelCard, settings: ServerSettings) -> None:
     if body.model not in (None, "", model.model_id):
         raise unknown_model(str(body.model), model)
     for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
         if text is not None and len(text) > settings.max_prompt_characters:
-            raise ApiError(
+            raise RequestError(
                 Fault.TOO_LARGE,
                 f"{name} has {len(text)} characters; at most {settings.max_prompt_characters} are taken.",
                 param=name,
@@ -109,11 +113,11 @@ def _check_model_and_texts(body: GenerationRequest, model: ServedModel, settings
             )
 
 
-def _bad(param: str, message: str, code: str | None = None) -> ApiError:
-    return ApiError(Fault.BAD_FIELD, message, param=param, code=code)
+def _bad(param: str, message: str, code: str | None = None) -> RequestError:
+    return RequestError(Fault.BAD_FIELD, message, param=param, code=code)
 
 
-def _schedule(body: GenerationRequest, model: ServedModel) -> Schedule:
+def _schedule(body: GenerationRequest, model: ModelCard) -> Schedule:
     """Find the schedule by name and size; a size alone picks the default or the first schedule that ends in it."""
     size = None if body.size == "auto" else body.size
     sizes = [plane(offered) for offered in model.sizes]
@@ -131,24 +135,24 @@ def _schedule(body: GenerationRequest, model: ServedModel) -> Schedule:
     return next(s for s in candidates if size in (None, plane(s.cascade.full_size)))
 
 
-def _cascade(body: GenerationRequest, schedule: Schedule) -> Cascade:
-    cascade = schedule.cascade
+def _check_changes(body: GenerationRequest, schedule: Schedule) -> None:
+    """Refuse to change of a schedule what it does not have."""
     for name in ("guidance_scale", "negative_prompt"):
         if getattr(body, name) not in (None, "") and not schedule.guided:
             raise _bad(
                 name,
                 f"{name} has no effect on schedule '{schedule.name}', whose guidance is distilled in; leave it out.",
             )
-    if body.noise_intensity is not None:
-        if not schedule.hands_over:
-            raise _bad(
-                "noise_intensity",
-                f"noise_intensity has no effect on schedule '{schedule.name}', which has one stage; leave it out.",
-            )
-        cascade = replace(cascade, transition_noise_intensity=body.noise_intensity)
-    if body.guidance_scale is not None:
-        cascade = replace(cascade, guidance_scale=body.guidance_scale)
-    return cascade
+    if body.noise_intensity is not None and not schedule.hands_over:
+        raise _bad(
+            "noise_intensity",
+            f"noise_intensity has no effect on schedule '{schedule.name}', which has one stage; leave it out.",
+        )
+
+
+def _changed(body: GenerationRequest, schedule: Schedule) -> Cascade:
+    _check_changes(body, schedule)
+    return schedule.changed(body.guidance_scale, body.noise_intensity)
 
 
 def _partial_images(body: ImageRequest) -> int:

@@ -173,9 +173,16 @@ class RmdReport(BaseModel):
     stages: list[StageReport]
     seconds: SecondsReport
     teacher_seconds: dict[str, float] = Field(
-        description="One picture by the teacher on this machine, timed at start: by kind, 'eager' and 'compiled'."
+        description="One picture by the teacher on this machine: by kind, 'eager' and 'compiled'."
     )
-    speedup: dict[str, float] = Field(description="Those over seconds.compute, by the same kinds.")
+    teacher_age_seconds: dict[str, float] = Field(description="Since the teacher's step was last timed.")
+    teacher_spread: dict[str, float] = Field(
+        description="Third over first quartile of its latest timings: above 1.5 the machine was not steady."
+    )
+    speedup: dict[str, float] = Field(
+        description="teacher_seconds over seconds.compute, by kind; left out where the timings are not steady."
+    )
+    cut_tokens: int = Field(description="Tokens at the prompt's end that no text encoder heard.")
 
 
 class ImageData(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.core.request import FinishedPicture, Generation, PartialPicture
+from server.core.faults import Fault, RequestError
 from server.front.channel import EventChannel, next_event
+from server.front.generation import FinishedPicture, Generation, PartialPicture
 from server.front.service import Service
-from server.http.errors import ApiError, Fault
+from server.http.bodies import json_bytes
+from server.http.errors import error_body
 from server.http.middleware import CLIENT_PATIENCE_SECONDS, OUTCOME
 from server.http.replies import completed_event, partial_event
 from server.http.schemas import ImageRequest
@@ -23,9 +24,9 @@ _HEARTBEAT_SECONDS = 10.0
 _PIECE_BYTES = 64 * 1024
 
 
-def client_gone() -> ApiError:
+def client_gone() -> RequestError:
     """Return the 499 that ends a request whose client has left."""
-    return ApiError(Fault.CLIENT_GONE, "The client closed the connection.")
+    return RequestError(Fault.CLIENT_GONE, "The client closed the connection.")
 
 
 async def until_disconnected(receive: Receive) -> None:
@@ -81,12 +82,12 @@ class ImageEventStream(Response):
                     await send(_event(partial_event(self._body, self._generation, event)))
                 elif isinstance(event, FinishedPicture):
                     left -= 1
-                    await send(_event(completed_event(self._service.model, self._body, self._generation, event)))
+                    await send(_event(completed_event(self._service.card, self._body, self._generation, event)))
             seconds = time.monotonic() - self._generation.arrived
             self._service.metrics.request_seconds.labels(self._generation.spec.schedule).observe(seconds)
-        except ApiError as error:
+        except RequestError as error:
             outcome = error.fault.value.outcome
-            await send(_event({"type": "error", **error.body()}, "error"))
+            await send(_event({"type": "error", **error_body(error)}, "error"))
         await send(_chunk(b"data: [DONE]\n\n"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return outcome
@@ -112,8 +113,7 @@ def _impatient(send: Send) -> Send:
 
 
 def _event(payload: Mapping[str, Any], name: str | None = None) -> Message:
-    text = json.dumps(payload, separators=(",", ":"))
-    return _chunk(f"event: {name or payload['type']}\ndata: {text}\n\n".encode())
+    return _chunk(b"event: %s\ndata: %s\n\n" % ((name or payload["type"]).encode(), json_bytes(payload)))
 
 
 def _chunk(content: bytes) -> Message:

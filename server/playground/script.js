@@ -70,6 +70,20 @@ async function connect() {
   showGuidance();
   byId("draw").disabled = false;
   say("ready");
+  watchEngines().catch(() => {});
+}
+
+/** Says how many stations run compiled while engines are built, for as long as they are. */
+async function watchEngines() {
+  for (;;) {
+    const { stations = {}, building } = await (await fetch("health/ready")).json().catch(() => ({}));
+    const all = Object.values(stations);
+    const compiled = all.filter((state) => state === "compiled").length;
+    const left = building ? `, building engines: ${building.done} of ${building.total}` : "";
+    byId("engines").textContent = compiled < all.length ? `${compiled} of ${all.length} stations compiled${left}` : "";
+    if (!building) return;
+    await new Promise((resolve) => setTimeout(resolve, 5 * POLL_MILLISECONDS));
+  }
 }
 
 /** Guidance and the negative prompt belong to guided schedules alone: a student has its guidance distilled in. */
@@ -126,12 +140,14 @@ function show(figure, prompt, event) {
 }
 
 /** What is finished can be saved, and says what it took. */
-function finish(figure, url, suffix, { seed, seconds, speedup }) {
+function finish(figure, url, suffix, { seed, seconds, speedup, cut_tokens: cut }) {
   const link = figure.querySelector("a");
   link.href = url;
   link.download = `${seed}.${suffix}`;
   const times = Object.entries(speedup).map(([kind, ratio]) => `, ${ratio.toPrecision(3)} x the ${kind} teacher`);
-  figure.querySelector("figcaption").textContent = `seed ${seed}: ${seconds.compute.toPrecision(2)} s${times.join("")}`;
+  const unheard = cut ? `; the prompt's last ${cut} tokens were not heard` : "";
+  const took = `${seconds.compute.toPrecision(2)} s${times.join("")}`;
+  figure.querySelector("figcaption").textContent = `seed ${seed}: ${took}${unheard}`;
 }
 
 /** Draws pictures into their frames as the stream brings them; returns how many were finished. */

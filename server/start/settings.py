@@ -17,6 +17,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from server.core.costs import CostTable
+from server.core.policies import make_policy
+
 CONFIG_VARIABLE = "RMD_CONFIG"
 # Of the command line, the load test and compose.
 _OTHERS = ("RMD_TRACEBACK", "RMD_API_KEY", "RMD_BIND", "RMD_EXTRAS", "RMD_GPU", "RMD_MODELS", "RMD_TAG")
@@ -36,14 +39,16 @@ class ServerSettings(BaseSettings):
     model_name: str | None = Field(None, description="the model's id on the wire; default: the folder's name")
     engines: Path = Field(Path("engines-cache"), description="the folder of built engines")
     backend: str = Field("auto", description="engine backend, or 'eager' for none")
-    device: str = Field("cpu", description="torch device the executor thread owns")
+    device: str = Field("cpu", description="torch device of the one engine; devices says several")
+    devices: Annotated[tuple[str, ...], NoDecode] = Field((), description="one engine each, such as cuda:0,cuda:1")
+    policy: str = Field("stagewise", description="scheduler: stagewise, fifo, dynamic:8:0.02, continuous:8")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto", description="of the networks; auto: the device's own"
     )
-    threads: int | None = Field(None, ge=1, description="torch threads of the executor; default: torch's own")
-    build_missing: bool = Field(True, description="build missing engines at the first start")
+    threads: int | None = Field(None, ge=1, description="torch threads of an engine; default: torch's own")
+    build_missing: bool = Field(True, description="build missing engines beside serving, at low priority")
     serve_teacher: bool = Field(True, description="offer schedule 'teacher' where its folder is found")
-    measure_teacher: bool = Field(True, description="time the teacher's guided step at start, for the speed-up")
+    measure_teacher: bool = Field(True, description="time the teacher's guided step at start and in idle moments")
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -56,6 +61,7 @@ class ServerSettings(BaseSettings):
     max_images: int = Field(10, ge=1, le=10)
     queue_items: int = Field(64, ge=1, description="pictures admitted at once, waiting or running")
     queue_megapixels: float = Field(256.0, gt=0, description="their pixels at full size, in millions")
+    key_share: float = Field(0.75, gt=0, le=1, description="of the queue, that one of several API keys may hold")
     deadline_seconds: float = Field(120.0, gt=0, description="from admission to reply, checked at every step")
     videos: Path = Field(Path("videos"), description="the folder of finished films, and of their jobs' database")
     video_database: SecretStr | None = Field(
@@ -71,6 +77,9 @@ class ServerSettings(BaseSettings):
         None, description="batch sizes of the engines"
     )
     max_batch: int = Field(8, ge=1, description="widest batch tried at warm-up where no engine fixes it")
+    prompt_megabytes: float = Field(64.0, ge=0, description="memory for encoded prompts, which are kept")
+    watchdog_seconds: float = Field(10.0, gt=0, description="least time after which a silent engine is ended")
+    watchdog_factor: float = Field(20.0, gt=1, description="a batch may take this many times what it should")
     package_threads: int = Field(2, ge=1, description="threads that compress pictures")
     idempotency_seconds: float = Field(600.0, gt=0)
     idempotency_replies: int = Field(128, ge=1)
@@ -92,6 +101,18 @@ class ServerSettings(BaseSettings):
             raise ValueError("an API key is empty; leave it out")
         return value
 
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _split_devices(cls, value: Any) -> Any:
+        """An empty variable means the one device."""
+        return () if value is None else _split_commas(value)
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        make_policy(value, CostTable({}))
+        return value
+
     @field_validator("buckets", mode="before")
     @classmethod
     def _split_buckets(cls, value: Any) -> Any:
@@ -105,6 +126,11 @@ class ServerSettings(BaseSettings):
                 f"queue_items ({self.queue_items}) must hold at least one full request: max_images is {self.max_images}"
             )
         return self
+
+    @property
+    def engine_devices(self) -> tuple[str, ...]:
+        """The device of each engine."""
+        return self.devices or (self.device,)
 
     @property
     def video_database_url(self) -> str:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.http.errors import COMPLETED, OUTCOMES
+from server.core.faults import COMPLETED, OUTCOMES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,6 +41,10 @@ class Snapshot:
     speedup: Mapping[tuple[str, str], float] = field(default_factory=dict)
     stored_file_bytes: int = 0
     video_jobs: Mapping[str, int] = field(default_factory=dict)
+    engine_up: Mapping[str, int] = field(default_factory=dict)
+    station_compiled: Mapping[str, int] = field(default_factory=dict)
+    teacher_age_seconds: Mapping[str, float] = field(default_factory=dict)
+    teacher_spread: Mapping[str, float] = field(default_factory=dict)
 
 
 class _StateCollector(Collector):
@@ -77,10 +81,26 @@ class _StateCollector(Collector):
         )
         yield _family(
             "rmd_teacher_seconds",
-            "The teacher's own latency for one picture, timed on this machine at start: guided step x steps + "
+            "The teacher's own latency for one picture, timed on this machine: guided step x steps + "
             "encode + decode. kind: eager or compiled.",
             ["kind"],
             now.teacher_seconds,
+        )
+        yield _family(
+            "rmd_teacher_age_seconds",
+            "Seconds since the teacher's guided step was last timed.",
+            ["kind"],
+            now.teacher_age_seconds,
+        )
+        yield _family(
+            "rmd_teacher_spread_ratio",
+            "Third over first quartile of the teacher's latest timings; above 1.5 no speed-up is told.",
+            ["kind"],
+            now.teacher_spread,
+        )
+        yield _family("rmd_engine_up", "1 where an engine process takes work.", ["engine"], now.engine_up)
+        yield _family(
+            "rmd_station_compiled", "1 where a station runs through its engines.", ["station"], now.station_compiled
         )
         speedup = GaugeMetricFamily(
             "rmd_speedup",
@@ -166,7 +186,10 @@ class Metrics:
             registry=self.registry,
         )
         self.device_busy_seconds = Counter(
-            "rmd_device_busy_seconds", "Seconds the executor thread spent in batches.", registry=self.registry
+            "rmd_device_busy_seconds", "Seconds that engines spent in batches.", registry=self.registry
+        )
+        self.engine_restarts = Counter(
+            "rmd_engine_restarts", "Times an engine process was started again.", ["engine"], registry=self.registry
         )
         self.registry.register(_StateCollector(snapshot))
         ProcessCollector(registry=self.registry)

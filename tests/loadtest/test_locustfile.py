@@ -14,19 +14,18 @@ import pytest
 
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
 from rmd.checkpoint import write_cascade_json
-from server.device.model import ServedModel
-from server.start.loading import load_model
-from tests.server.conftest import make_settings
+from server.device.model import DeviceModel
+from tests.server.conftest import load_on_cpu, make_settings
 from tests.server.house import House, serving
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+def model(tmp_path_factory: pytest.TempPathFactory) -> DeviceModel:
     folder = write_tiny_folder("sd3", tmp_path_factory.mktemp("load") / "tiny")
     write_cascade_json(folder, backbone="sd3", cascades=tiny_cascades("sd3"), default="2+2")
-    return load_model(make_settings(folder, max_batch=2), lambda progress: None)
+    return load_on_cpu(make_settings(folder, max_batch=2))
 
 
 def start(house: House, *options: str) -> subprocess.Popen[str]:
@@ -56,7 +55,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
     return route, account
 
 
-def test_people_arrive_while_nothing_is_answered_and_all_are_waited_for(model: ServedModel, tmp_path: Path) -> None:
+def test_people_arrive_while_nothing_is_answered_and_all_are_waited_for(model: DeviceModel, tmp_path: Path) -> None:
     settings = make_settings(tmp_path, api_keys="secret")
     with serving(model, settings) as house:
         house.gate.close()
@@ -72,7 +71,7 @@ def test_people_arrive_while_nothing_is_answered_and_all_are_waited_for(model: S
     assert f"schedule 2+2: {route['num_requests']} pictures" in account and "batches at 32x32" in account
 
 
-def test_refusals_are_failures_by_name(model: ServedModel, tmp_path: Path) -> None:
+def test_refusals_are_failures_by_name(model: DeviceModel, tmp_path: Path) -> None:
     with serving(model, make_settings(tmp_path, api_keys="other")) as house:
         process = start(house, "-u", "1", "--rate", "5")
         output, errors = process.communicate(timeout=120)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
 from rmd.checkpoint import TeacherSpec, write_cascade_json
-from server.core.latency import LatencyTable
-from server.device.model import ServedModel
-from server.start.loading import load_model
+from server.core.costs import CostTable
+from server.device.loading import load_model
+from server.device.model import DeviceModel
+from server.front.engine import engine_settings
 from server.start.settings import ServerSettings
 from tests.server.house import House, serving
 
@@ -39,40 +42,57 @@ def make_settings(checkpoint: Path, **changes: object) -> ServerSettings:
     return ServerSettings.model_validate({**plain, "drain_seconds": 10, **changes})
 
 
+def load_on_cpu(settings: ServerSettings) -> DeviceModel:
+    return load_model(engine_settings(settings, "cpu", "nowhere"), lambda done, total, what: None)
+
+
 @pytest.fixture(scope="session")
-def loaded(checkpoint: Path) -> ServedModel:
-    return load_model(make_settings(checkpoint, max_batch=2), lambda progress: None)
+def loaded(checkpoint: Path) -> DeviceModel:
+    return load_on_cpu(make_settings(checkpoint, max_batch=2))
 
 
 @pytest.fixture
-def model(loaded: ServedModel) -> ServedModel:
-    """The model with fixed latencies, so that batch widths do not hang on what else the machine is doing.
+def model(loaded: DeviceModel) -> DeviceModel:
+    """The model with fixed latencies and a steady baseline, so that nothing hangs on what else the machine is doing.
 
     Encoding, decoding and the low size gain from batches; the full size does not.
     """
     wide, narrow = {1: 0.010, 2: 0.011, 4: 0.012, 8: 0.0125}, {1: 0.010, 2: 0.020, 4: 0.040}
-    full = max(loaded.sizes)
-    loaded.latencies = LatencyTable(
-        {key: narrow if key.kind == "denoise" and key.size == full else wide for key in loaded.stations()}
+    full = max(loaded.card.sizes)
+    costs = CostTable(
+        {key: narrow if key.kind == "denoise" and key.size == full else wide for key in loaded.card.stations()}
     )
-    return loaded
+    return steady(loaded, costs)
+
+
+def steady(loaded: DeviceModel, costs: CostTable) -> DeviceModel:
+    """A model whose baseline can be told, and is not timed again."""
+    (timed,) = loaded.card.baselines
+    card = replace(loaded.card, baselines=(structs.replace(timed, spread=1.0),))
+    return replace(loaded, card=card, costs=costs, teacher=None)
 
 
 @pytest.fixture
-def house(checkpoint: Path, model: ServedModel) -> Iterator[House]:
+def house(checkpoint: Path, model: DeviceModel) -> Iterator[House]:
     with serving(model, make_settings(checkpoint)) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def film_model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+def loaded_films(tmp_path_factory: pytest.TempPathFactory) -> DeviceModel:
     """Tiny random Wan networks; their teacher is the same network, guided, in a few steps."""
     torch.set_num_threads(1)
     folder = write_tiny_folder("wan-1.3b", tmp_path_factory.mktemp("films") / "tiny-wan")
     teacher = TeacherSpec(4, 5.0, 5.0, folder=".")
     cascades = tiny_cascades("wan-1.3b")
     write_cascade_json(folder, backbone="wan-1.3b", cascades=cascades, default=next(iter(cascades)), teacher=teacher)
-    return load_model(make_settings(folder, max_batch=2), lambda progress: None)
+    return load_on_cpu(make_settings(folder, max_batch=2))
+
+
+@pytest.fixture
+def film_model(loaded_films: DeviceModel) -> DeviceModel:
+    """The film model as it was loaded, whatever earlier tests have taught it."""
+    return steady(loaded_films, CostTable(loaded_films.costs.table()))
 
 
 @pytest.fixture

@@ -20,10 +20,12 @@ from PIL import Image
 
 from rmd.backbones.base import Executor
 from rmd.size import Size
-from server.device.model import ServedModel
+from server.device.model import DeviceModel
 from server.front.service import Service, State
+from server.start.films import open_jobs
 from server.start.run import DrainingServer, make_server
 from server.start.settings import ServerSettings
+from tests.server.thread_engine import ThreadEngine
 
 URL = "/v1/images/generations"
 
@@ -69,7 +71,7 @@ class Gate:
 class House:
     """One running server and ways to look at it."""
 
-    def __init__(self, service: Service, server: DrainingServer, url: str, gate: Gate, model: ServedModel) -> None:
+    def __init__(self, service: Service, server: DrainingServer, url: str, gate: Any, model: Any) -> None:
         self.service, self.server, self.url, self.gate, self.model = service, server, url, gate, model
         self.client = httpx.Client(base_url=url, timeout=30)
 
@@ -146,27 +148,37 @@ def pixels(encoded: str | bytes) -> np.ndarray:
 
 
 @contextmanager
-def serving(model: ServedModel, settings: ServerSettings) -> Iterator[House]:
-    """Run a server for ``model`` until the block ends."""
-    inner = model.backbone.executor
+def serving(model: DeviceModel, settings: ServerSettings) -> Iterator[House]:
+    """Run a server for ``model`` until the block ends, its engine in a thread."""
+    inner, film_seconds = model.backbone.executor, settings.video_deadline_seconds
     gate = Gate(inner)
     model.backbone.executor = gate
-    service = Service(settings, lambda settings, report: model)
+    service = Service(settings, open_jobs, [("cpu", lambda: ThreadEngine(model, settings.policy, film_seconds))])
+    try:
+        with running(service, gate, model) as house:
+            yield house
+    finally:
+        model.backbone.executor = inner
+
+
+@contextmanager
+def running(service: Service, gate: Gate | None = None, model: DeviceModel | None = None) -> Iterator[House]:
+    """Run a server until the block ends."""
     server = make_server(service)
-    thread = threading.Thread(target=server.start.run, daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         end = time.monotonic() + 60
         while not (server.started and service.state is State.READY):
-            assert time.monotonic() < end and thread.is_alive(), service.failure
+            assert time.monotonic() < end and thread.is_alive() and service.failure is None, service.failure
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         house = House(service, server, f"http://127.0.0.1:{port}", gate, model)
         yield house
         house.client.close()
     finally:
-        gate.open()
+        if gate is not None:
+            gate.open()
         server.should_exit = True
         thread.join(60)
-        model.backbone.executor = inner
         assert not thread.is_alive(), "the server did not stop"

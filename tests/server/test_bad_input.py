@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from server.device.model import ServedModel
+from server.device.model import DeviceModel
 from tests.server.conftest import make_settings
 from tests.server.house import URL, House, serving
 
 
 @pytest.fixture(scope="module")
-def open_house(checkpoint: Path, loaded: ServedModel) -> Iterator[House]:
+def open_house(checkpoint: Path, loaded: DeviceModel) -> Iterator[House]:
     with serving(loaded, make_settings(checkpoint)) as running:
         yield running
 
@@ -166,7 +166,7 @@ def test_fields_that_only_the_official_client_knows_are_ignored(open_house: Hous
     assert open_house.draw(safety_identifier="s").json()["safety_identifier"] == "s"
 
 
-def test_keys_are_asked_for_before_the_body_is_read(checkpoint: Path, loaded: ServedModel) -> None:
+def test_keys_are_asked_for_before_the_body_is_read(checkpoint: Path, loaded: DeviceModel) -> None:
     with serving(loaded, make_settings(checkpoint, api_keys="secret")) as house:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
             refused = house.client.post(URL, content=b"{", headers=headers)

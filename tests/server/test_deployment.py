@@ -13,9 +13,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.core.faults import OUTCOMES
 from server.films.runner import LAST_JOBS_SECONDS
 from server.front.service import LAST_BATCH_SECONDS
-from server.http.errors import OUTCOMES
 from server.start.run import LAST_REPLIES_SECONDS
 from server.start.settings import ServerSettings
 from server.telemetry.metrics import Metrics
@@ -42,6 +42,7 @@ def labels(house: House) -> dict[str, set[str]]:
     assert house.draw().status_code == 200
     house.service.metrics.dropped.labels("deadline")
     house.service.metrics.retried_batches.labels("encode")
+    house.service.metrics.engine_restarts.labels("0")
     found: dict[str, set[str]] = defaultdict(set)
     films = replace(house.service.snapshot(), video_jobs={"queued": 1})  # what a server of films shows besides
     shown = house.client.get("/metrics").text, Metrics(lambda: films).render().decode()
@@ -62,6 +63,29 @@ def test_dashboards_and_alerts_ask_for_what_the_server_shows(labels: dict[str, s
         for grouped in re.findall(r"by \(([^)]*)\)", expression):
             wanted = set(re.split(r",\s*", grouped))
             assert any(wanted <= labels[name] for name, _ in names), expression
+
+
+def test_engines_that_end_or_stay_down_are_shown_and_raise_alerts() -> None:
+    asked = "\n".join(expressions())
+    alerts = "\n".join(
+        rule["expr"] for group in read_yaml("deploy/prometheus/rules.yml")["groups"] for rule in group["rules"]
+    )
+    for name in ("rmd_engine_up", "rmd_engine_restarts_total"):
+        assert name in alerts and asked.count(name) > alerts.count(name), name
+    for name in ("rmd_station_compiled", "rmd_teacher_age_seconds", "rmd_teacher_spread_ratio"):
+        assert name in asked
+
+
+def test_panels_have_numbers_and_places_of_their_own() -> None:
+    panels = json.loads((ROOT / "deploy/grafana/dashboards/rmd.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
+        for panel in panels
+        for x in range(panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["h"])
+    ]
+    assert len(set(cells)) == len(cells) and all(0 <= x < 24 for x, _ in cells)
 
 
 def test_alerts_name_outcomes_that_exist() -> None:

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from server.core.latency import LatencyTable
-from server.device.model import ServedModel
+from server.core.costs import CostTable
+from server.device.model import DeviceModel
 from server.start.settings import ServerSettings
 from tests.server.house import serving
 from tests.server.test_videos import URL, ended, post
@@ -18,13 +18,13 @@ TOGETHER = 8
 
 
 def test_films_together_do_not_cost_each_other_their_time(
-    film_model: ServedModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+    film_model: DeviceModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The low stage takes all of them at once; at the high one they wait for each other, beyond a film's own time."""
-    full = max(film_model.sizes)
+    full = max(film_model.card.sizes)
     wide, narrow = {1: 0.02, 2: 0.02, 4: 0.02, 8: 0.02}, {1: 0.2, 2: 0.4, 4: 0.8, 8: 1.6}
-    table = {key: narrow if key.kind == "denoise" and key.size == full else wide for key in film_model.stations()}
-    monkeypatch.setattr(film_model, "latencies", LatencyTable(table))
+    table = {key: narrow if key.kind == "denoise" and key.size == full else wide for key in film_model.card.stations()}
+    monkeypatch.setattr(film_model, "costs", CostTable(table))
     with serving(film_model, film_settings.model_copy(update={"video_deadline_seconds": 2.0})) as house:
         house.gate.before = lambda component, size, inputs: time.sleep(0.2 * (component == "denoiser" and size == full))
         house.gate.close()
@@ -34,12 +34,12 @@ def test_films_together_do_not_cost_each_other_their_time(
         assert Counter(ended(house, job)["status"] for job in jobs) == {"completed": TOGETHER}
         metrics = house.client.get("/metrics").text
     assert f'rmd_videos_total{{outcome="completed"}} {TOGETHER}.0' in metrics
-    assert f'rmd_request_seconds_count{{schedule="{film_model.default}"}} {TOGETHER}.0' in metrics
+    assert f'rmd_request_seconds_count{{schedule="{film_model.card.default}"}} {TOGETHER}.0' in metrics
 
 
-def test_as_many_films_run_together_as_the_setting_says(film_model: ServedModel, film_settings: ServerSettings) -> None:
+def test_as_many_films_run_together_as_the_setting_says(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     """Whatever their pixels: `queue_megapixels` bounds pictures."""
-    few = 3.4 * max(film_model.sizes).pixels / 1e6
+    few = 3.4 * max(film_model.card.sizes).pixels / 1e6
     with serving(film_model, film_settings.model_copy(update={"queue_megapixels": few})) as house:
         house.gate.close()
         jobs = [post(house) for _ in range(TOGETHER)]
@@ -49,7 +49,7 @@ def test_as_many_films_run_together_as_the_setting_says(film_model: ServedModel,
 
 
 def test_a_stop_gives_films_back_though_a_batch_goes_on(
-    film_model: ServedModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+    film_model: DeviceModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.front.service.LAST_BATCH_SECONDS", 0.5)
     with serving(film_model, film_settings) as house:
@@ -71,7 +71,7 @@ def test_a_stop_gives_films_back_though_a_batch_goes_on(
         stopping.join()
 
 
-def test_pages_of_other_sites_cannot_order_films(film_model: ServedModel, film_settings: ServerSettings) -> None:
+def test_pages_of_other_sites_cannot_order_films(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     foreign = {"Sec-Fetch-Site": "cross-site"}
     with serving(film_model, film_settings) as house:
         for reply in (
@@ -83,7 +83,7 @@ def test_pages_of_other_sites_cannot_order_films(film_model: ServedModel, film_s
 
 
 def test_a_film_that_cannot_be_ready_in_time_is_not_accepted(
-    film_model: ServedModel, film_settings: ServerSettings
+    film_model: DeviceModel, film_settings: ServerSettings
 ) -> None:
     with serving(film_model, film_settings.model_copy(update={"video_deadline_seconds": 1e-6})) as house:
         reply = house.client.post(URL, json={"prompt": "x"})
@@ -91,7 +91,7 @@ def test_a_film_that_cannot_be_ready_in_time_is_not_accepted(
         assert house.client.get(URL).json()["data"] == []
 
 
-def test_a_film_that_fails_is_counted(film_model: ServedModel, film_settings: ServerSettings) -> None:
+def test_a_film_that_fails_is_counted(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     def broken(component: str, *_: object) -> None:
         if component == "denoiser":
             raise RuntimeError("broken")

@@ -3,72 +3,96 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from server.device.model import ServedModel
-from server.front.service import Progress, Service
+from server.core.stations import StationKey
+from server.device.model import DeviceModel
+from server.front.service import Service
 from server.http.app import create_app
-from server.start.settings import ServerSettings
-from tests.server.conftest import make_settings
+from tests.server.conftest import load_on_cpu, make_settings
 from tests.server.house import House
+from tests.server.thread_engine import ThreadEngine
 
 
 def asgi(service: Service) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://server")
 
 
-@pytest.mark.anyio
-async def test_live_at_once_and_ready_only_when_loaded(checkpoint: Path, model: ServedModel) -> None:
-    loading, go = threading.Event(), threading.Event()
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
-    def slow(settings: ServerSettings, report: Callable[[Progress], None]) -> ServedModel:
-        report(Progress(3, 12, "building denoiser 32x32"))
-        loading.set()
-        go.wait(10)
+
+@pytest.mark.anyio
+async def test_live_at_once_and_ready_only_when_loaded(checkpoint: Path, model: DeviceModel) -> None:
+    reported, go = threading.Event(), threading.Event()
+
+    def slow(report: Callable[[int, int, str], None]) -> DeviceModel:
+        report(3, 12, "loading engines")
+        assert go.wait(30)
         return model
 
-    service = Service(make_settings(checkpoint), slow)
+    service = Service(
+        make_settings(checkpoint),
+        lambda *_: pytest.fail("it makes pictures"),
+        [("cpu", lambda: ThreadEngine(model, load=slow))],
+        on_progress=lambda progress: reported.set(),
+    )
     service.start()
-    assert loading.wait(10)
+    assert reported.wait(10)
     async with asgi(service) as client:
         assert (await client.get("/health/live")).status_code == 200
         waiting = await client.get("/health/ready")
-        assert waiting.status_code == 503
-        assert waiting.json()["progress"] == {"done": 3, "total": 12, "text": "building denoiser 32x32"}
+        assert waiting.status_code == 503 and waiting.headers["retry-after"] == "5"
+        assert waiting.json()["progress"] == {"done": 3, "total": 12, "text": "loading engines"}
         early = await client.post("/v1/images/generations", json={"prompt": "a"})
         assert early.status_code == 503 and early.json()["error"]["code"] == "not_ready"
         assert (await client.get("/v1/models")).status_code == 503
-        assert "rmd_load_progress 0.25" in (await client.get("/metrics")).text
+        shown = (await client.get("/metrics")).text
+        assert "rmd_load_progress 0.25" in shown and 'rmd_engine_up{engine="0"} 0.0' in shown
         go.set()
-        for _ in range(500):
-            if (ready := await client.get("/health/ready")).status_code == 200:
-                break
-            threading.Event().wait(0.01)
-        assert ready.json() == {"status": "ready"}
+        until(lambda: service.ready)
+        ready = await client.get("/health/ready")
+        assert ready.status_code == 200 and ready.json()["status"] == "ready"
+        assert ready.json()["engines"] == [{"device": "cpu", "status": "ready", "restarts": 0, "reason": ""}]
+        assert set(ready.json()["stations"]) == {key.label for key in _stations(model)}
+        assert set(ready.json()["stations"].values()) == {"eager"}
         assert (await client.post("/v1/images/generations", json={"prompt": "a"})).status_code == 200
+        assert 'rmd_engine_up{engine="0"} 1.0' in (await client.get("/metrics")).text
     service.stop()
+
+
+def _stations(model: DeviceModel) -> tuple[StationKey, ...]:
+    return (*model.card.stations(), *model.card.preview_stations())
 
 
 @pytest.mark.anyio
 async def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
-    from server.start.loading import load_model
-
     failed = threading.Event()
-    service = Service(make_settings(tmp_path / "nothing"), load_model, on_failed=lambda error: failed.set())
+
+    def load(report: Callable[[int, int, str], None]) -> DeviceModel:
+        return load_on_cpu(make_settings(tmp_path / "nothing"))
+
+    service = Service(
+        make_settings(tmp_path / "nothing"),
+        lambda *_: pytest.fail("there is no model"),
+        [("cpu", lambda: ThreadEngine(None, load=load))],
+        on_failed=lambda reason: failed.set(),
+    )
     service.start()
     assert failed.wait(10)
     async with asgi(service) as client:
         ready = await client.get("/health/ready")
         assert ready.status_code == 503 and "nothing" in ready.json()["reason"]
-        for _ in range(200):
-            if (live := await client.get("/health/live")).status_code == 503:
-                break
-            threading.Event().wait(0.01)
-        assert live.status_code == 503
+        live = await client.get("/health/live")
+        assert live.status_code == 503 and "nothing" in live.json()["reason"]
         assert (await client.post("/v1/images/generations", json={"prompt": "a"})).status_code == 503
     service.stop()
 
@@ -83,6 +107,8 @@ def test_models_list_what_requests_may_ask_for(house: House) -> None:
     assert entry == house.client.get("/v1/models").json()["data"][0]
     assert entry["rmd"]["sizes"] == ["64x64"] and entry["rmd"]["default_schedule"] == "2+2"
     assert set(entry["rmd"]["schedules"]) == {"2+2", "0+4", "teacher"}
+    assert entry["rmd"]["text_tokens"] == 256
+    assert set(entry["rmd"]["compiled"]) == {key.label for key in _stations(house.model)}
     assert entry["rmd"]["schedules"]["2+2"]["stages"] == [
         {"size": "32x32", "steps": 2},
         {"size": "64x64", "steps": 2},
@@ -111,6 +137,10 @@ def test_gauges_follow_the_state_and_counters_the_work(house: House) -> None:
     assert house.metric("rmd_speedup", schedule="2+2", kind="eager") > 0
     assert house.metric("rmd_engine_memory_bytes", component="denoiser") > 1000
     assert house.metric("rmd_ready") == 1 and house.metric("rmd_draining") == 0
+    assert house.metric("rmd_engine_up", engine="0") == 1 and house.metric("rmd_engine_restarts_total") == 0
+    assert house.metric("rmd_station_compiled") == 0, "all runs eager"
+    assert house.metric("rmd_teacher_age_seconds", kind="eager") > 0
+    assert house.metric("rmd_teacher_spread_ratio", kind="eager") == 1
 
 
 def test_probing_paths_cannot_grow_the_metrics(house: House) -> None:

@@ -11,9 +11,9 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from server.device.model import ServedModel
+from server.device.model import DeviceModel
 from tests.server.conftest import TEACHER_STEPS, make_settings
-from tests.server.house import House, pixels, serving
+from tests.server.house import URL, House, pixels, serving
 
 
 def official(house: House, key: str = "none") -> OpenAI:
@@ -50,7 +50,7 @@ def test_the_official_client_streams(house: House) -> None:
     assert (pixels(completed.b64_json) == pixels(alone)).all(), "a stream ends in the picture that a plain call gives"
 
 
-def test_the_official_client_reads_typed_errors(checkpoint: Path, model: ServedModel) -> None:
+def test_the_official_client_reads_typed_errors(checkpoint: Path, model: DeviceModel) -> None:
     with serving(model, make_settings(checkpoint, api_keys="right, other")) as house:
         client = official(house, "right")
         with pytest.raises(openai.BadRequestError) as bad:
@@ -91,10 +91,10 @@ def test_every_schedule_draws_its_own_picture_reproducibly(house: House, schedul
 def test_the_server_draws_what_the_offline_sampler_draws(house: House) -> None:
     """The scheduler only reorders work: latents go through the same steps as in rmd.sampler.sample."""
     from rmd.sampler import sample
-    from server.front.media import to_pixels
+    from server.device.pixels import to_pixels
 
     for name in ("2+2", "teacher"):
-        backbone, cascade = house.model.backbone, house.model.schedules[name].cascade
+        backbone, cascade = house.model.backbone, house.model.card.schedules[name].cascade
         latents = sample(
             backbone,
             cascade,
@@ -167,3 +167,22 @@ def test_an_idempotency_key_gives_the_stored_reply_and_refuses_another_body(hous
     assert house.metric("rmd_pictures_total") == 1
     assert keyed("b").status_code == 409  # type: ignore[attr-defined]
     assert keyed("b", "k2").status_code == 200  # type: ignore[attr-defined]
+
+
+def test_a_prompt_that_is_cut_is_told(house: House) -> None:
+    """Two prompts that differed after the encoder's last token gave the same bytes, and nothing said why."""
+    heard, long = house.draw("a red rocket").json(), house.draw("a red rocket " * 200).json()
+    assert heard["rmd"]["cut_tokens"] == 0 and long["rmd"]["cut_tokens"] > 0
+    entry = house.client.get("/v1/models/tiny").json()["rmd"]
+    assert long["usage"]["input_tokens"] <= entry["text_tokens"]
+    with house.client.stream("POST", URL, json={"prompt": "a red rocket " * 200, "stream": True}) as stream:
+        assert f'"cut_tokens":{long["rmd"]["cut_tokens"]}' in "".join(stream.iter_text()).replace(" ", "")
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3])
+def test_as_many_partial_pictures_come_as_were_asked_for(house: House, wanted: int) -> None:
+    stream = official(house).images.generate(
+        prompt="a", stream=True, partial_images=wanted, extra_body={"schedule": "0+4"}
+    )
+    events = [event.type.removeprefix("image_generation.") for event in stream]
+    assert events == ["partial_image"] * wanted + ["completed"]

@@ -14,20 +14,13 @@ from sqlalchemy.exc import OperationalError
 
 from rmd.backbones.tiny import tiny_cascades
 from server.core.admission import Admission
-from server.core.request import (
-    Advanced,
-    Event,
-    Failed,
-    FinishedPicture,
-    Generation,
-    GenerationSpec,
-    ItemRecord,
-)
+from server.core.faults import Fault, RequestError
+from server.core.work import PictureRecord, Work
+from server.films import runner as runner_module
 from server.films.runner import FilmMaker, JobLimits, JobRunner
 from server.films.shelf import FilmShelf
 from server.films.store import JobStore, VideoJob
-from server.http.errors import ApiError, Fault
-from server.jobs import runner as runner_module
+from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
 
 NOW = 1000.0
 LATER = NOW + 60
@@ -148,7 +141,7 @@ class Maker:
     def __init__(self) -> None:
         self.taken: dict[str, tuple[Generation, Callable[[Event], None]]] = {}
         self.cancelled: list[str] = []
-        self.refusal: ApiError | None = None
+        self.refusal: RequestError | None = None
         self.admission = Admission(64, 10**9)
 
     def prepare(self, request: Mapping[str, Any]) -> GenerationSpec:
@@ -158,18 +151,19 @@ class Maker:
     def submit(self, spec: GenerationSpec, sink: Callable[[Event], None], job_id: str) -> Generation:
         if self.refusal is not None:
             raise self.refusal
-        generation = Generation(spec, self.admission.acquire(1, 1), time.monotonic() + 60, sink, [1.0], job_id)
+        work = Work(id=job_id, prompt=spec.prompt, schedule=spec.schedule, seeds=spec.seeds, frames_per_second=16)
+        generation = Generation(spec, work, self.admission.acquire(1, 1), sink, (1.0,))
         self.taken[job_id] = (generation, sink)
         return generation
 
-    def cancel(self, generation: Generation, error: ApiError) -> None:
-        self.cancelled.append(generation.request_id)
+    def cancel(self, generation: Generation, error: RequestError) -> None:
+        self.cancelled.append(generation.id)
 
     def tell(self, job_id: str, event: Event) -> None:
         self.taken[job_id][1](event)
 
 
-FILM = FinishedPicture(0, b"film", ItemRecord(), b"thumbnail", b"sheet")
+FILM = FinishedPicture(0, b"film", PictureRecord(), thumbnail=b"thumbnail", spritesheet=b"sheet")
 
 
 class Desk:
@@ -233,11 +227,11 @@ def test_jobs_run_together_up_to_the_bound_and_the_rest_stay_in_line(desks: Call
 
 def test_a_full_scheduler_leaves_jobs_in_line_and_a_hopeless_request_fails(desks: Callable[..., Desk]) -> None:
     desk = desks()
-    desk.maker.refusal = ApiError(Fault.QUEUE_FULL, "full")
+    desk.maker.refusal = RequestError(Fault.QUEUE_FULL, "full")
     waiting = desk.accept()
     time.sleep(0.2)
     assert desk.status(waiting) == "queued 0"
-    desk.maker.refusal = ApiError(Fault.NOT_FOUND, "no such model", code="model_not_found")
+    desk.maker.refusal = RequestError(Fault.NOT_FOUND, "no such model", code="model_not_found")
     hopeless = desk.accept()
     desk.until_status(hopeless, "failed 0 model_not_found")
     assert desk.status(waiting) == "failed 0 model_not_found"
@@ -262,8 +256,8 @@ def test_what_a_stopping_executor_gives_up_is_taken_by_the_next_server(desks: Ca
     first.until(lambda: running.id in first.maker.taken)
     first.maker.tell(running.id, Advanced(0.5))
     first.until_status(running, "in_progress 49")
-    first.maker.refusal = ApiError(Fault.DRAINING, "stopping")
-    first.maker.tell(running.id, Failed(ApiError(Fault.DRAINING, "The server is stopping.")))
+    first.maker.refusal = RequestError(Fault.DRAINING, "stopping")
+    first.maker.tell(running.id, Failed(RequestError(Fault.DRAINING, "The server is stopping.")))
     first.until_status(running, "queued 0")
     first.runner.stop()
     second = desks()
@@ -289,7 +283,7 @@ def test_a_job_that_may_have_broken_the_device_is_counted_and_tried_again_alone(
     desk.maker.tell(jobs[1].id, Advanced(0.2))
     desk.until_status(jobs[1], "in_progress 19")
     desk.maker.taken.clear()
-    broken = Failed(ApiError(Fault.NOT_READY, "The server is stopping."))
+    broken = Failed(RequestError(Fault.NOT_READY, "The server is stopping."))
     for one in (jobs[1], jobs[0]):
         desk.runner._events.put((one.id, broken))
     desk.until(lambda: jobs[0].id in desk.maker.taken)

@@ -1,76 +1,133 @@
-"""Engines built at the first start and found at the second, and the baseline of the teacher."""
+"""From a checkpoint folder to a model that is measured; the baseline of the teacher; what cannot be loaded."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from engines.errors import BackendUnavailable, EngineMissing
+from engines.build import build_checkpoint
+from engines.errors import BackendUnavailable
 from engines.planning import EngineOptions
-from engines.runner import EngineExecutor
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.size import Size
-from server import loading
-from server.core.latency import STUDENT, TEACHER, StationKey
-from server.device.model import ServedModel
-from server.front.service import Progress
-from server.start.compiled import choose_engines
-from server.start.loading import load_model
-from tests.server.conftest import TEACHER_STEPS, make_settings
-from tests.server.house import Gate, pixels, serving
+from server.core.stations import STUDENT, TEACHER, StationKey
+from server.device import loading
+from server.device.baseline import EagerTeacher
+from server.device.measuring import measure_station
+from server.device.model import DeviceModel
+from server.front.service import Service
+from tests.server.conftest import TEACHER_STEPS, load_on_cpu, make_settings
+from tests.server.house import Gate, House, pixels, running, serving
+from tests.server.thread_engine import ThreadEngine
 
 
-def test_engines_are_built_at_the_first_start_and_found_at_the_second(
-    checkpoint: Path, loaded: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_station_is_timed_and_the_start_says_how_far_it_is(checkpoint: Path) -> None:
+    from server.device.loading import load_model
+    from server.front.engine import engine_settings
+
+    seen: list[tuple[int, int, str]] = []
+    settings = engine_settings(make_settings(checkpoint, max_batch=2), "cpu", "nowhere")
+    model = load_model(settings, lambda done, total, what: seen.append((done, total, what)))
+    stations = (*model.card.stations(), *model.card.preview_stations())
+    table = model.costs.table()
+    assert set(table) == set(stations)
+    assert all(1 in widths and all(seconds > 0 for seconds in widths.values()) for widths in table.values())
+    assert [what for _, _, what in seen] == [
+        "reading the checkpoint",
+        "loading the weights",
+        "timing the eager teacher",
+        "preparing",
+        *(f"warming up {key.label}" for key in stations),
+    ]
+    assert all(0 <= done < total for done, total, _ in seen)
+    assert model.card.executor_kind == "eager" and not any(model.card.compiled.values())
+    assert model.card.memory_bytes["denoiser"] > 0 and model.card.memory_bytes["teacher denoiser"] > 0
+    assert model.card.text_limit == 256, "of the encoder that hears most"
+
+
+def test_engines_that_are_built_meanwhile_are_taken_over_and_found_at_the_next_start(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the engine layer's reference compiler, which needs no compiler of the machine."""
     options = EngineOptions("eager", "cpu", "float32", (1, 2))
-    monkeypatch.setattr(loading, "choose_engines", lambda settings, folder: options)
-    settings = make_settings(checkpoint, engines=tmp_path / "store")
-    seen: list[Progress] = []
-    with pytest.raises(EngineMissing, match="rmd build"):
-        load_model(settings.model_copy(update={"build_missing": False}), seen.append)
-    model = load_model(settings, seen.append)
-    assert any("building engines" in progress.text for progress in seen)
-    assert isinstance(model.backbone.executor, EngineExecutor)
-    assert isinstance(model.lanes["teacher"].executor, EngineExecutor)
-    assert {baseline.kind for baseline in model.baselines} == {"eager", "compiled"}
-    low = min(model.schedules["2+2"].cascade.sizes)
-    assert model.latencies.buckets(StationKey("denoise", size=low)) == (1, 2)
-    assert model.memory_bytes["denoiser"] > 0 and model.memory_bytes["teacher denoiser"] > 0
+    monkeypatch.setattr(loading, "_choose_engines", lambda settings, folder: options)
+    settings = make_settings(checkpoint, engines=tmp_path / "store", build_missing=False)
+    model = load_on_cpu(settings)
+    assert not any(model.card.compiled.values()) and {each.kind for each in model.baselines()} == {"eager"}
+    stations = (*model.card.stations(), *model.card.preview_stations())
+    low = StationKey("denoise", size=min(model.card.schedules["2+2"].cascade.sizes))
 
-    seen.clear()
-    again = load_model(settings, seen.append)
-    assert not any("building engines" in progress.text for progress in seen)
-    with serving(again, settings) as house:
-        compiled = house.draw(seed=3, n=3).json()
-    with serving(loaded, make_settings(checkpoint)) as house:
-        eager = house.draw(seed=3, n=3).json()
-    assert set(compiled["rmd"]["speedup"]) == {"eager", "compiled"}
+    def draw(house: House) -> dict[str, Any]:
+        reply: dict[str, Any] = house.draw(seed=3, n=3).json()
+        return reply
+
+    no_jobs = lambda *_: pytest.fail("it makes pictures")  # noqa: E731
+    with running(Service(settings, no_jobs, [("cpu", lambda: ThreadEngine(model))])) as house:
+        eager = draw(house)
+        assert set(house.client.get("/health/ready").json()["stations"].values()) == {"eager"}
+        build_checkpoint(
+            checkpoint=checkpoint,
+            store=settings.engines,
+            backend="eager",
+            device="cpu",
+            dtype="float32",
+            buckets=(1, 2),
+        )
+        house.service.fleet.adopt()
+        house.until(lambda: house.metric("rmd_station_compiled") == len(stations), "every station to change over")
+        assert set(house.client.get("/health/ready").json()["stations"].values()) == {"compiled"}
+        compiled = draw(house)
+        assert set(compiled["rmd"]["teacher_seconds"]) == {"eager", "compiled"}
+        entry = house.client.get("/v1/models/tiny").json()["rmd"]
+        assert entry["compiled"][low.label] == [1, 2]
     for mine, reference in zip(compiled["data"], eager["data"], strict=True):
         difference = np.abs(pixels(mine["b64_json"]) - pixels(reference["b64_json"]))
         assert difference.mean() <= 1 and difference.max() <= 8
+    again = load_on_cpu(settings)
+    assert set(again.card.compiled) == {key.label for key in stations} and all(again.card.compiled.values())
+    assert again.costs.widths(low) == (1, 2) and {each.kind for each in again.baselines()} == {"eager", "compiled"}
 
 
-def test_the_baseline_is_the_guided_teacher(loaded: ServedModel) -> None:
-    (baseline,) = loaded.started_baselines
+def test_the_baseline_is_the_guided_teacher(loaded: DeviceModel) -> None:
+    (baseline,) = loaded.baselines()
     assert baseline.kind == "eager" and baseline.steps == TEACHER_STEPS
     parts = baseline.encode_seconds + TEACHER_STEPS * baseline.guided_step_seconds + baseline.decode_seconds
     assert baseline.seconds == pytest.approx(parts)
+
+
+def test_the_baseline_follows_the_machine_and_says_how_steady_and_old_it_is(loaded: DeviceModel) -> None:
+    """Timed once at the start, one picture was reported as 22 x and as 104 x."""
+    teacher = EagerTeacher(loaded.lanes[TEACHER], max(loaded.card.sizes), TEACHER_STEPS)
+    assert not teacher.due, "it has just been timed"
+    timings = [0.1] * 9
+    teacher._timings.extend(timings)
+    steady = teacher.baseline()
+    assert steady.guided_step_seconds == pytest.approx(0.1) and steady.spread == pytest.approx(1.0) and steady.steady
+    teacher._timings.append(30.0)
+    assert teacher.baseline().guided_step_seconds == pytest.approx(0.1), "one stall moves nothing"
+    teacher._timings.extend([0.3, 0.3, 0.3, 0.3])
+    assert not teacher.baseline().steady
+    before = time.monotonic()
+    for _ in range(9):
+        teacher.time_again()
+    again = teacher.baseline()
+    assert again.guided_step_seconds < 0.1 and again.measured >= before
 
 
 def test_without_its_folder_the_teacher_is_not_offered(tmp_path: Path) -> None:
     folder = write_tiny_folder("pixart", tmp_path / "alone")
     file = folder / "cascade.json"
     file.write_text(file.read_text().replace('"folder": "."', '"folder": "../gone"'))
-    model = load_model(make_settings(folder, max_batch=1), lambda progress: None)
-    assert "teacher" not in model.schedules
-    assert [baseline.kind for baseline in model.baselines] == ["eager"], "the student has the teacher's shape"
+    model = load_on_cpu(make_settings(folder, max_batch=1))
+    assert "teacher" not in model.card.schedules
+    assert [baseline.kind for baseline in model.baselines()] == ["eager"], "the student has the teacher's shape"
     with serving(model, make_settings(folder)) as house:
         refused = house.draw(schedule="teacher")
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "schedule"
@@ -78,7 +135,7 @@ def test_without_its_folder_the_teacher_is_not_offered(tmp_path: Path) -> None:
 
 
 def test_batches_that_do_not_fit_in_memory_are_not_used(
-    loaded: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    loaded: DeviceModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     room = 1
 
@@ -89,27 +146,23 @@ def test_batches_that_do_not_fit_in_memory_are_not_used(
     gate = Gate(loaded.backbone.executor)
     gate.before = full
     monkeypatch.setattr(loaded.backbone, "executor", gate)
-    key = StationKey("decode", size=max(loaded.sizes))
-    assert set(loading._measure_station(loaded, key, max_batch=8)) == {1}
+    key = StationKey("decode", size=max(loaded.card.sizes))
+    assert set(measure_station(loaded.lanes, key, max_batch=8)) == {1}
     assert f"{key.label}: no memory for a batch of 2; at most 1" in caplog.text
     room = 0
     with pytest.raises(torch.OutOfMemoryError):
-        loading._measure_station(loaded, key, max_batch=8)
+        measure_station(loaded.lanes, key, max_batch=8)
 
 
-def test_a_guided_step_of_the_teacher_is_timed_whatever_the_widths(loaded: ServedModel) -> None:
-    size = max(loaded.sizes)
-    assert set(loading._measure_station(loaded, StationKey("denoise", TEACHER, size), max_batch=1)) == {1, 2}
-    assert set(loading._measure_station(loaded, StationKey("denoise", STUDENT, size), max_batch=1)) == {1}
+def test_a_guided_step_of_the_teacher_is_timed_whatever_the_widths(loaded: DeviceModel) -> None:
+    size = max(loaded.card.sizes)
+    assert set(measure_station(loaded.lanes, StationKey("denoise", TEACHER, size), max_batch=1)) == {1, 2}
+    assert set(measure_station(loaded.lanes, StationKey("denoise", STUDENT, size), max_batch=1)) == {1}
 
 
 def test_a_backend_that_is_not_here_is_named(checkpoint: Path) -> None:
-    from rmd.checkpoint import CheckpointFolder
-
-    folder = CheckpointFolder.read(checkpoint)
-    assert choose_engines(make_settings(checkpoint, backend="eager"), folder) is None
     with pytest.raises(BackendUnavailable, match="warp"):
-        choose_engines(make_settings(checkpoint, backend="warp"), folder)
+        load_on_cpu(make_settings(checkpoint, backend="warp"))
 
 
 def test_rmd_serve_says_what_is_wrong_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from server.device.model import ServedModel
+from server.device.model import DeviceModel
 from tests.server.conftest import make_settings
 from tests.server.house import House, serving
 
@@ -37,7 +37,7 @@ def test_the_page_allows_its_own_files_only(house: House) -> None:
     assert not re.search(r"<style|<script>|style=|\son\w+=", house.client.get("/").text), "the policy would block it"
 
 
-def test_the_page_is_open_and_the_api_behind_it_is_not(model: ServedModel, checkpoint: Path) -> None:
+def test_the_page_is_open_and_the_api_behind_it_is_not(model: DeviceModel, checkpoint: Path) -> None:
     with serving(model, make_settings(checkpoint, api_keys="secret")) as house:
         assert house.client.get("/").status_code == 200
         assert house.client.get("/v1/models").status_code == 401

@@ -18,7 +18,7 @@ import torch
 from openai import OpenAI
 
 from rmd.size import Size
-from server.device.model import ServedModel
+from server.device.model import DeviceModel
 from tests.server.conftest import make_settings
 from tests.server.house import House, pixels, serving
 
@@ -51,7 +51,8 @@ def test_concurrent_requests_share_batches_whatever_their_schedule(house: House)
     replies = [call.result() for call in calls]
     low = [reply.json()["rmd"]["stages"][0] for reply in replies]
     assert all(stage["size"] == "32x32" for stage in low)
-    assert max(max(stage["batch_sizes"]) for stage in low) == 4, "the low size gains from batches, so all four ride"
+    widest = max(max(stage["batch_sizes"]) for stage in low)
+    assert widest == 5, "the low size gains from batches, so all of them ride, and the one that was first"
     high = [reply.json()["rmd"]["stages"][1]["batch_sizes"] for reply in replies]
     assert all(size == 1 for sizes in high for size in sizes), "the full size gains nothing, so it stays narrow"
     for seed, reply in enumerate(replies):
@@ -68,20 +69,21 @@ def test_fresh_noise_at_the_change_of_size_is_each_requests_own(house: House) ->
         calls = [house.in_background(lambda entry=entry: house.draw("a", **entry)) for entry in options]
         house.until_waiting(4)
     together = [call.result() for call in calls]
-    assert max(together[0].json()["rmd"]["stages"][0]["batch_sizes"]) == 3
+    assert max(together[0].json()["rmd"]["stages"][0]["batch_sizes"]) == 4, "with the one that was first"
     for before, after in zip(alone, together, strict=True):
         assert abs(before - picture(after)).max() <= 1
 
 
-def test_guided_and_unguided_items_share_one_call(checkpoint: Path, model: ServedModel) -> None:
+def test_guided_and_unguided_items_share_one_call(checkpoint: Path, model: DeviceModel) -> None:
     """A guided item takes two rows of the same batch as a student's one row, where both use the same weights."""
     from dataclasses import replace
 
-    from server.device.model import Schedule
+    from server.core.card import Schedule
 
-    guided = replace(model.schedules["2+2"].cascade, guidance_scale=3.0)
-    schedules = {**model.schedules, "guided": Schedule("guided", guided, "student")}
-    with serving(replace(model, schedules=schedules), make_settings(checkpoint)) as house:
+    guided = replace(model.card.schedules["2+2"].cascade, guidance_scale=3.0)
+    schedules = {**model.card.schedules, "guided": Schedule("guided", guided, "student")}
+    card = replace(model.card, schedules=schedules)
+    with serving(replace(model, card=card), make_settings(checkpoint)) as house:
         alone = [picture(house.draw("a", seed=1)), picture(house.draw("b", seed=2, schedule="guided"))]
         house.gate.calls.clear()
         with held(house):
@@ -89,8 +91,8 @@ def test_guided_and_unguided_items_share_one_call(checkpoint: Path, model: Serve
             double = house.in_background(lambda: house.draw("b", seed=2, schedule="guided"))
             house.until_waiting(3)
         together = [picture(plain.result()), picture(double.result())]
-        low = min(model.schedules["2+2"].cascade.sizes)
-        assert ("denoiser", low, 3) in house.gate.calls
+        low = min(model.card.schedules["2+2"].cascade.sizes)
+        assert ("denoiser", low, 4) in house.gate.calls, "one row, two rows, and that of the one that was first"
     for before, after in zip(alone, together, strict=True):
         assert abs(before - after).max() <= 1
 
@@ -223,7 +225,7 @@ def test_a_batch_that_ran_out_of_memory_is_not_tried_as_wide_again(house: House)
 
 def test_a_failure_within_a_stream_reaches_the_official_client(house: House) -> None:
     def refuse(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
-        if component == "decoder" and size == max(house.model.sizes):
+        if component == "decoder" and size == max(house.model.card.sizes):
             raise RuntimeError("no")
 
     house.gate.before = refuse
@@ -234,7 +236,7 @@ def test_a_failure_within_a_stream_reaches_the_official_client(house: House) -> 
     assert house.metric("rmd_requests_total", outcome="engine_failed") == 1
 
 
-def test_a_full_queue_answers_429_with_the_time_to_come_back(checkpoint: Path, model: ServedModel) -> None:
+def test_a_full_queue_answers_429_with_the_time_to_come_back(checkpoint: Path, model: DeviceModel) -> None:
     with serving(model, make_settings(checkpoint, max_images=3, queue_items=3)) as house:
         with held(house):
             waiting = house.in_background(lambda: house.draw(n=2))
@@ -251,7 +253,7 @@ def test_a_full_queue_answers_429_with_the_time_to_come_back(checkpoint: Path, m
         assert house.metric("rmd_requests_total", outcome="queue_full") == 2
 
 
-def test_pixels_are_bounded_too(checkpoint: Path, model: ServedModel) -> None:
+def test_pixels_are_bounded_too(checkpoint: Path, model: DeviceModel) -> None:
     two_pictures = 2 * 64 * 64 / 1e6
     with serving(model, make_settings(checkpoint, queue_megapixels=two_pictures)) as house, held(house):
         waiting = house.in_background(lambda: house.draw())
@@ -261,7 +263,7 @@ def test_pixels_are_bounded_too(checkpoint: Path, model: ServedModel) -> None:
         assert waiting.result().status_code == 200
 
 
-def test_a_deadline_is_checked_between_steps(checkpoint: Path, model: ServedModel) -> None:
+def test_a_deadline_is_checked_between_steps(checkpoint: Path, model: DeviceModel) -> None:
     with serving(model, make_settings(checkpoint, deadline_seconds=0.4)) as house:
         house.gate.close()
         late = house.in_background(lambda: house.draw(schedule="teacher"))
@@ -275,7 +277,7 @@ def test_a_deadline_is_checked_between_steps(checkpoint: Path, model: ServedMode
         assert house.metric("rmd_requests_total", outcome="deadline") == 1
 
 
-def test_a_drain_finishes_what_was_accepted(checkpoint: Path, model: ServedModel) -> None:
+def test_a_drain_finishes_what_was_accepted(checkpoint: Path, model: DeviceModel) -> None:
     with serving(model, make_settings(checkpoint)) as house:
         house.gate.close()
         accepted = house.in_background(lambda: house.draw(n=2))
@@ -292,7 +294,7 @@ def test_a_drain_finishes_what_was_accepted(checkpoint: Path, model: ServedModel
         house.until(lambda: house.server.should_exit, "the end of the drain")
 
 
-def test_a_drain_that_takes_too_long_gives_up(checkpoint: Path, model: ServedModel) -> None:
+def test_a_drain_that_takes_too_long_gives_up(checkpoint: Path, model: DeviceModel) -> None:
     with serving(model, make_settings(checkpoint, drain_seconds=0.1)) as house:
         house.gate.close()
         running = house.in_background(lambda: house.draw("running"))
@@ -305,7 +307,7 @@ def test_a_drain_that_takes_too_long_gives_up(checkpoint: Path, model: ServedMod
         assert {running.result().status_code, waiting.result().status_code} == {503}
 
 
-def test_a_second_signal_gives_up_at_once_and_says_so(checkpoint: Path, model: ServedModel) -> None:
+def test_a_second_signal_gives_up_at_once_and_says_so(checkpoint: Path, model: DeviceModel) -> None:
     with serving(model, make_settings(checkpoint)) as house:
         house.gate.close()
         running = house.in_background(lambda: house.draw("running", schedule="teacher"))

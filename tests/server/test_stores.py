@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from server.http.errors import ApiError, Fault
-from server.http.files import FileStore
-from server.http.idempotency import IdempotencyStore
+from server.core.faults import Fault, RequestError
+from server.front.files import FileStore
+from server.front.idempotency import IdempotencyStore
 from tests.server.house import Clock
 
 
@@ -33,16 +33,16 @@ def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None
             made += 1
             await asyncio.sleep(0)
             if fail:
-                raise ApiError(Fault.ENGINE_FAILED, "no")
+                raise RequestError(Fault.ENGINE_FAILED, "no")
             return {"made": made}
 
-        with pytest.raises(ApiError):
+        with pytest.raises(RequestError):
             await store.run(b"me", "k", b"body", lambda: make(fail=True))
         await asyncio.sleep(0)
         assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, False)
         assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, True)
         assert await store.run(b"you", "k", b"other", make) == ({"made": 3}, False), "keys of two callers never meet"
-        with pytest.raises(ApiError) as conflict:
+        with pytest.raises(RequestError) as conflict:
             await store.run(b"me", "k", b"other", make)
         assert conflict.value.fault is Fault.CONFLICT
         clock.now = 6

@@ -14,18 +14,21 @@ import pytest
 from PIL import Image
 
 from rmd.sampler import sample
-from server.device.model import ServedModel
-from server.front.media import encode_film, to_pixels
-from server.front.service import Service
+from server.device.model import DeviceModel
+from server.device.pixels import to_pixels
+from server.front.media import encode_film
+from server.front.service import Service, State
+from server.start.films import open_jobs
 from server.start.settings import ServerSettings
 from tests.server.house import House, serving
+from tests.server.thread_engine import ThreadEngine
 
 URL = "/v1/videos"
 PROMPT = "a red rocket"
 
 
 @pytest.fixture
-def house(film_model: ServedModel, film_settings: ServerSettings) -> Iterator[House]:
+def house(film_model: DeviceModel, film_settings: ServerSettings) -> Iterator[House]:
     with serving(film_model, film_settings) as running:
         yield running
 
@@ -58,12 +61,12 @@ def error_of(reply: httpx.Response) -> tuple[int, str | None, str | None]:
     return reply.status_code, error["param"], error["code"]
 
 
-def test_the_openai_client_makes_polls_and_fetches_a_film(house: House, film_model: ServedModel) -> None:
+def test_the_openai_client_makes_polls_and_fetches_a_film(house: House, film_model: DeviceModel) -> None:
     client = openai.OpenAI(base_url=f"{house.url}/v1", api_key="unused", max_retries=0)
     with pytest.warns(DeprecationWarning):
         job = client.videos.create_and_poll(prompt=PROMPT, extra_body={"seed": 5}, poll_interval_ms=20)
         assert (job.status, job.progress, job.object) == ("completed", 100, "video")
-        cascade = film_model.schedules[film_model.default].cascade
+        cascade = film_model.card.schedules[film_model.card.default].cascade
         size = cascade.full_size
         assert job.size == f"{size.width}x{size.height}" and job.prompt == PROMPT
         assert float(job.seconds) == pytest.approx(size.num_frames / 16, abs=0.005)
@@ -138,7 +141,7 @@ def test_a_cancelled_job_leaves_the_device_at_the_next_step(house: House) -> Non
     }  # fmt: skip
     found = read(house, job)
     assert found["status"] == "failed" and found["error"]["code"] == "cancelled"
-    house.until(lambda: house.service._executor.depths()["encode"] == 0, "nothing waiting")
+    house.until(lambda: house.service.fleet.depths()["encode"] == 0, "nothing waiting")
     time.sleep(0.2)  # the jobs' thread hears of it
     house.gate.open()
     house.until_idle()
@@ -245,7 +248,7 @@ def test_an_idempotency_key_makes_one_job(house: House) -> None:
     assert len(house.client.get(URL).json()["data"]) == 1
 
 
-def test_the_queue_of_films_is_bounded(film_model: ServedModel, film_settings: ServerSettings) -> None:
+def test_the_queue_of_films_is_bounded(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     with serving(film_model, film_settings.model_copy(update={"video_queue": 2})) as house:
         house.gate.close()
         kept = [post(house), post(house)]
@@ -257,7 +260,7 @@ def test_the_queue_of_films_is_bounded(film_model: ServedModel, film_settings: S
 
 
 def test_films_that_wait_for_each_other_do_not_lose_their_time(
-    film_model: ServedModel, film_settings: ServerSettings
+    film_model: DeviceModel, film_settings: ServerSettings
 ) -> None:
     with serving(film_model, film_settings.model_copy(update={"video_deadline_seconds": 1.5})) as house:
         house.gate.close()
@@ -270,7 +273,7 @@ def test_films_that_wait_for_each_other_do_not_lose_their_time(
         assert ended(house, late)["error"]["code"] == "deadline_exceeded"
 
 
-def test_keys_see_their_own_jobs_only(film_model: ServedModel, film_settings: ServerSettings) -> None:
+def test_keys_see_their_own_jobs_only(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     with_keys = ServerSettings.model_validate({**film_settings.model_dump(), "api_keys": ("one", "two")})
     with serving(film_model, with_keys) as house:
         mine = {"Authorization": "Bearer one"}
@@ -286,7 +289,7 @@ def test_keys_see_their_own_jobs_only(film_model: ServedModel, film_settings: Se
         assert house.client.get(URL, headers=others).json()["data"] == []
 
 
-def test_jobs_outlast_a_restart(film_model: ServedModel, film_settings: ServerSettings) -> None:
+def test_jobs_outlast_a_restart(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     with serving(film_model, film_settings) as house:
         done = ended(house, post(house, seed=1))
         film = content(house, done)
@@ -304,13 +307,18 @@ def test_jobs_outlast_a_restart(film_model: ServedModel, film_settings: ServerSe
 
 
 def test_a_film_checkpoint_without_a_place_for_its_films_says_so(
-    film_model: ServedModel, film_settings: ServerSettings, tmp_path: Path
+    film_model: DeviceModel, film_settings: ServerSettings, tmp_path: Path
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("x")
-    failures: list[BaseException] = []
+    failures: list[str] = []
     unusable = film_settings.model_copy(update={"videos": blocked})
-    service = Service(unusable, lambda settings, report: film_model, failures.append)
+    starts = [("cpu", lambda: ThreadEngine(film_model))]
+    service = Service(unusable, open_jobs, starts, on_failed=failures.append)
     service.start()
-    service._executor._thread.join(30)
-    assert failures and str(blocked) in str(failures[0])
+    end = time.monotonic() + 30
+    while not failures:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    assert str(blocked) in failures[0] and not service.ready and service.state is State.FAILED
+    service.stop()

@@ -1,54 +1,124 @@
-"""Which station runs next, and with whom.
+"""Batches per cascade stage: the rule this server is made for.
 
-The rule is *highest response ratio next*: an entry's priority is the time since its request arrived over the work
-it still needs. What is nearly finished goes first (later stages before earlier ones, four-step students before
-fifty-step teachers), and whatever waits gains on everything else: under overload every request is slowed by about
-the same factor. Serving late stages first also lets the cheap low-resolution queues fill up, which is where wide
-batches pay. Since a long request may not win its turn before its deadline that way, whatever is about to miss its
-deadline goes before everything else.
+Every station offers its waiting tickets, ranked, in each of its widths. The batch runs that retires most work a second,
+each ticket counted by how much it has been slowed so far:
+
+    worth = sum over the batch of ((wait + work) / work) ^ patience
+            x seconds of one row alone / (seconds of the batch + seconds wasted x everybody who waits)
+
+What is summed is the *response ratio*: what is nearly finished gains quickest, so late stages go before early ones and
+four-step students before fifty-step teachers, and under overload every request is slowed by about the same factor.
+Patience above 1 guards the slowest of a hundred: what has waited long gains on what is nearly finished.
+
+One row's seconds over the batch's is what company saves: a wide batch at a low stage, where it costs little more than
+one row, outweighs one picture at the high stage. *Wasted* are the seconds that the batch takes beyond what its rows
+would take in the best company that is on its way to the station, and a wasted second is everybody's. So with few in the
+house a picture is decoded as soon as it can be, and the longer the queues are the fuller the batches, up to the
+throughput of the best widths; nothing has to be set for a load or a machine.
+
+Since a long request may not win its turn before its deadline that way, what is about to miss its deadline goes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from server.core.latency import LatencyTable
-from server.core.request import Entry
-from server.core.stations import Station
+from server.core.costs import CostTable
+from server.core.policies.base import Choice
+from server.core.policies.fairness import Shares
+from server.core.stations import Station, Stations
+from server.core.tickets import Picture, Preview, Request, Ticket
 
 _LEAST_WORK = 1e-4
 _URGENT = 2.0  # times its own work is left until its deadline
 
+Rank = tuple[bool, float]
+"""(about to miss its deadline, urge or worth): the larger goes first."""
 
-class StagePolicy:
-    """Highest response ratio next; batch widths from measured latencies. Never waits while anything is queued."""
 
-    def __init__(self, latencies: LatencyTable) -> None:
-        self._latencies = latencies
+class StagewisePolicy:
+    """See the module. Never waits while anything is queued.
 
-    @staticmethod
-    def priority(entry: Entry, now: float) -> tuple[bool, float]:
-        """Return (about to miss its deadline, response ratio (wait + work) / work); the larger goes first."""
-        work = max(entry.remaining_seconds, _LEAST_WORK)
-        urgent = entry.generation.deadline - now < _URGENT * work
-        return urgent, (now - entry.generation.arrived + work) / work
+    Args:
+        costs: of batches, as they are learnt.
+        patience: exponent of the response ratio.
+    """
 
-    def choose(self, stations: Iterable[Station], now: float) -> tuple[Station, list[Entry]] | None:
-        """Return the next batch and its station, or None where every queue is empty. Takes nothing out."""
-        best: tuple[tuple[bool, float], Station, list[Entry]] | None = None
-        for station in stations:
-            if not station.entries:
-                continue
-            ranked = sorted(station.entries, key=lambda entry: self.priority(entry, now), reverse=True)
-            head = self.priority(ranked[0], now)
-            if best is None or head > best[0]:
-                best = (head, station, ranked)
-        if best is None:
-            return None
-        _, station, ranked = best
-        if station.key.kind == "encode":  # all pictures of a request share one prompt
-            requests = list(dict.fromkeys(entry.generation for entry in ranked))
-            together = set(requests[: self._latencies.best_count(station.key, [1] * len(requests))])
-            return station, [entry for entry in ranked if entry.generation in together]
-        rows = [entry.rows if station.key.kind == "denoise" else 1 for entry in ranked]
-        return station, ranked[: self._latencies.best_count(station.key, rows)]
+    def __init__(self, costs: CostTable, patience: float = 1.5) -> None:
+        self._costs = costs
+        self._patience = patience
+        self._shares = Shares()
+
+    def charge(self, account: str, seconds: float) -> None:
+        """Note what an account's work has cost the device."""
+        self._shares.charge(account, seconds)
+
+    def choose(self, stations: Stations, now: float) -> Choice | None:
+        """Return the next batch, or None where every queue is empty."""
+        busy = [station for station in stations if station.tickets]
+        waiting = sum(len(station.tickets) for station in busy)
+        weights = self._shares.weights({ticket.request.work.account for s in busy for ticket in s.tickets})
+        best: tuple[Rank, Choice] | None = None
+        coming = 0  # a picture meets the stations in this order, so these may come to this one too
+        for station in busy:
+            pictures = sum(isinstance(ticket, Picture) for ticket in station.tickets)
+            coming += pictures
+            graded = sorted(((self._grade(ticket, weights, now), ticket) for ticket in station.tickets), key=_first)
+            offer = self._offer(station, graded, coming if pictures else len(graded), waiting)
+            if best is None or offer[0] > best[0]:
+                best = offer
+        return None if best is None else _previews_before(best[1], stations)
+
+    def _offer(
+        self, station: Station, graded: Sequence[tuple[Rank, Ticket]], coming: int, waiting: int
+    ) -> tuple[Rank, Choice]:
+        """Return a station's best batch and its rank. ``coming``: tickets that are at the station or may come to it."""
+        key, costs = station.key, self._costs
+        units = _units(graded) if key.kind == "encode" else [[pair] for pair in graded]
+        rows = [1 if key.kind == "encode" else unit[0][1].rows for unit in units]
+        coming = len(units) if key.kind == "encode" else coming
+        quickest = min(costs.seconds(key, width) / min(width, max(coming * rows[0], 1)) for width in costs.widths(key))
+        offers = costs.offers(key, rows)
+        worths, urges, place = list[float](), 0.0, 0
+        for count, seconds in offers:
+            for unit in units[place:count]:
+                urges += sum(urge for (_, urge), _ in unit)
+            place = count
+            wasted = max(seconds - quickest * sum(rows[:count]), 0.0)
+            worths.append(urges * offers[0][1] / max(seconds + wasted * waiting, 1e-9))
+        best = max(range(len(offers)), key=worths.__getitem__)
+        count = offers[costs.astray(key, best, len(offers))][0]
+        chosen = [ticket for unit in units[:count] for _, ticket in unit]
+        return (graded[0][0][0], worths[best]), Choice(station, chosen)
+
+    def _grade(self, ticket: Ticket, weights: dict[str, float], now: float) -> Rank:
+        """Return whether a ticket is about to miss its deadline, and its urge: the part of it in a batch's worth."""
+        work = max(ticket.remaining_seconds, _LEAST_WORK)
+        request = ticket.request.work
+        urgent = request.deadline - now < _URGENT * work and isinstance(ticket, Picture)
+        ratio = (max(now - request.arrived, 0.0) + work) / work
+        return urgent, weights[request.account] * ratio**self._patience
+
+
+def _first(pair: tuple[Rank, Ticket]) -> tuple[bool, float]:
+    (urgent, urge), _ = pair
+    return not urgent, -urge
+
+
+def _units(graded: Sequence[tuple[Rank, Ticket]]) -> list[list[tuple[Rank, Ticket]]]:
+    """Put a request's pictures together: they share one text, so none of them stays behind."""
+    found = dict[Request, list[tuple[Rank, Ticket]]]()
+    for pair in graded:
+        found.setdefault(pair[1].request, []).append(pair)
+    return list(found.values())
+
+
+def _previews_before(choice: Choice, stations: Stations) -> Choice:
+    """Show a picture before it goes on: where a batch is chosen for its sake, or would finish it."""
+    last = choice.station.key.kind == "decode"
+    pictures = set(choice.tickets if last else choice.tickets[:1])
+    for station in stations:
+        previews = [t for t in station.tickets if isinstance(t, Preview) and t.picture in pictures]
+        if previews and station is not choice.station:
+            return Choice(station, previews[:1])
+    return choice

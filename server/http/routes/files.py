@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.core.faults import Fault, RequestError
 from server.front.service import Service
-from server.http.errors import ApiError, Fault
 
 router = APIRouter(tags=["files"])
 
@@ -17,6 +17,6 @@ async def get_file(name: str, request: Request) -> Response:
     service: Service = request.app.state.service
     stored = service.files.get(name)
     if stored is None:
-        raise ApiError(Fault.NOT_FOUND, "This picture has expired or never was here; generate it again.")
+        raise RequestError(Fault.NOT_FOUND, "This picture has expired or never was here; generate it again.")
     headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
     return Response(stored.content, media_type=stored.media_type, headers=headers)

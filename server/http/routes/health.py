@@ -24,22 +24,40 @@ async def live(request: Request) -> JSONResponse:
     service = _service(request)
     if service.alive:
         return JSONResponse({"status": "live"})
-    return JSONResponse({"status": "dead", "reason": service.failure or "the device thread has ended"}, 503)
+    return JSONResponse({"status": "dead", "reason": service.failure or "no engine is left"}, 503)
 
 
 @router.get("/health/ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 where every engine is loaded and warmed and requests are accepted; else 503 with the reason."""
+    """200 where an engine is warm and requests are accepted; else 503 with the reason. Says what is compiled."""
     service = _service(request)
     state = service.state
     body: dict[str, Any] = {"status": state.value}
     if state is State.LOADING:
         progress = service.progress
         body["progress"] = {"done": progress.done, "total": progress.total, "text": progress.text}
+    else:
+        body["engines"] = [
+            {"device": each.device, "status": each.health.value, "restarts": each.restarts, "reason": each.reason}
+            for each in service.fleet.members
+        ]
+    lead = service.fleet.lead
+    if lead is not None and lead.card is not None:
+        body["stations"] = {label: "compiled" if widths else "eager" for label, widths in lead.card.compiled.items()}
+    building = service.builder.progress
+    if building is not None:
+        left = building.remaining
+        body["building"] = {
+            "done": building.done,
+            "total": building.total,
+            "text": building.current,
+            "seconds_left": None if left is None else round(left),
+        }
+    if service.builder.failure:
+        body["not_built"] = service.builder.failure
     if service.failure:
         body["reason"] = service.failure
-    usable = state is State.READY and service.alive
-    return JSONResponse(body, 200 if usable else 503, headers={} if usable else {"Retry-After": "5"})
+    return JSONResponse(body, 200 if service.ready else 503, headers={} if service.ready else {"Retry-After": "5"})
 
 
 @router.get("/metrics", include_in_schema=False)

@@ -9,12 +9,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from server.core.request import FinishedPicture, GenerationSpec
+from server.core.faults import Fault, RequestError
 from server.front.channel import EventChannel, next_event
+from server.front.generation import FinishedPicture, GenerationSpec
 from server.front.service import Service
-from server.http.errors import ApiError, Fault
+from server.http.bodies import PicturesResponse
 from server.http.middleware import REQUEST_ID
 from server.http.replies import image_reply
 from server.http.resolve import resolve
@@ -34,36 +35,38 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
     """Draw pictures, in one reply or as a stream of events."""
     service: Service = request.app.state.service
     service.check_accepting()
-    spec = resolve(body, service.model, service.settings)
+    spec = resolve(body, service.card, service.settings)
     key = request.headers.get("idempotency-key")
     request_id = str(request.scope["state"][REQUEST_ID])
+    account = service.keys.account(request.headers.get("authorization"))
     if body.stream:
         if key is not None:
-            raise ApiError(
+            raise RequestError(
                 Fault.BAD_FIELD,
                 "Idempotency-Key is not kept for streams; leave out one of the two.",
                 param="Idempotency-Key",
             )
         channel = EventChannel()
-        return ImageEventStream(service, body, service.submit(spec, channel.send, request_id), channel)
+        return ImageEventStream(service, body, service.submit(spec, channel.send, request_id, account), channel)
     base_url = service.settings.public_url or str(request.base_url)
 
     def draw() -> Coroutine[Any, Any, dict[str, Any]]:
-        return _draw(service, body, spec, base_url, request_id)
+        return _draw(service, body, spec, base_url, request_id, account)
 
     if key is None:
-        return JSONResponse(await _while_connected(request, draw()))
+        return PicturesResponse(await _while_connected(request, draw()))
     check_idempotency_key(key)
-    owner = service.keys.account(request.headers.get("authorization")).encode()
     digest = hashlib.sha256(await request.body()).digest()
-    reply, replayed = await service.replies.run(owner, key, digest, draw, lambda stored: _at_hand(service, stored))
-    return JSONResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)
+    reply, replayed = await service.replies.run(
+        account.encode(), key, digest, draw, lambda stored: _at_hand(service, stored)
+    )
+    return PicturesResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)
 
 
 def check_idempotency_key(key: str) -> None:
     """Raise 400 where a key is empty or too long."""
     if not 0 < len(key) <= _LONGEST_KEY:
-        raise ApiError(
+        raise RequestError(
             Fault.BAD_FIELD, f"Idempotency-Key must have 1 to {_LONGEST_KEY} characters.", param="Idempotency-Key"
         )
 
@@ -75,11 +78,11 @@ def _at_hand(service: Service, reply: dict[str, Any]) -> bool:
 
 
 async def _draw(
-    service: Service, body: ImageRequest, spec: GenerationSpec, base_url: str, request_id: str
+    service: Service, body: ImageRequest, spec: GenerationSpec, base_url: str, request_id: str, account: str
 ) -> dict[str, Any]:
     """Admit, wait and reply. However this ends, nothing of the request stays in the queues."""
     channel = EventChannel()
-    generation = service.submit(spec, channel.send, request_id)
+    generation = service.submit(spec, channel.send, request_id, account)
     pictures: list[FinishedPicture] = []
     try:
         while len(pictures) < len(spec.seeds):
@@ -89,7 +92,7 @@ async def _draw(
     finally:
         service.cancel(generation, client_gone())
     service.metrics.request_seconds.labels(spec.schedule).observe(time.monotonic() - generation.arrived)
-    return image_reply(service.model, service.files, body, generation, pictures, base_url)
+    return image_reply(service.card, service.files, body, generation, pictures, base_url)
 
 
 async def _while_connected(request: Request, work: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.device.model import ServedModel
+from server.core.card import ModelCard
 from server.front.service import Service
 from server.http.resolve import film_seconds, plane, unknown_model
 from server.http.schemas import ModelEntry, ModelList
@@ -14,7 +14,7 @@ from server.http.schemas import ModelEntry, ModelList
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
-def _entry(model: ServedModel) -> ModelEntry:
+def _entry(model: ModelCard) -> ModelEntry:
     return ModelEntry(
         id=model.model_id,
         created=model.created,
@@ -29,17 +29,20 @@ def _entry(model: ServedModel) -> ModelEntry:
                 for name, s in model.schedules.items()
             },
             "sizes": [plane(size) for size in model.sizes],
-            "media": model.backbone.media,
+            "media": model.media,
+            "text_tokens": model.text_limit,
+            "executor": model.executor_of(model.schedules[model.default].cascade, model.schedules[model.default].lane),
+            "compiled": {label: list(buckets) for label, buckets in model.compiled.items()},
             **_film_facts(model),
         },
     )
 
 
-def _film_facts(model: ServedModel) -> dict[str, Any]:
+def _film_facts(model: ModelCard) -> dict[str, Any]:
     """Return what a film's request may ask of the frames; nothing where the model makes pictures."""
     if not model.films:
         return {}
-    fps = model.backbone.frames_per_second
+    fps = model.frames_per_second
     frames = model.schedules[model.default].cascade.full_size.num_frames
     return {"num_frames": frames, "fps": fps, "seconds": film_seconds(frames, fps)}
 
@@ -52,13 +55,13 @@ def _service(request: Request) -> Service:
 @router.get("", response_model=ModelList)
 async def list_models(request: Request) -> ModelList:
     """List the one model this server holds; 503 while it is loading."""
-    return ModelList(data=[_entry(_service(request).model)])
+    return ModelList(data=[_entry(_service(request).card)])
 
 
 @router.get("/{model_id:path}", response_model=ModelEntry)
 async def get_model(model_id: str, request: Request) -> ModelEntry:
     """Describe one model; 404 for any other name."""
-    model = _service(request).model
+    model = _service(request).card
     if model_id != model.model_id:
         raise unknown_model(model_id, model)
     return _entry(model)

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from server.core.card import step_costs
+from server.core.faults import Fault, RequestError
 from server.films.shelf import FILM, SPRITESHEET, THUMBNAIL
 from server.films.store import VideoJob
 from server.front.service import Service
-from server.http.errors import ApiError, Fault, validation_error
+from server.http.errors import validation_error
 from server.http.resolve import film_seconds, plane, resolve_film
 from server.http.routes.images import check_idempotency_key
 from server.http.schemas import (
@@ -93,7 +95,7 @@ def list_videos(
     try:
         page = service.jobs.store.page(_account(request), after, limit, newest_first=order == "desc")
     except KeyError:
-        raise ApiError(Fault.BAD_FIELD, "There is no such video to list from.", param="after") from None
+        raise RequestError(Fault.BAD_FIELD, "There is no such video to list from.", param="after") from None
     videos = [_video(job) for job in page.jobs]
     ends = (videos[0].id, videos[-1].id) if videos else (None, None)
     return VideoList(data=videos, first_id=ends[0], last_id=ends[1], has_more=page.has_more)
@@ -118,7 +120,7 @@ def get_content(video_id: str, request: Request, variant: Variant = "video") -> 
     name, media_type = _VARIANTS[variant]
     path = service.jobs.shelf.path(job.id, name)
     if path is None:
-        raise ApiError(Fault.NOT_FOUND, "This film has expired; make it again from its prompt and rmd.seed.")
+        raise RequestError(Fault.NOT_FOUND, "This film has expired; make it again from its prompt and rmd.seed.")
     suffix = name.partition(".")[2]
     headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
     return FileResponse(path, media_type=media_type, filename=f"{job.id}.{suffix}", headers=headers)
@@ -173,9 +175,9 @@ def _new_job(service: Service, body: VideoRequest, account: str, remixed_from: s
     """Check a request and write out all that its film depends on.
 
     Raises:
-        ApiError: 400, 404 or 413, naming the field.
+        RequestError: 400, 404 or 413, naming the field.
     """
-    model = service.model
+    model = service.card
     spec = resolve_film(body, model, service.settings)
     assert spec.frames_per_second is not None
     service.check_possible(spec)
@@ -206,24 +208,24 @@ def _find(request: Request, video_id: str) -> VideoJob:
     service: Service = request.app.state.service
     job = service.jobs.store.get(_account(request), video_id[:64])
     if job is None:
-        raise ApiError(Fault.NOT_FOUND, "There is no such video: it was deleted, has expired, or never was.")
+        raise RequestError(Fault.NOT_FOUND, "There is no such video: it was deleted, has expired, or never was.")
     return job
 
 
-def _not_ready(job: VideoJob, wanted: str) -> ApiError:
+def _not_ready(job: VideoJob, wanted: str) -> RequestError:
     if job.open:
-        return ApiError(
+        return RequestError(
             Fault.CONFLICT,
             f"The video is {job.status} and cannot be {wanted} yet; poll it until it is completed.",
             code="video_not_ready",
         )
-    return ApiError(Fault.NOT_FOUND, f"The video failed ({job.error_code}): there is nothing to be {wanted}.")
+    return RequestError(Fault.NOT_FOUND, f"The video failed ({job.error_code}): there is nothing to be {wanted}.")
 
 
 def _poll_after_ms(service: Service, job: VideoJob) -> int:
     """Return a twentieth of the film's expected work, within bounds."""
-    schedule = service.model.schedules.get(str(job.request.get("schedule")))
-    seconds = service.model.costs(schedule.cascade, schedule.lane)[0] if schedule else 1.0
+    schedule = service.card.schedules.get(str(job.request.get("schedule")))
+    seconds = step_costs(service.costs, schedule.cascade, schedule.lane)[0] if schedule else 1.0
     least, most = _POLL_BOUNDS_MS
     return int(min(max(1000 * seconds / _POLLS_A_FILM, least), most))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from pydantic import SecretStr
 
-from server.http.errors import ApiError, Fault
+from server.core.faults import Fault, RequestError
 
 
 class KeyRing:
@@ -27,7 +27,7 @@ class KeyRing:
         return "" if self.open else _digest(authorization).hex()
 
     def check(self, authorization: str | None) -> None:
-        """Let the caller in or raise :class:`ApiError` (401).
+        """Let the caller in or raise :class:`RequestError` (401).
 
         Every configured key is compared, found or not, so that the time says nothing.
         """
@@ -37,7 +37,7 @@ class KeyRing:
         offered = _digest(authorization)
         matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
-            raise ApiError(
+            raise RequestError(
                 Fault.BAD_KEY,
                 "This server asks for an API key: send it as 'Authorization: Bearer <key>'.",
                 headers={"WWW-Authenticate": "Bearer"},

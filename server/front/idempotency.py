@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from server.http.errors import ApiError, Fault
+from server.core.faults import Fault, RequestError
 
 Reply = dict[str, Any]
 
@@ -62,13 +62,13 @@ class IdempotencyStore:
             usable: whether a stored reply can still be given; one that cannot is made anew.
 
         Raises:
-            ApiError: 409 where the key was used with another body; whatever ``make`` raises.
+            RequestError: 409 where the key was used with another body; whatever ``make`` raises.
         """
         self._prune()
         slot = (owner, key)
         kept = self._kept.get(slot)
         if kept is not None and kept.body_digest != body_digest:
-            raise ApiError(
+            raise RequestError(
                 Fault.CONFLICT,
                 "This Idempotency-Key was used with another body; use a new key for a new request.",
                 param="Idempotency-Key",

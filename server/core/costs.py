@@ -1,0 +1,153 @@
+"""What one batch costs at each station: timed at start, then learnt from the batches that are really run.
+
+Batch widths, the policy's estimates, admission and ``Retry-After`` all come from here: there is no other model of cost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from server.core.stations import StationKey
+
+MIN_GAIN = 1.02
+"""A wider batch must serve at least this many times more rows a second than the narrower one."""
+
+_REMEMBERED = 9  # batches of one width, whose median is its cost: one stalled batch moves nothing
+_FALLBACK_SECONDS = 0.05
+_EXPLORE_EVERY = 64  # batches of a station between two that are wider, or narrower, than what looks best
+
+
+class CostTable:
+    """Seconds of one batch, by station and width (rows).
+
+    A width that runs is known by the median of its latest batches. One that does not run for now is known by its first
+    timing, times how far the widths that do run are from theirs: a busy neighbour slows all of them.
+
+    Args:
+        measured: for each station, width -> seconds.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, measured: Mapping[StationKey, Mapping[int, float]]) -> None:
+        self._first: dict[StationKey, dict[int, float]] = {}
+        self._latest: dict[tuple[StationKey, int], deque[float]] = {}
+        self._ratios: dict[StationKey, deque[float]] = {}
+        self._batches: dict[StationKey, int] = {}
+        for key, widths in measured.items():
+            self.replace(key, widths)
+
+    def replace(self, key: StationKey, widths: Mapping[int, float]) -> None:
+        """Forget what a station cost, since it runs on something else now."""
+        for width in self._first.pop(key, {}):
+            self._latest.pop((key, width), None)
+        self._ratios.pop(key, None)
+        if widths:
+            self._first[key] = dict(sorted(widths.items()))
+
+    def table(self) -> dict[StationKey, dict[int, float]]:
+        """Return the present estimates."""
+        return {key: {width: self.seconds(key, width) for width in widths} for key, widths in self._first.items()}
+
+    def widths(self, key: StationKey) -> tuple[int, ...]:
+        """Return the station's known widths, ascending; (1,) where nothing was measured."""
+        return tuple(self._first.get(key, {1: 0.0}))
+
+    def seconds(self, key: StationKey, rows: int) -> float:
+        """Return the expected seconds of one batch of ``rows`` rows, which runs at the next width that holds them."""
+        widths = self._first.get(key)
+        if not widths:
+            return _FALLBACK_SECONDS * rows
+        for width in widths:
+            if width >= rows:
+                return self._of_width(key, width)
+        largest = max(widths)
+        whole, rest = divmod(rows, largest)
+        return whole * self._of_width(key, largest) + (self.seconds(key, rest) if rest else 0.0)
+
+    def first(self, key: StationKey, rows: int) -> float:
+        """Return what ``rows`` rows cost in the widest batch's company when the station was opened.
+
+        For what may not hang on the machine's present mood, such as refusing a request for good.
+        """
+        widths = self._first.get(key, {1: _FALLBACK_SECONDS})
+        return rows * min(seconds / width for width, seconds in widths.items())
+
+    def shared(self, key: StationKey, rows: int) -> float:
+        """Return the part of ``rows`` rows in the seconds of the width that serves most rows a second."""
+        return rows * min(self.seconds(key, width) / width for width in self.widths(key))
+
+    def observe(self, key: StationKey, rows: int, seconds: float) -> None:
+        """Learn from one real batch of ``rows`` rows."""
+        widths = self._first.setdefault(key, {rows: seconds})
+        width = next((width for width in widths if width >= rows), None)
+        if width is None:
+            return
+        self._latest.setdefault((key, width), deque(maxlen=_REMEMBERED)).append(seconds)
+        ratios = self._ratios.setdefault(key, deque([1.0] * 3, maxlen=_REMEMBERED))
+        ratios.append(seconds / max(widths[width], 1e-9))
+        self._batches[key] = self._batches.get(key, 0) + 1
+
+    def narrow(self, key: StationKey, rows: int) -> None:
+        """Forget the widths of ``rows`` rows and more, which ran out of memory; the smallest stays."""
+        widths = self._first.get(key, {})
+        self._first[key] = {w: s for w, s in widths.items() if w < rows} or dict(list(widths.items())[:1])
+
+    def widest(self, key: StationKey) -> int:
+        """Return the widest batch (rows) worth waiting entries being served together."""
+        return self.best_count(key, [1] * self.widths(key)[-1])
+
+    def best_count(self, key: StationKey, rows: Sequence[int]) -> int:
+        """Return how many of the waiting tickets, in this order, to serve in one batch: the most a second.
+
+        ``rows[i]`` is ticket i's number of rows (2 where it is guided). A larger width is taken only where it serves
+        ``MIN_GAIN`` times more tickets a second. At least one ticket is served, even one that is wider than any width.
+        Now and then another width is taken, see :meth:`astray`.
+        """
+        offers = self.offers(key, rows)
+        best, best_rate = 0, 0.0
+        for place, (count, seconds) in enumerate(offers):
+            rate = count / max(seconds, 1e-9)
+            if rate >= best_rate * MIN_GAIN:
+                best, best_rate = place, rate
+        return offers[self.astray(key, best, len(offers))][0]
+
+    def offers(self, key: StationKey, rows: Sequence[int]) -> list[tuple[int, float]]:
+        """Return the batches that can be made of the waiting tickets, in this order: (tickets, seconds), ascending.
+
+        The first is one ticket's; then one for each width that holds more.
+        """
+        offers = [(1, self.seconds(key, rows[0]))]
+        for width in self.widths(key):
+            count = _fitting(rows, width)
+            if count > offers[-1][0]:
+                offers.append((count, self.seconds(key, sum(rows[:count]))))
+        return offers
+
+    def astray(self, key: StationKey, best: int, offers: int) -> int:
+        """Return which of a station's ``offers`` to take where ``best`` looks best.
+
+        Now and then the next wider one is taken, or the next narrower one, so that a cost that has changed is noticed.
+        """
+        turn, rest = divmod(self._batches.get(key, 0), _EXPLORE_EVERY)
+        if rest < _EXPLORE_EVERY - 1 or offers < 2:
+            return best
+        aside = best + 1 if turn % 2 == 0 else best - 1
+        return aside if 0 <= aside < offers else 2 * best - aside
+
+    def _of_width(self, key: StationKey, width: int) -> float:
+        latest = self._latest.get((key, width))
+        if latest is not None and len(latest) >= 3:
+            return median(latest)
+        return self._first[key][width] * median(self._ratios.get(key, (1.0,)))
+
+
+def _fitting(rows: Sequence[int], width: int) -> int:
+    total = 0
+    for count, more in enumerate(rows):
+        total += more
+        if total > width:
+            return count
+    return len(rows)

@@ -1,0 +1,199 @@
+"""What passes through an engine's door, both ways: msgspec structs, msgpack on the wire, never pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import msgspec
+
+from server.core.card import ModelCard, TeacherBaseline
+from server.core.stations import StationKey
+from server.core.work import PictureRecord, Work
+
+
+class _Struct(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    pass
+
+
+# -- to the engine -----------------------------------------------------------------------------------------------------
+
+
+class Submit(_Struct, frozen=True):
+    """Make this."""
+
+    work: Work
+
+
+class Cancel(_Struct, frozen=True):
+    """Make it no longer."""
+
+    id: str
+
+
+class Adopt(_Struct, frozen=True):
+    """Engines have been built: take them over."""
+
+
+class UsePolicy(_Struct, frozen=True):
+    """Schedule by this policy from now on (see `server.core.policies.make_policy`)."""
+
+    policy: str
+
+
+class Ping(_Struct, frozen=True):
+    """Answer at once."""
+
+    number: int
+
+
+class Stop(_Struct, frozen=True):
+    """End after the batch that runs."""
+
+
+Command: TypeAlias = Submit | Cancel | Adopt | UsePolicy | Ping | Stop
+
+
+# -- from the engine ---------------------------------------------------------------------------------------------------
+
+
+class Loading(_Struct, frozen=True):
+    """How far the start is."""
+
+    done: int
+    total: int
+    text: str
+
+
+class Ready(_Struct, frozen=True):
+    """The model is loaded and warm. ``costs``: (station, rows, seconds)."""
+
+    card: ModelCard
+    costs: tuple[tuple[StationKey, int, float], ...]
+
+
+class Unable(_Struct, frozen=True):
+    """The engine cannot start, or cannot go on; it ends. ``usage``: what the user can mend, so no other try helps."""
+
+    reason: str
+    usage: bool = False
+
+
+class Changed(_Struct, frozen=True):
+    """A station runs on something else now, which costs this: (rows, seconds)."""
+
+    key: StationKey
+    compiled: tuple[int, ...]
+    costs: tuple[tuple[int, float], ...]
+    complete: bool
+    memory_bytes: Mapping[str, int]
+
+
+class Busy(_Struct, frozen=True):
+    """Nothing will be heard for up to this many seconds: an engine is loaded, or the teacher timed."""
+
+    seconds: float
+
+
+class Baselines(_Struct, frozen=True):
+    """The teacher has been timed again."""
+
+    baselines: tuple[TeacherBaseline, ...]
+
+
+class Began(_Struct, frozen=True):
+    """A batch begins. ``members``: (request, picture); ``previews``: the requests of its previews."""
+
+    batch: int
+    key: StationKey
+    members: tuple[tuple[str, int], ...]
+    previews: tuple[str, ...]
+    expected: float
+
+
+class Moved(_Struct, frozen=True):
+    """A picture after a batch: its next step and station; none where it leaves the engine."""
+
+    id: str
+    index: int
+    step: int
+    station: StationKey | None
+
+
+class Ended(_Struct, frozen=True):
+    """A batch is over. ``failed``: it raised, and its tickets are "retried" alone, or "lost"."""
+
+    batch: int
+    key: StationKey
+    rows: int
+    company: int
+    seconds: float
+    moved: tuple[Moved, ...]
+    failed: str = ""
+
+
+class Encoded(_Struct, frozen=True):
+    """A request's text is known: tokens heard, and tokens cut off."""
+
+    id: str
+    tokens: int
+    cut: int
+
+
+class Pixels(_Struct, frozen=True):
+    """A picture, film or preview (``number``: which partial picture); its uint8 values follow in a frame."""
+
+    id: str
+    index: int
+    shape: tuple[int, ...]
+    size: str
+    number: int = -1
+    record: PictureRecord | None = None
+
+
+class Lost(_Struct, frozen=True):
+    """A request has ended early: "late", or "failed" with the reason for the log."""
+
+    id: str
+    why: str
+    reason: str
+
+
+class Pong(_Struct, frozen=True):
+    """The answer to a ping."""
+
+    number: int
+
+
+_OfModel: TypeAlias = Loading | Ready | Unable | Changed | Busy | Baselines | Pong
+_OfWork: TypeAlias = Began | Ended | Encoded | Pixels | Lost
+Message: TypeAlias = _OfModel | _OfWork
+
+_encoder = msgspec.msgpack.Encoder()
+_commands = msgspec.msgpack.Decoder(Command)
+_messages = msgspec.msgpack.Decoder(Message)
+
+
+def pack(message: Command | Message) -> bytes:
+    """Return a message as bytes."""
+    return _encoder.encode(message)
+
+
+def unpack_command(data: bytes) -> Command:
+    """Read what :func:`pack` wrote for the engine.
+
+    Raises:
+        msgspec.DecodeError: it is something else.
+    """
+    command: Command = _commands.decode(data)
+    return command
+
+
+def unpack_message(data: bytes) -> Message:
+    """Read what :func:`pack` wrote for the front.
+
+    Raises:
+        msgspec.DecodeError: it is something else.
+    """
+    message: Message = _messages.decode(data)
+    return message

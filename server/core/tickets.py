@@ -1,0 +1,131 @@
+"""A request inside an engine, its pictures, and the tickets that stand in the queues."""
+
+from __future__ import annotations
+
+import abc
+from enum import Enum
+from typing import Any
+
+from rmd.cascade import Cascade
+from rmd.size import Size
+from server.core.card import partial_steps
+from server.core.stations import StationKey
+from server.core.work import PictureRecord, Work
+
+
+class State(Enum):
+    """Where a ticket is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    LEFT = "left"
+    """Made, or given up."""
+
+
+class Request:
+    """One unit of work on its way through an engine.
+
+    Args:
+        work: what to make.
+        cascade, lane: its schedule's, with what the request changes of it.
+        costs: ``costs[k]`` is the expected seconds from the start of step k to the finished picture; one entry
+            more than there are steps (the last: decoding alone).
+
+    Attributes:
+        conditioning, unconditional: the encoded texts, as the device keeps them; None before the encode station.
+        over: it has ended early, or is complete.
+    """
+
+    def __init__(self, work: Work, cascade: Cascade, lane: str, costs: tuple[float, ...]) -> None:
+        self.work, self.cascade, self.lane, self.costs = work, cascade, lane, costs
+        self.conditioning: Any = None
+        self.unconditional: Any = None
+        self.text_tokens = self.cut_tokens = 0
+        self.over = False
+        self.shown = partial_steps(cascade, work.partial_images)
+        self.pictures = [Picture(self, i, seed) for i, seed in enumerate(work.seeds) if i not in work.done]
+
+    @property
+    def guided(self) -> bool:
+        """True where each picture needs an unconditional row beside its own."""
+        return self.cascade.guidance_scale != 1.0
+
+
+class Ticket(abc.ABC):
+    """What stands in queues: a picture, or a preview of one.
+
+    Attributes:
+        rows: what it takes of a batch's width at its station.
+        joined: when it joined its present queue.
+        data: what the device keeps of it between two stations, such as latents.
+    """
+
+    rows = 1
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.state = State.WAITING
+        self.joined = request.work.arrived
+        self.data: Any = None
+
+    @property
+    @abc.abstractmethod
+    def remaining_seconds(self) -> float:
+        """Expected work until this ticket leaves, queues left out."""
+
+    @abc.abstractmethod
+    def station(self) -> StationKey:
+        """Where it stands next."""
+
+
+class Picture(Ticket):
+    """One picture or film. ``step`` is the next denoising step; ``stepped``: its share of the batches of those done."""
+
+    def __init__(self, request: Request, index: int, seed: int) -> None:
+        super().__init__(request)
+        self.index, self.seed, self.step = index, seed, 0
+        self.record = PictureRecord()
+        self.stepped = 0.0
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        """Rows of its station's batch: two where guidance needs a second one."""
+        denoising = self.request.conditioning is not None and self.step < self.request.cascade.num_steps
+        return 2 if denoising and self.request.guided else 1
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Expected seconds from this picture's next step to its end."""
+        return self.request.costs[min(self.step, len(self.request.costs) - 1)]
+
+    @property
+    def preview_due(self) -> bool:
+        """Whether the result of its next step is to be shown."""
+        return self.step in self.request.shown
+
+    def station(self) -> StationKey:
+        """Encode before its text is known, then its next step's size, and decode after the last one."""
+        cascade = self.request.cascade
+        if self.request.conditioning is None:
+            return StationKey("encode")
+        if self.step < cascade.num_steps:
+            return StationKey("denoise", self.request.lane, cascade.steps[self.step].size)
+        return StationKey("decode", size=cascade.full_size)
+
+
+class Preview(Ticket):
+    """A step's x0 prediction on its way to becoming a partial picture."""
+
+    def __init__(self, picture: Picture, data: Any, size: Size, number: int) -> None:
+        super().__init__(picture.request)
+        self.picture, self.size, self.number = picture, size, number
+        self.data = data
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Its picture's work: a preview goes before its own picture and nobody else's."""
+        return self.picture.remaining_seconds
+
+    def station(self) -> StationKey:
+        """It only needs decoding."""
+        return StationKey("decode", size=self.size)

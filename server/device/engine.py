@@ -1,0 +1,256 @@
+"""An engine: owns one device, runs the scheduler's loop on it, and hears of the world through its door only.
+
+One thread does everything, so no lock is held while a batch runs and nothing competes with it for Python: commands that
+come meanwhile wait in the socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from server.core.loop import Batch, Loop
+from server.core.messages import (
+    Adopt,
+    Baselines,
+    Busy,
+    Cancel,
+    Changed,
+    Command,
+    Encoded,
+    Loading,
+    Lost,
+    Ping,
+    Pixels,
+    Pong,
+    Ready,
+    Stop,
+    Submit,
+    Unable,
+    UsePolicy,
+)
+from server.core.policies import Hold, make_policy
+from server.core.tickets import Picture, Preview
+from server.device.door import Door
+from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
+from server.device.model import DeviceModel
+from server.device.probe import Breaker, DeviceBroken
+from server.device.steps import Done, StageRunner
+
+log = logging.getLogger("rmd.server")
+
+Report = Callable[[int, int, str], None]
+ModelLoader = Callable[[Report], DeviceModel]
+
+_IDLE_SECONDS = 1.0
+_LONGEST_LOAD_SECONDS = 600.0  # of one engine, its check included
+_QUIET_SECONDS = 3.0  # without work before the teacher is timed again
+
+
+class Engine:
+    """Loads a model, then serves the door until told to stop.
+
+    Args:
+        door: to the front.
+        load: builds the model on the device thread; given a function to report (done, total, what) to.
+        policy: see :func:`server.core.policies.make_policy`.
+        film_seconds: a film's time on the device.
+        prompt_bytes: encoded texts that are kept.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        load: ModelLoader,
+        policy: str = "stagewise",
+        film_seconds: float = 3600.0,
+        prompt_bytes: int = 64_000_000,
+    ) -> None:
+        self._door, self._load = door, load
+        self._policy, self._film_seconds, self._prompt_bytes = policy, film_seconds, prompt_bytes
+        self._stopping = self._adopting = False
+
+    def run(self) -> None:
+        """Serve until stopped. Whatever ends it is told through the door first.
+
+        Raises:
+            ParentGone: the front has ended.
+        """
+        try:
+            self._model = self._load(lambda done, total, text: self._door.send(Loading(done, total, text)))
+        except (ValueError, OSError, RuntimeError) as error:
+            usage = not isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError)
+            self._door.send(Unable(f"{type(error).__name__}: {error}", usage))
+            return
+        model = self._model
+        self._runner = StageRunner(model, self._prompt_bytes)
+        self._breaker = Breaker(model, self._runner)
+        self._loop = Loop(
+            model.card,
+            model.costs,
+            make_policy(self._policy, model.costs),
+            self._door.send,
+            self._film_seconds,
+            recall=self._runner.recall,
+        )
+        table = model.costs.table()
+        costs = tuple((key, rows, each) for key, widths in table.items() for rows, each in widths.items())
+        self._door.send(Ready(model.card, costs))
+        try:
+            self._serve()
+        except DeviceBroken as error:
+            log.error("the device is broken: %s", error)
+            self._door.send(Unable(str(error)))
+
+    def _serve(self) -> None:
+        last_work = time.monotonic()
+        while not self._stopping:
+            now = time.monotonic()
+            batch = self._loop.next_batch(now)
+            if isinstance(batch, Batch):
+                self._run(batch)
+                last_work = time.monotonic()
+                self._heed_all(0.0)
+            elif isinstance(batch, Hold):
+                self._heed_all(max(batch.until - now, 0.0005))
+            elif not self._heed_all(0.0):
+                if not self._adopt() and not self._time_teacher(now - last_work):
+                    self._heed_all(_IDLE_SECONDS)
+                continue
+            if self._adopting:
+                self._adopt()  # one between two batches: each is a short pause, and makes every later batch quicker
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+
+    def _heed_all(self, patience: float) -> bool:
+        """Heed every command that is there, waiting for a first one; False where none came."""
+        command = self._door.receive(patience)
+        found = command is not None
+        while command is not None:
+            self._heed(command)
+            command = self._door.receive(0.0)
+        return found
+
+    def _heed(self, command: Command) -> None:
+        if isinstance(command, Submit):
+            try:
+                self._loop.submit(command.work, time.monotonic())
+            except (KeyError, ValueError) as error:  # such as a schedule that this engine's checkpoint lacks
+                self._door.send(Lost(command.work.id, "failed", f"{type(error).__name__}: {error}"))
+        elif isinstance(command, Cancel):
+            self._loop.cancel(command.id)
+        elif isinstance(command, Ping):
+            self._door.send(Pong(command.number))
+        elif isinstance(command, Adopt):
+            self._adopting = True
+        elif isinstance(command, UsePolicy):
+            try:
+                self._loop.policy = make_policy(command.policy, self._model.costs)
+            except ValueError as error:
+                log.error("%s", error)
+        elif isinstance(command, Stop):
+            self._stopping = True
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def _run(self, batch: Batch) -> None:
+        """Run one batch. Where it raises, every ticket is tried once more, alone, and only the guilty fail.
+
+        Raises:
+            DeviceBroken: no later batch can succeed.
+        """
+        error = self._try(batch, last=False)
+        if error is None:
+            return
+        log.warning("a batch of %d at %s raised (%s); trying each alone", len(batch.tickets), batch.key.label, error)
+        if isinstance(error, torch.OutOfMemoryError):
+            self._model.costs.narrow(batch.key, batch.rows)
+        # Out here no traceback keeps the failed batch's tensors: what fits alone must not fail for lack of memory.
+        del error
+        if self._model.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for ticket in batch.tickets:
+            single = self._loop.again(ticket, batch.key)
+            if single is not None:
+                self._try(single, last=True)
+
+    def _try(self, batch: Batch, last: bool) -> Exception | None:
+        started = time.perf_counter()
+        try:
+            done = self._runner.run(batch.key, batch.tickets)
+            if self._model.backbone.device.type == "cuda":
+                torch.cuda.synchronize(self._model.backbone.device)
+        except torch.AcceleratorError as error:
+            raise DeviceBroken(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            self._loop.raised(batch, error, last)
+            if last:
+                self._breaker.failed(error)
+            return error
+        self._finish(batch, done, time.perf_counter() - started)
+        return None
+
+    def _finish(self, batch: Batch, done: Done, seconds: float) -> None:
+        self._breaker.succeeded()
+        now = time.monotonic()
+        if batch.key.kind == "encode":
+            for request in {id(p.request): p.request for p in batch.pictures}.values():
+                self._door.send(Encoded(request.work.id, request.text_tokens, request.cut_tokens))
+        widths = compiled_buckets(self._model.lanes[batch.key.lane], batch.key)
+        if widths and max(widths) < max(self._model.costs.widths(batch.key)):
+            self._model.costs.narrow(batch.key, max(widths) + 1)  # the wider ones ran out of memory
+        gone = {ticket.request for ticket in batch.tickets if ticket.request.over}
+        self._loop.ended(batch, seconds, now, done.shown, done.rows)
+        for ticket, pixels in zip(batch.tickets, done.pixels, strict=bool(done.pixels)):
+            ticket.data = None
+            if ticket.request in gone:
+                continue
+            picture, number = (ticket.picture, ticket.number) if isinstance(ticket, Preview) else (ticket, -1)
+            assert isinstance(picture, Picture)
+            record = picture.record if number < 0 else None
+            where = (ticket.request.work.id, picture.index, tuple(pixels.shape), str(batch.key.size), number)
+            self._door.send(Pixels(*where, record), pixels)
+
+    # -- between batches -----------------------------------------------------------------------------------------------
+
+    def _adopt(self) -> bool:
+        """Take over one engine that was built; False where there is none to take over."""
+        if not self._adopting:
+            return False
+        for lane, live in self._model.live.items():
+            if not live.complete:
+                self._door.send(Busy(_LONGEST_LOAD_SECONDS))
+            place = live.adopt_next()
+            if place is not None:
+                self._opened(lane, place)
+                return True
+        self._adopting = False
+        return False
+
+    def _opened(self, lane: str, place: tuple[str, str | None]) -> None:
+        """Time a station that runs on something else now, and tell."""
+        component, size = place
+        for key in (*self._model.card.stations(), *self._model.card.preview_stations()):
+            at = None if key.size is None else str(key.size)
+            if key.lane != lane or COMPONENTS[key.kind] != component or (at != size and size is not None):
+                continue
+            costs = measure_station(self._model.lanes, key, self._model.max_batch)
+            self._model.costs.replace(key, costs)
+            memory = {name: held for live in self._model.live.values() for name, held in live.memory().items()}
+            buckets = compiled_buckets(self._model.lanes[lane], key)
+            complete = all(live.complete for live in self._model.live.values())
+            self._door.send(Changed(key, buckets, tuple(costs.items()), complete, memory))
+        self._door.send(Baselines(self._model.baselines()))
+
+    def _time_teacher(self, quiet: float) -> bool:
+        """Time the eager teacher again where nothing has run for a while; False where that is not due."""
+        teacher = self._model.teacher
+        if teacher is None or quiet < _QUIET_SECONDS or not teacher.due:
+            return False
+        self._door.send(Busy(60.0 + 20.0 * teacher.baseline().guided_step_seconds))
+        teacher.time_again()
+        self._door.send(Baselines(self._model.baselines()))
+        return True

@@ -1,0 +1,183 @@
+"""From a checkpoint folder to a :class:`DeviceModel`: load the weights, take over what engines there are, measure.
+
+Runs on the device thread, so that every CUDA context and every thread pool belongs to the thread that uses it.
+Nothing is built here: what has no engine yet runs eager, and its station changes over when one has been built.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from engines.buckets import place_of
+from engines.build import loadable_options
+from engines.errors import EngineError
+from engines.live import LiveExecutor
+from engines.planning import CheckpointPlan, EngineOptions
+from engines.store import EngineStore
+from rmd.backbones.base import Backbone
+from rmd.backbones.family import DiffusersBackbone
+from rmd.backbones.registry import get_backbone
+from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
+from rmd.dtypes import parse_dtype
+from server.core.card import TEACHER_SCHEDULE, ModelCard, Schedule
+from server.core.costs import CostTable
+from server.core.stations import STUDENT, TEACHER
+from server.device.baseline import EagerTeacher
+from server.device.measuring import compiled_buckets, measure_station
+from server.device.model import DeviceModel
+from server.device.settings import EngineSettings
+
+log = logging.getLogger("rmd.server")
+
+Report = Callable[[int, int, str], None]
+
+_EAGER = "eager"
+_KEPT_BYTES = 1 << 30  # of the eager teacher's denoiser, kept beside its engines so that it can be timed again
+
+
+def load_model(settings: EngineSettings, report: Report) -> DeviceModel:
+    """Load, warm and measure everything that is served.
+
+    Args:
+        settings: which checkpoint, device and engines.
+        report: called with (done, total, what), which ``/health/ready`` shows.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint cannot be used; the message names the file and the way out.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    report(0, 4, "reading the checkpoint")
+    checkpoint = CheckpointFolder.read(settings.checkpoint)
+    options = _choose_engines(settings, checkpoint)
+
+    report(1, 4, "loading the weights")
+    dtype = parse_dtype(settings.dtype, settings.device)
+    backbone = get_backbone(checkpoint.backbone_name).load(checkpoint.path, dtype=dtype, device=settings.device)
+    teacher = _load_teacher(settings, checkpoint, dtype)
+    lanes, schedules = {STUDENT: backbone}, {n: Schedule(n, c, STUDENT) for n, c in checkpoint.cascades.items()}
+    teacher_cascade = checkpoint.teacher_cascade
+    if teacher is not None and teacher_cascade is not None and settings.serve_teacher:
+        lanes[TEACHER] = teacher
+        schedules[TEACHER_SCHEDULE] = Schedule(TEACHER_SCHEDULE, teacher_cascade, TEACHER)
+    card = _card(settings, checkpoint, backbone, schedules)
+
+    report(2, 4, "timing the eager teacher")
+    eager = None
+    if settings.measure_teacher and checkpoint.teacher is not None:
+        # Its own network, or the student's, which has its shape. Eager: no engine has been taken over yet.
+        eager = EagerTeacher(teacher or backbone, checkpoint.default_cascade.full_size, checkpoint.teacher.steps)
+
+    report(3, 4, "loading engines" if options else "preparing")
+    memory = _memory(lanes)
+    live = {} if options is None else _attach(settings, options, checkpoint, lanes, timed=eager is not None)
+    card = replace(
+        card,
+        memory_bytes=memory | {name: held for each in live.values() for name, held in each.memory().items()},
+        executor_kind=options.backend if options else _EAGER,
+        complete=all(each.complete for each in live.values()),
+    )
+    model = DeviceModel(card, lanes, CostTable({}), live, eager, settings.max_batch)
+    stations = (*card.stations(), *card.preview_stations())
+    for done, key in enumerate(stations):
+        report(done, len(stations), f"warming up {key.label}")
+        model.costs.replace(key, measure_station(lanes, key, settings.max_batch))
+    compiled = {key.label: compiled_buckets(lanes[key.lane], key) for key in stations}
+    model.card = replace(card, compiled=compiled, baselines=model.baselines())
+    return model
+
+
+def _choose_engines(settings: EngineSettings, checkpoint: CheckpointFolder) -> EngineOptions | None:
+    """Return what to load engines with, or None where the networks run eager.
+
+    Raises:
+        BackendUnavailable: a backend was named that cannot be used here.
+    """
+    if settings.backend == _EAGER:
+        return None
+    common = (settings.device, settings.dtype, settings.buckets)
+    options, note = loadable_options(checkpoint, EngineStore(settings.engines), settings.backend, *common)
+    if note:
+        log.warning("%s", note)
+    return None if options.backend == _EAGER else options
+
+
+def _load_teacher(settings: EngineSettings, checkpoint: CheckpointFolder, dtype: torch.dtype) -> Backbone | None:
+    """Load the teacher, eager, where its folder is at hand and it is wanted."""
+    path = checkpoint.teacher_path
+    if path is None or not (settings.serve_teacher or settings.measure_teacher):
+        return None
+    if not path.is_dir():
+        log.warning("the teacher's folder %s is not here: schedule '%s' is not offered", path.name, TEACHER_SCHEDULE)
+        return None
+    return get_backbone(checkpoint.backbone_name).load(path, dtype=dtype, device=settings.device)
+
+
+def _card(
+    settings: EngineSettings, checkpoint: CheckpointFolder, backbone: Backbone, schedules: Mapping[str, Schedule]
+) -> ModelCard:
+    sizes = {step.size for schedule in schedules.values() for step in schedule.cascade.steps}
+    tokenizers = backbone.tokenizers if isinstance(backbone, DiffusersBackbone) else {}
+    return ModelCard(
+        model_id=settings.model_id,
+        created=int((checkpoint.path / CASCADE_FILE).stat().st_mtime),
+        media=backbone.media,
+        frames_per_second=backbone.frames_per_second,
+        schedules=dict(schedules),
+        default=checkpoint.default,
+        tokens={str(size): backbone.tokens(size) for size in sizes},
+        text_limit=max(tokenizers.values(), default=0),
+    )
+
+
+def _attach(
+    settings: EngineSettings,
+    options: EngineOptions,
+    checkpoint: CheckpointFolder,
+    lanes: Mapping[str, Backbone],
+    timed: bool,
+) -> dict[str, LiveExecutor]:
+    """Put executors under the lanes that take over the engines there are, and those that come.
+
+    The teacher runs through the student's engines, which hold no weights of their own, where they allow it.
+
+    Args:
+        timed: the eager teacher is to be timed now and then, so its denoiser stays, unless it is large.
+    """
+    live: dict[str, LiveExecutor] = {}
+    store = EngineStore(settings.engines)
+    for lane, backbone in lanes.items():
+        plan = CheckpointPlan(checkpoint, options, backbone)
+        kept = timed and lane == list(lanes)[-1] and _bytes(backbone, "denoiser") <= _KEPT_BYTES
+        wanted = None
+        if lane == TEACHER and checkpoint.teacher_cascade is not None:  # its texts and decoding are the student's
+            wanted = [place_of("denoiser", size) for size in checkpoint.teacher_cascade.sizes]
+        keep_eager = frozenset({"denoiser"} if kept else ())
+        try:
+            executor = LiveExecutor(plan, store, foreign=lane == TEACHER, keep_eager=keep_eager, wanted=wanted)
+        except EngineError as error:
+            if lane != TEACHER:
+                raise
+            log.warning("the teacher runs eager: %s", error)
+            continue
+        backbone.executor = live[lane] = executor
+        executor.adopt_all()
+    return live
+
+
+def _memory(lanes: Mapping[str, Backbone]) -> dict[str, int]:
+    """Return the bytes of the eager weights by lane and component."""
+    return {
+        name if lane == STUDENT else f"{lane} {name}": _bytes(backbone, name)
+        for lane, backbone in lanes.items()
+        for name in backbone.component_modules()
+    }
+
+
+def _bytes(backbone: Backbone, component: str) -> int:
+    module = backbone.component_modules()[component]
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,0 +1,47 @@
+"""``python -m server.device.process``: one engine. Started by the front, which writes its settings to the input."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+import msgspec
+
+from server.device.door import Door, ParentGone
+from server.device.settings import EngineSettings
+
+
+def main() -> None:
+    """Serve one front until it says stop, or is gone."""
+    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineSettings)
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s %(name)s [{settings.device}]: %(message)s",
+    )
+    # A terminal's Ctrl-C reaches every process of it; when to stop is the front's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    door = Door(settings.address, settings.parent)
+    try:
+        from server.device.engine import Engine
+        from server.device.loading import load_model
+
+        engine = Engine(
+            door,
+            lambda report: load_model(settings, report),
+            settings.policy,
+            settings.film_seconds,
+            int(settings.prompt_megabytes * 1e6),
+        )
+        engine.run()
+    except ParentGone:
+        os._exit(1)
+    door.close()
+    # Not through the interpreter's end: libraries' thread pools and loaded engines take seconds over it.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The front's side of an engine: a process of its own, and the door to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from server.core.messages import Began, Command, Message, Stop, pack, unpack_message
+from server.device.settings import RECORD, EngineSettings
+from server.start.settings import ServerSettings
+
+Received = tuple[Message, memoryview | None]
+
+
+class EngineLink(Protocol):
+    """One running engine, whatever it runs in. ``socket`` is to be polled and used by one thread."""
+
+    socket: zmq.Socket[bytes]
+    pid: int
+
+    def send(self, command: Command) -> None:
+        """Give an engine something to do."""
+
+    def receive(self, timeout: float = 0.0) -> Received | None:
+        """Return the next message, and the pixels that came with it; None after ``timeout`` seconds."""
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+
+    def last_batch(self) -> Began | None:
+        """Return the batch that runs, or ran when it died."""
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+
+    def stop(self, timeout: float) -> None:
+        """Let it end after the batch that runs; end it at once after ``timeout`` seconds."""
+
+    def close(self) -> None:
+        """Give the door up."""
+
+
+class Doorway:
+    """The socket that one engine connects to, at an address nobody else knows of."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="rmd-")  # 0700
+        self.address = f"ipc://{self._folder}/door"
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.bind(self.address)
+
+    def send(self, command: Command) -> None:
+        """Give the engine something to do."""
+        self.socket.send(pack(command))
+
+    def receive(self, timeout: float = 0.0) -> Received | None:
+        """Return the next message, and the pixels that came with it; None after ``timeout`` seconds.
+
+        Raises:
+            msgspec.DecodeError: the engine speaks another version's language.
+        """
+        if not self.socket.poll(int(1000 * timeout)):
+            return None
+        head, *frames = self.socket.recv_multipart(copy=False)
+        return unpack_message(head.bytes), frames[0].buffer if frames else None
+
+    def last_batch(self) -> Began | None:
+        """Return the batch that runs, or ran when the engine died, as it wrote down itself."""
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            content = Path(self._folder, f"door{RECORD}").read_bytes()
+            message = unpack_message(content[4 : 4 + int.from_bytes(content[:4], "big")])
+            return message if isinstance(message, Began) else None
+        return None
+
+    def close(self) -> None:
+        """Give the address up."""
+        self.socket.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class EngineProcess(Doorway):
+    """An engine in a process of its own; see :class:`EngineLink`."""
+
+    module = "server.device.process"
+
+    def __init__(self, settings: ServerSettings, device: str) -> None:
+        super().__init__()
+        device, visible = own_device(device, os.environ)
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", self.module],
+            stdin=subprocess.PIPE,
+            env={**waiting_policy(os.environ), **os.environ, **visible, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        self.pid = self.process.pid
+        assert self.process.stdin is not None
+        line = msgspec.json.encode(engine_settings(settings, device, self.address)) + b"\n"
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has died already, which whoever watches it will see
+
+    @classmethod
+    def start(cls, settings: ServerSettings, device: str) -> EngineProcess:
+        """Start one; it says when it is ready."""
+        return cls(settings, device)
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """End it at once, even where it is stopped or hangs."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Let it end after the batch that runs; end it at once after ``timeout`` seconds."""
+        if self.running:
+            self.send(Stop())
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def engine_settings(settings: ServerSettings, device: str, address: str) -> EngineSettings:
+    """Return what one engine has to know."""
+    return EngineSettings(
+        address=address,
+        parent=os.getpid(),
+        checkpoint=str(settings.checkpoint),
+        model_id=settings.model_id,
+        engines=str(settings.engines),
+        backend=settings.backend,
+        device=device,
+        dtype=settings.dtype,
+        buckets=settings.buckets,
+        threads=settings.threads,
+        serve_teacher=settings.serve_teacher,
+        measure_teacher=settings.measure_teacher,
+        max_batch=settings.max_batch,
+        policy=settings.policy,
+        film_seconds=settings.video_deadline_seconds,
+        prompt_megabytes=settings.prompt_megabytes,
+        log_level=settings.log_level,
+    )
+
+
+def own_device(device: str, environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Return the device as its process calls it, and the environment in which it sees no other GPU.
+
+    Raises:
+        ValueError: there is no GPU of that number.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return device, {}
+    listed = environment.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in listed.split(",")] if listed else []
+    if not index.isdecimal() or (names and int(index) >= len(names)):
+        raise ValueError(f"device {device!r}: CUDA_VISIBLE_DEVICES lists {len(names)} GPUs, counted from 0")
+    return kind, {"CUDA_VISIBLE_DEVICES": names[int(index)] if names else index}
+
+
+def waiting_policy(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return how OpenMP's threads are to wait for each other, unless the environment says.
+
+    By default they spin for long: beside other work on the same cores, that is time taken from the very thread that is
+    waited for.
+    """
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & environment.keys()
+    return {} if chosen else {"GOMP_SPINCOUNT": "6000", "KMP_BLOCKTIME": "1"}

@@ -1,0 +1,329 @@
+"""The engines behind one front: places work where it is finished first, and loses none of it.
+
+One thread speaks with all engines. What has been accepted stays in the front's hands until its pixels are here: an
+engine that dies or hangs is ended and started again, and its work handed out anew. Noise is keyed by (seed, step), so
+the pictures are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from server.core.card import ModelCard
+from server.core.faults import Fault, RequestError
+from server.core.messages import (
+    Adopt,
+    Baselines,
+    Began,
+    Busy,
+    Cancel,
+    Changed,
+    Command,
+    Encoded,
+    Ended,
+    Loading,
+    Lost,
+    Message,
+    Ping,
+    Pixels,
+    Ready,
+    Submit,
+    Unable,
+)
+from server.front.engine import EngineLink
+from server.front.generation import FinishedPicture, Generation
+from server.front.ledger import Ledger
+from server.front.member import Health, Member, WatchLimits
+from server.telemetry.metrics import Metrics
+
+log = logging.getLogger("rmd.server")
+
+_LOOK_SECONDS = 0.2
+_MOST_STRIKES = 2
+
+
+class Fleet:
+    """See the module.
+
+    Args:
+        starts: by device, what starts an engine on it.
+        metrics: where batches and pictures are counted.
+        package_threads: threads that compress pictures.
+        limits: when an engine counts as hung.
+        on_progress: told (done, total, what) while the first engine loads.
+        on_ready: told each time an engine is ready, with its card.
+        on_failed: told why, once no engine is left or will come.
+        on_picture: told of each finished picture.
+    """
+
+    def __init__(
+        self,
+        starts: Sequence[tuple[str, Callable[[], EngineLink]]],
+        metrics: Metrics,
+        *,
+        package_threads: int = 2,
+        limits: WatchLimits | None = None,
+        on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+        on_ready: Callable[[ModelCard], None] = lambda card: None,
+        on_failed: Callable[[str], None] = lambda reason: None,
+        on_picture: Callable[[Generation, FinishedPicture], None] = lambda generation, picture: None,
+    ) -> None:
+        limits = limits or WatchLimits()
+        self.members = [Member(i, device, start, limits) for i, (device, start) in enumerate(starts)]
+        self._metrics = metrics
+        self._on_progress, self._on_ready = on_progress, on_ready
+        self._on_failed = on_failed
+        self._ledger = Ledger(metrics, package_threads, self._forget, on_picture)
+        self._lock = self._ledger.lock
+        self._outbox: deque[tuple[Member, Command]] = deque()
+        self._stopping = self._ended = False
+        self._given_up = ""
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._thread = threading.Thread(target=self._main, name="rmd-fleet", daemon=True)
+
+    # -- called from any thread ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start every engine."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False once no engine is left or will come."""
+        return self._thread.is_alive() and not self._given_up
+
+    @property
+    def ready(self) -> bool:
+        """Whether an engine takes work now."""
+        return any(member.health is Health.READY for member in self.members)
+
+    @property
+    def lead(self) -> Member | None:
+        """The first engine that is ready, or else was: its card and costs stand for all."""
+        known = [member for member in self.members if member.card is not None]
+        return next((member for member in known if member.health is Health.READY), known[0] if known else None)
+
+    def submit(self, generation: Generation) -> None:
+        """Take an admitted request.
+
+        Raises:
+            RequestError: 503 where the fleet is stopping or has no engine left.
+        """
+        with self._lock:
+            if self._stopping or self._given_up:
+                raise self._end_error()
+            self._ledger.add(generation)
+            self._place(generation)
+        self._wake()
+
+    def cancel(self, generation: Generation, error: RequestError) -> None:
+        """End a request early. Does nothing where it has ended already."""
+        self._ledger.settle(generation, error)
+        self._wake()
+
+    def adopt(self) -> None:
+        """Engines have been built: have them taken over."""
+        with self._lock:
+            for member in self.members:
+                if member.health is Health.READY:
+                    self._outbox.append((member, Adopt()))
+        self._wake()
+
+    def backlog(self, work: float) -> float:
+        """Return the expected work (seconds) that goes before a newcomer's; whoever needs more than it is passed."""
+        engines = sum(member.health is not Health.DEAD for member in self.members)
+        return self._ledger.work_before(work) / max(engines, 1)
+
+    def depths(self) -> dict[str, int]:
+        """Return how many pictures wait at each station, by label."""
+        return self._ledger.depths(key for m in self.members if m.card is not None for key in m.card.stations())
+
+    def stop(self, timeout: float) -> None:
+        """Let the batches that run finish, fail whatever is left with 503, and end every engine."""
+        with self._lock:
+            self._stopping = True
+            batches = [member.batch for member in self.members if member.batch is not None]
+            running = {request_id for batch in batches for request_id, _ in batch.members}
+            for generation in self._ledger.all():
+                if generation.id not in running and not any(place.decoded for place in generation.places):
+                    self._ledger.settle(generation, self._end_error())
+        self._wake()
+        end = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < end and self._ledger.all():
+            time.sleep(0.01)
+        for generation in self._ledger.all():
+            self._ledger.settle(generation, self._end_error())
+        self._ended = True
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        self._ledger.close()
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        for member in self.members:
+            member.start()
+        looked = 0.0
+        while not self._ended:
+            self._send_all()
+            self._hear_all(_LOOK_SECONDS)
+            now = time.monotonic()
+            if now - looked >= _LOOK_SECONDS:
+                looked = now
+                with self._lock:
+                    self._look()
+        for member in self.members:
+            if member.link is not None:
+                member.link.stop(2.0)
+                member.link.close()
+
+    def _send_all(self) -> None:
+        with self._lock:
+            while self._outbox:
+                member, command = self._outbox.popleft()
+                if member.link is not None and member.health is not Health.DOWN:
+                    member.link.send(command)
+
+    def _hear_all(self, patience: float) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_read, zmq.POLLIN)
+        by_socket = {m.link.socket: m for m in self.members if m.link is not None}
+        for each in by_socket:
+            poller.register(each, zmq.POLLIN)
+        for source, _ in poller.poll(int(1000 * patience)):
+            if source == self._wake_read:
+                os.read(self._wake_read, 4096)
+            elif source in by_socket:
+                self._hear(by_socket[source])
+
+    def _hear(self, member: Member) -> None:
+        """Take in everything that an engine has said."""
+        while member.link is not None:
+            received = member.link.receive()
+            if received is None:
+                return
+            with self._lock:
+                member.heard()
+                self._heed(member, *received)
+
+    def _look(self) -> None:
+        """Look after engines and deadlines. Called with the lock held."""
+        for member in self.members:
+            if member.link is None:
+                if member.restart_due and not self._stopping:
+                    member.restarts += 1
+                    self._metrics.engine_restarts.labels(str(member.index)).inc()
+                    member.start()
+                continue
+            if not member.link.running:
+                self._hear(member)  # its last words, and pictures
+                self._lost(member, member.reason or "its process ended")
+                continue
+            hung = member.hung()
+            if hung:
+                member.link.kill()
+                self._hear(member)
+                self._lost(member, f"{hung}; it was ended")
+            elif member.ping_due():
+                member.link.send(Ping(0))
+        self._ledger.end_late()
+
+    # -- what engines say (called with the lock held) ------------------------------------------------------------------
+
+    def _heed(self, member: Member, message: Message, pixels: memoryview | None) -> None:
+        if isinstance(message, Began):
+            member.began(message)
+            self._ledger.began(message)
+        elif isinstance(message, Ended):
+            members = () if member.batch is None else member.batch.members
+            member.ended(message)
+            self._ledger.ended(message, members, member.card)
+            if self._stopping:  # the batches that run are finished, and no further ones of theirs
+                onward = {moved.id for moved in message.moved if moved.station is not None}
+                for generation in self._ledger.all():
+                    if generation.id in onward:
+                        self._ledger.settle(generation, self._end_error())
+        elif isinstance(message, Pixels):
+            if pixels is not None:
+                self._ledger.decoded(message, pixels)
+        elif isinstance(message, Encoded):
+            self._ledger.encoded(message)
+        elif isinstance(message, Lost):
+            self._ledger.lost(message)
+        elif isinstance(message, Loading):
+            if self.lead is None:
+                self._on_progress(message.done, message.total, message.text)
+        elif isinstance(message, Ready):
+            member.ready(message)
+            self._on_ready(message.card)
+            self._place_all()
+        elif isinstance(message, Changed):
+            member.changed(message)
+        elif isinstance(message, Busy):
+            member.excuse(message.seconds)
+        elif isinstance(message, Baselines):
+            member.timed_teacher(message)
+        elif isinstance(message, Unable):
+            member.reason, member.usage = message.reason, message.usage
+
+    # -- placing (called with the lock held) ---------------------------------------------------------------------------
+
+    def _place(self, generation: Generation) -> None:
+        """Give a request to the engine that will have finished it first; to none where none is ready."""
+        ready = [member for member in self.members if member.health is Health.READY]
+        if ready:
+            cost = generation.costs[0]
+            member = min(ready, key=lambda each: self._ledger.work_before(cost, each.index)) if ready[1:] else ready[0]
+            generation.engine = member.index
+            self._outbox.append((member, Submit(generation.work)))
+
+    def _place_all(self) -> None:
+        for generation in self._ledger.all():
+            if generation.engine is None:
+                self._place(generation)
+        self._send_all()
+
+    def _forget(self, generation: Generation) -> None:
+        """A request has ended early: its engine is to make it no longer."""
+        if generation.engine is not None:
+            self._outbox.append((self.members[generation.engine], Cancel(generation.id)))
+
+    def _lost(self, member: Member, reason: str) -> None:
+        """An engine has ended: hand its work out again."""
+        log.error("the engine on %s is lost: %s", member.device, reason)
+        batch = None if member.link is None else member.link.last_batch()
+        suspects = set() if batch is None else {request_id for request_id, _ in batch.members}
+        member.reason = member.reason or reason
+        member.lost()
+        for generation in self._ledger.all():
+            if generation.engine == member.index:
+                self._ledger.begin_again(generation, suspect=generation.id in suspects)
+                if generation.strikes >= _MOST_STRIKES:
+                    self._ledger.fail(generation, f"{_MOST_STRIKES} engines ended while they worked on it")
+        if all(each.health is Health.DEAD for each in self.members):
+            self._given_up = member.reason
+            for generation in self._ledger.all():
+                self._ledger.settle(generation, self._end_error())
+            self._on_failed(member.reason)
+            return
+        self._place_all()
+
+    def _end_error(self) -> RequestError:
+        if self._given_up:
+            return RequestError(Fault.NOT_READY, "The server's device failed.", retry_after=1)
+        return RequestError(Fault.DRAINING, "The server is stopping.", retry_after=1)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # then enough has been written to wake it
+            os.write(self._wake_write, b"!")

@@ -1,0 +1,161 @@
+"""A request on the front: what was asked for, who hears of it, and where its pictures are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rmd.cascade import Cascade
+from rmd.size import Size
+from server.core.admission import Permit
+from server.core.faults import RequestError
+from server.core.stations import StationKey
+from server.core.work import PictureRecord, Work
+from server.front.media import OutputFormat
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """What was asked for, validated. ``seeds`` holds one entry a picture."""
+
+    prompt: str
+    schedule: str
+    cascade: Cascade
+    lane: str
+    seeds: tuple[int, ...]
+    negative_prompt: str = ""
+    guidance_scale: float | None = None
+    noise_intensity: float | None = None
+    partial_images: int = 0
+    output_format: OutputFormat = "png"
+    output_compression: int | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+    base64: bool = True
+    """Whether the reply holds the pictures themselves, in base64."""
+    frames_per_second: int | None = None
+    """Of a film, whose progress is reported; None for pictures."""
+
+    @property
+    def film(self) -> bool:
+        """True where a film is asked for."""
+        return self.frames_per_second is not None
+
+
+@dataclass(frozen=True)
+class PartialPicture:
+    """Event: a step's result, decoded."""
+
+    index: int
+    partial_index: int
+    size: Size
+    content: bytes
+    encoded: str = ""
+
+
+@dataclass(frozen=True)
+class FinishedPicture:
+    """Event: one picture, or film, is complete. Films come with two pictures of themselves.
+
+    ``encoded`` is the content in base64, where the reply holds it.
+    """
+
+    index: int
+    content: bytes
+    record: PictureRecord
+    encoded: str = ""
+    thumbnail: bytes = b""
+    spritesheet: bytes = b""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """Event, of films only: the first step begins (share 0), or a step is done.
+
+    ``share`` of the expected work behind the film, text left out.
+    """
+
+    share: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Event: the generation ended without its pictures; nothing follows."""
+
+    error: RequestError
+
+
+Event = PartialPicture | FinishedPicture | Advanced | Failed
+
+
+@dataclass
+class Place:
+    """Where one picture is, as far as the front has heard.
+
+    Attributes:
+        station: it waits at, or runs at; None once its pixels are on their way.
+        decoded: its pixels are here.
+        left: it is finished or given up, and its place in the queue given back.
+    """
+
+    station: StationKey | None
+    step: int = 0
+    running: bool = False
+    decoded: bool = False
+    left: bool = False
+
+
+class Generation:
+    """One admitted request.
+
+    Args:
+        spec: what to make.
+        work: the same, as engines take it.
+        permit: its pictures give their places back as they leave, one by one.
+        sink: called with each event, from any thread; must not block.
+        costs: ``costs[k]`` is the expected seconds from the start of step k to the finished picture.
+
+    Attributes:
+        engine: which engine has it; None where none has.
+        strikes: engines that ended while a batch with it ran.
+        shown: partial pictures that were sent: (picture, number).
+    """
+
+    def __init__(
+        self,
+        spec: GenerationSpec,
+        work: Work,
+        permit: Permit,
+        sink: Callable[[Event], None],
+        costs: tuple[float, ...],
+    ) -> None:
+        self.spec, self.work, self.permit, self.sink, self.costs = spec, work, permit, sink, costs
+        self.text_tokens = self.cut_tokens = 0
+        self.failed = False
+        self.engine: int | None = None
+        self.strikes = 0
+        self.shown: set[tuple[int, int]] = set()
+        self.places = [Place(StationKey("encode")) for _ in spec.seeds]
+
+    @property
+    def id(self) -> str:
+        """Names it everywhere."""
+        return self.work.id
+
+    @property
+    def arrived(self) -> float:
+        """Monotonic seconds of its admission."""
+        return self.work.arrived
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.failed or all(place.left for place in self.places)
+
+    def seconds_left(self) -> float:
+        """Seconds until its deadline; negative once it has passed."""
+        return self.work.deadline - time.monotonic()
+
+    def remaining(self, place: Place) -> float:
+        """Expected work on one of its pictures."""
+        return 0.0 if place.decoded or place.left else self.costs[min(place.step, len(self.costs) - 1)]

@@ -1,0 +1,248 @@
+"""The accepted requests of one front: where their pictures are, what they are told, and how each one ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from server.core.card import ModelCard
+from server.core.faults import Fault, RequestError, deadline_error
+from server.core.messages import Began, Encoded, Ended, Lost, Pixels
+from server.core.stations import StationKey
+from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, Place
+from server.front.packaging import Packager
+from server.telemetry.metrics import Metrics
+
+log = logging.getLogger("rmd.server")
+
+GRACE_SECONDS = 1.0
+"""Behind a deadline, before the front ends a request that its engine says nothing of."""
+
+PACKAGE = "package"
+
+
+class Ledger:
+    """See the module. Every method but the constructor's takes the lock, which may be held already.
+
+    Args:
+        metrics: where batches and pictures are counted.
+        package_threads: threads that compress pictures.
+        on_end: told of a request that ends early, so that its engine forgets it.
+        on_picture: told of each finished picture.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        package_threads: int,
+        on_end: Callable[[Generation], None],
+        on_picture: Callable[[Generation, FinishedPicture], None],
+    ) -> None:
+        self.lock = threading.RLock()
+        self._metrics, self._on_end, self._on_picture = metrics, on_end, on_picture
+        self._generations: dict[str, Generation] = {}
+        self._packaging = 0
+        self._packager = Packager(package_threads, self._packaged)
+
+    # -- to look at ----------------------------------------------------------------------------------------------------
+
+    def all(self) -> list[Generation]:
+        """Every request that has not ended."""
+        with self.lock:
+            return list(self._generations.values())
+
+    def depths(self, stations: Iterable[StationKey]) -> dict[str, int]:
+        """Return how many pictures wait at each station, by label."""
+        with self.lock:
+            depths = Counter(dict.fromkeys((key.label for key in stations), 0))
+            for generation in self._generations.values():
+                for place in generation.places:
+                    if place.station is not None and not place.running and not place.left:
+                        depths[place.station.label] += 1
+            depths[PACKAGE] = self._packaging
+            return dict(depths)
+
+    def work_before(self, work: float, engine: int | None = None) -> float:
+        """Return the expected work (seconds) that goes before a newcomer's; whoever needs more than it is passed.
+
+        Args:
+            work: of the newcomer.
+            engine: only what this one has.
+        """
+        with self.lock:
+            return sum(
+                min(generation.remaining(place), work)
+                for generation in self._generations.values()
+                if engine is None or generation.engine == engine
+                for place in generation.places
+            )
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def add(self, generation: Generation) -> None:
+        """Take a request in."""
+        with self.lock:
+            self._generations[generation.id] = generation
+
+    def begin_again(self, generation: Generation, suspect: bool) -> None:
+        """Note that the engine which had a request is lost: what is not finished of it begins anew.
+
+        Args:
+            suspect: it was in the batch that ran, so from now on it has no company.
+        """
+        with self.lock:
+            generation.engine = None
+            generation.strikes += suspect
+            places = generation.places
+            generation.places = [
+                place if place.decoded or place.left else Place(StationKey("encode")) for place in places
+            ]
+            done = tuple(i for i, place in enumerate(places) if place.decoded or place.left)
+            generation.work = msgspec.structs.replace(generation.work, done=done, alone=generation.strikes > 0)
+
+    def end_late(self) -> None:
+        """End what is well past its deadline, whatever its engine does."""
+        with self.lock:
+            for generation in self.all():
+                if not generation.spec.film and generation.seconds_left() < -GRACE_SECONDS:
+                    self.settle(generation, deadline_error())
+
+    def fail(self, generation: Generation, reason: str) -> None:
+        """Fail a request with 500; the reason goes to the log, not to the client."""
+        log.error("request %s failed: %s", generation.id, reason)
+        text = "The model failed on this request; others are not affected."
+        self.settle(generation, RequestError(Fault.ENGINE_FAILED, text))
+
+    def settle(self, generation: Generation, error: RequestError) -> None:
+        """End a request early, once, and give its places back before its client hears of it."""
+        with self.lock:
+            if generation.over:
+                return
+            left = sum(not place.left for place in generation.places)
+            self._metrics.dropped.labels(error.fault.value.outcome).inc(left)
+            generation.failed = True
+            self._on_end(generation)
+            for place in generation.places:
+                self._leave(generation, place)
+            generation.sink(Failed(error))
+
+    def close(self) -> None:
+        """Finish the packaging that was begun."""
+        self._packager.close()
+
+    # -- what engines say ----------------------------------------------------------------------------------------------
+
+    def began(self, message: Began) -> None:
+        """A batch runs."""
+        with self.lock:
+            for request_id, index in message.members:
+                generation = self._generations.get(request_id)
+                if generation is None:
+                    continue
+                place = generation.places[index]
+                place.running = True
+                if generation.spec.film and message.key.kind == "denoise" and place.step == 0:
+                    generation.sink(Advanced(0.0))
+
+    def ended(self, message: Ended, members: Sequence[tuple[str, int]], card: ModelCard | None) -> None:
+        """A batch with these members is over."""
+        with self.lock:
+            for request_id, index in members:
+                if request_id in self._generations:
+                    self._generations[request_id].places[index].running = False
+            self._count_batch(message, card)
+            for moved in message.moved:
+                generation = self._generations.get(moved.id)
+                if generation is None:
+                    continue
+                place = generation.places[moved.index]
+                place.step, place.station = moved.step, moved.station
+                if generation.spec.film and message.key.kind == "denoise":
+                    generation.sink(Advanced(1.0 - generation.remaining(place) / max(generation.costs[0], 1e-9)))
+
+    def encoded(self, message: Encoded) -> None:
+        """A text is known."""
+        with self.lock:
+            generation = self._generations.get(message.id)
+            if generation is not None:
+                generation.text_tokens, generation.cut_tokens = message.tokens, message.cut
+
+    def decoded(self, message: Pixels, pixels: memoryview) -> None:
+        """Pixels are here. What has come before, from an engine that was lost, is left."""
+        with self.lock:
+            generation = self._generations.get(message.id)
+            if generation is None:
+                return
+            if message.number >= 0:
+                if (message.index, message.number) in generation.shown:
+                    return
+                generation.shown.add((message.index, message.number))
+            else:
+                place = generation.places[message.index]
+                if place.decoded:
+                    return
+                place.decoded, place.station = True, None
+            self._packaging += 1
+            self._packager.submit(generation, message, pixels)
+
+    def lost(self, message: Lost) -> None:
+        """An engine has given a request up."""
+        with self.lock:
+            generation = self._generations.get(message.id)
+            if generation is None:
+                return
+            if message.why == "late":
+                self.settle(generation, deadline_error())
+            else:
+                self.fail(generation, message.reason)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _packaged(self, generation: Generation, message: Pixels, result: Event | Exception | None) -> None:
+        """Called by the pool's threads; no result where the request had ended before."""
+        with self.lock:
+            self._packaging -= 1
+            if generation.failed or result is None:
+                return
+            if isinstance(result, Exception):
+                if message.number < 0:  # a partial picture is a courtesy
+                    self.fail(generation, f"{type(result).__name__}: {result}")
+                return
+            if isinstance(result, FinishedPicture):
+                self._count_picture(generation, result)
+                self._leave(generation, generation.places[message.index])  # its place is free before its client hears
+            generation.sink(result)
+
+    def _leave(self, generation: Generation, place: Place) -> None:
+        """Count a picture out, once."""
+        if not place.left:
+            place.left, place.running, place.station = True, False, None
+            generation.permit.leave(finished=not generation.failed)
+        if all(each.left for each in generation.places):
+            self._generations.pop(generation.id, None)
+
+    def _count_batch(self, message: Ended, card: ModelCard | None) -> None:
+        metrics, label = self._metrics, message.key.label
+        if message.failed == "retried":
+            metrics.retried_batches.labels(label).inc()
+        if not message.rows:
+            return
+        metrics.batch_size.labels(label).observe(message.company)
+        metrics.step_seconds.labels(label).observe(message.seconds)
+        metrics.device_busy_seconds.inc(message.seconds)
+        if message.key.kind == "denoise" and card is not None:
+            metrics.steps.labels(label).inc(message.company)
+            metrics.tokens.labels(label).inc(message.rows * card.tokens.get(str(message.key.size), 0))
+
+    def _count_picture(self, generation: Generation, picture: FinishedPicture) -> None:
+        schedule, record = generation.spec.schedule, picture.record
+        self._metrics.pictures.labels(schedule).inc()
+        self._metrics.queue_seconds.labels(schedule).observe(record.queue)
+        self._metrics.decode_seconds.observe(record.decode)
+        for stage, seconds in record.stages.items():
+            self._metrics.stage_seconds.labels(schedule, stage).observe(seconds)
+        self._on_picture(generation, picture)

@@ -1,0 +1,159 @@
+"""One engine as the front knows it: its state, what it runs now, and what its batches cost."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from server.core.card import ModelCard
+from server.core.costs import CostTable
+from server.core.messages import Baselines, Began, Changed, Ended, Ready
+from server.front.engine import EngineLink
+
+PING_SECONDS = 2.0
+_LOAD_SILENCE_SECONDS = 1800.0
+_FAILURES = 5
+_FAILURE_WINDOW_SECONDS = 600.0
+_LONGEST_PAUSE_SECONDS = 15.0
+
+
+class Health(Enum):
+    """Where an engine is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DOWN = "restarting"
+    DEAD = "dead"
+    """It has ended too often: it is not started again."""
+
+
+@dataclass(frozen=True)
+class WatchLimits:
+    """When an engine counts as hung.
+
+    Attributes:
+        seconds: least time that a batch, or an answer, may take.
+        factor: a batch may take this many times what it should.
+    """
+
+    seconds: float = 10.0
+    factor: float = 20.0
+
+
+class Member:
+    """One engine of the fleet. Guarded by the fleet's lock.
+
+    Args:
+        index: its number.
+        device: what it runs on, such as "cuda:0".
+        start: starts an engine for it.
+        limits: see :class:`WatchLimits`.
+    """
+
+    def __init__(self, index: int, device: str, start: Callable[[], EngineLink], limits: WatchLimits) -> None:
+        self.index, self.device = index, device
+        self._start, self._limits = start, limits
+        self.health = Health.LOADING
+        self.link: EngineLink | None = None
+        self.card: ModelCard | None = None
+        self.costs = CostTable({})
+        self.batch: Began | None = None
+        self.reason = ""
+        self.usage = False
+        self.restarts = 0
+        self._since = self._heard = self._pinged = time.monotonic()
+        self._failures: deque[float] = deque(maxlen=_FAILURES)
+        self._restart_at = self._excused = 0.0
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start its engine."""
+        self.health, self.batch, self.reason = Health.LOADING, None, ""
+        self.link = self._start()
+        self.heard()
+
+    def lost(self) -> None:
+        """Note that its engine has ended; say when it is to be started again, or that it is not."""
+        if self.link is not None:
+            self.link.close()
+        self.link, self.batch = None, None
+        now = time.monotonic()
+        self._failures.append(now)
+        often = len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURE_WINDOW_SECONDS
+        self.health = Health.DEAD if often or (self.usage and self.card is None) else Health.DOWN
+        pause = min(2.0 ** (len(self._failures) - 2), _LONGEST_PAUSE_SECONDS) if len(self._failures) > 1 else 0.0
+        self._restart_at = now + pause
+
+    @property
+    def restart_due(self) -> bool:
+        """Whether its engine is to be started again now."""
+        return self.health is Health.DOWN and time.monotonic() >= self._restart_at
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    def heard(self) -> None:
+        """It has said something."""
+        self._heard, self._excused = time.monotonic(), 0.0
+
+    def excuse(self, seconds: float) -> None:
+        """It has said that nothing will be heard of it for so long."""
+        self._excused = seconds
+
+    def ping_due(self) -> bool:
+        """Whether it is to be asked for a sign of life; notes that it is."""
+        now = time.monotonic()
+        if self.health is not Health.READY or self.batch is not None or now - self._pinged < PING_SECONDS:
+            return False
+        self._pinged = now
+        return True
+
+    def hung(self) -> str:
+        """Return why its engine counts as hung; nothing where it does not."""
+        now = time.monotonic()
+        if self.batch is not None:
+            limit = max(self._limits.seconds, self._limits.factor * self.batch.expected)
+            took = now - self._since
+            return f"a batch at {self.batch.key.label} took {took:.0f} s" if took > limit else ""
+        silent = now - self._heard - self._excused
+        limit = _LOAD_SILENCE_SECONDS if self.health is Health.LOADING else self._limits.seconds + PING_SECONDS
+        return f"it said nothing for {silent:.0f} s" if silent > limit else ""
+
+    # -- what it says --------------------------------------------------------------------------------------------------
+
+    def ready(self, message: Ready) -> None:
+        """Its model is loaded."""
+        widths: dict[object, dict[int, float]] = {}
+        for key, rows, seconds in message.costs:
+            widths.setdefault(key, {})[rows] = seconds
+        self.costs = CostTable(widths)  # type: ignore[arg-type]
+        self.card, self.health, self.usage = message.card, Health.READY, False
+
+    def changed(self, message: Changed) -> None:
+        """One of its stations runs on something else."""
+        self.costs.replace(message.key, dict(message.costs))
+        if self.card is not None:
+            self.card = replace(
+                self.card,
+                compiled={**self.card.compiled, message.key.label: message.compiled},
+                complete=message.complete,
+                memory_bytes={**self.card.memory_bytes, **message.memory_bytes},
+            )
+
+    def timed_teacher(self, message: Baselines) -> None:
+        """The teacher has been timed again."""
+        if self.card is not None:
+            self.card = replace(self.card, baselines=message.baselines)
+
+    def began(self, message: Began) -> None:
+        """A batch runs."""
+        self.batch, self._since = message, time.monotonic()
+
+    def ended(self, message: Ended) -> None:
+        """A batch is over."""
+        self.batch = None
+        if message.rows:
+            self.costs.observe(message.key, message.rows, message.seconds)

@@ -1,0 +1,115 @@
+"""What batches cost: widths that pay, and what is learnt of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.core.costs import CostTable
+from tests.server.core.desk import HIGH, LOW
+
+
+@pytest.mark.parametrize(
+    ("widths", "waiting", "expected"),
+    [
+        ({1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2}, 8, 8),  # a launch-bound low stage: everything rides
+        ({1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2}, 3, 3),  # padded to 4, still the best
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 8, 1),  # a saturated high stage: one at a time
+        ({1: 1.0, 2: 1.9, 4: 3.8}, 8, 2),  # 5 % more is worth having; 4 gives nothing beyond it
+        ({1: 1.0, 2: 1.97, 4: 3.94}, 8, 1),  # 1.5 % is under the 2 % that width must pay
+        ({1: 1.0, 2: 1.97, 4: 3.88}, 8, 4),  # 2 does not pay, 4 does
+        ({1: 1.0, 8: 3.0}, 2, 1),  # two in a bucket of 8 would be slower than one after the other
+        ({1: 1.0, 8: 3.0}, 4, 4),
+        ({}, 5, 1),
+    ],
+)
+def test_batches_are_as_wide_as_they_pay(widths: dict[int, float], waiting: int, expected: int) -> None:
+    assert CostTable({LOW: widths}).best_count(LOW, [1] * waiting) == expected
+
+
+def test_guided_entries_take_two_rows() -> None:
+    table = CostTable({LOW: {1: 1.0, 2: 1.0, 4: 1.0}})
+    assert table.best_count(LOW, [2, 2, 2]) == 2
+    assert table.best_count(LOW, [2, 1, 1, 1]) == 3
+    assert CostTable({LOW: {1: 1.0}}).best_count(LOW, [2, 2]) == 1, "wider than any bucket, still served"
+
+
+def test_estimates_follow_what_the_machine_does() -> None:
+    table = CostTable({LOW: {1: 0.1, 4: 0.2}})
+    assert table.seconds(LOW, 3) == pytest.approx(0.2)
+    assert table.seconds(LOW, 9) == pytest.approx(0.2 * 2 + 0.1)
+    for _ in range(100):
+        table.observe(LOW, 1, 0.3)
+    assert table.seconds(LOW, 1) == pytest.approx(0.3, rel=0.01)
+    assert table.seconds(LOW, 4) == pytest.approx(0.6, rel=0.01), "a busy neighbour slows every width"
+    assert table.widest(LOW) == 4
+
+
+def test_each_width_is_learnt_for_itself() -> None:
+    table = CostTable({LOW: {1: 0.1, 4: 0.2}})
+    for _ in range(9):
+        table.observe(LOW, 1, 0.1)
+        table.observe(LOW, 3, 0.5)  # runs padded, at 4
+    assert table.seconds(LOW, 1) == pytest.approx(0.1) and table.seconds(LOW, 4) == pytest.approx(0.5)
+    assert table.best_count(LOW, [1] * 4) == 1
+    assert table.table() == {LOW: {1: pytest.approx(0.1), 4: pytest.approx(0.5)}}
+
+
+def test_one_stalled_batch_bends_no_estimate() -> None:
+    table = CostTable({LOW: {1: 0.1}})
+    table.observe(LOW, 1, 30.0)
+    assert table.seconds(LOW, 1) == pytest.approx(0.1)
+    for _ in range(20):
+        table.observe(LOW, 1, 0.2)
+    table.observe(LOW, 1, 30.0)
+    assert table.seconds(LOW, 1) == pytest.approx(0.2)
+
+
+def test_widths_that_ran_out_of_memory_are_not_asked_for_again() -> None:
+    table = CostTable({LOW: {1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2}})
+    table.narrow(LOW, 5)
+    assert table.widths(LOW) == (1, 2, 4) and table.best_count(LOW, [1] * 8) == 4
+    table.narrow(LOW, 1)
+    assert table.widths(LOW) == (1,), "the smallest stays: there is nothing else to try"
+    table.observe(LOW, 4, 1.1)
+    assert table.widths(LOW) == (1,), "a batch that was under way brings none back"
+
+
+def test_a_station_that_runs_on_something_else_starts_anew() -> None:
+    table = CostTable({LOW: {1: 1.0, 2: 1.9}, HIGH: {1: 2.0}})
+    for _ in range(9):
+        table.observe(LOW, 1, 3.0)
+        table.observe(HIGH, 1, 4.0)
+    table.replace(LOW, {1: 0.5, 8: 0.6})
+    assert table.widths(LOW) == (1, 8) and table.seconds(LOW, 1) == 0.5 and table.seconds(LOW, 8) == 0.6
+    assert table.seconds(HIGH, 1) == 4.0, "others keep what they have learnt"
+
+
+def test_the_first_timings_stay_for_what_may_not_hang_on_a_mood() -> None:
+    table = CostTable({LOW: {1: 1.0, 4: 2.0}})
+    for _ in range(9):
+        table.observe(LOW, 1, 10.0)
+    assert table.first(LOW, 3) == pytest.approx(1.5)
+    assert table.shared(LOW, 3) == pytest.approx(15.0)
+
+
+def _count_widths(table: CostTable, truth: dict[int, float], batches: int) -> list[int]:
+    """Serve two waiting pictures at a time; how many shared each batch."""
+    counts = []
+    for _ in range(batches):
+        count = table.best_count(LOW, [1, 1])
+        table.observe(LOW, count, truth[count])
+        counts.append(count)
+    return counts
+
+
+def test_a_width_that_was_timed_in_a_bad_moment_is_found_again() -> None:
+    """Five starts on one noisy machine gave five sets of widths, and each stayed until the next start."""
+    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.5}}), {1: 0.1, 2: 0.11}, 300)
+    assert counts[:63] == [1] * 63 and counts[63] == 2, "a wider batch is tried now and then"
+    assert counts[256:] == [2] * 44 and sum(count == 2 for count in counts[:192]) == 3
+
+
+def test_a_width_that_was_timed_in_a_good_moment_is_dropped_again() -> None:
+    """Even where there is always company, so that a picture is never alone by chance."""
+    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.11}}), {1: 0.1, 2: 0.5}, 300)
+    assert counts[63] == 1 and counts[256:] == [1] * 44

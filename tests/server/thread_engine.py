@@ -1,0 +1,54 @@
+"""An engine in a thread of the test's own process: everything real but the process boundary."""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import partial
+
+from server.core.messages import Stop
+from server.device.door import Door
+from server.device.engine import Engine, ModelLoader, Report
+from server.device.model import DeviceModel
+from server.front.engine import Doorway
+
+
+class ThreadEngine(Doorway):
+    """See `server.front.engine.EngineLink`. It cannot be killed, only told to stop.
+
+    Args:
+        model: that is served.
+        load: gives another, as an engine's own loading would.
+    """
+
+    def __init__(
+        self,
+        model: DeviceModel | None,
+        policy: str = "stagewise",
+        film_seconds: float = 3600.0,
+        load: ModelLoader | None = None,
+    ) -> None:
+        super().__init__()
+        self.pid = os.getpid()
+        if load is None:
+            assert model is not None
+            load = partial(_given, model)
+        self.engine = Engine(Door(self.address), load, policy, film_seconds)
+        self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def kill(self) -> None:
+        self.stop(10)
+
+    def stop(self, timeout: float) -> None:
+        if self.running:
+            self.send(Stop())
+        self._thread.join(timeout)
+
+
+def _given(model: DeviceModel, report: Report) -> DeviceModel:
+    return model
