@@ -17,6 +17,7 @@ COPY rmd rmd
 COPY engines engines
 COPY server server
 COPY training training
+COPY bench bench
 COPY cli cli
 RUN --mount=type=cache,target=/var/cache/pip /opt/rmd/bin/pip install ".${EXTRAS}"
 

@@ -1,7 +1,8 @@
-"""`rmd bench`: speed-ups of cascades over their teacher, and of engines over eager."""
+"""`rmd bench`: speed-ups of cascades over their teacher, of engines over eager, and serving policies side by side."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 
 @app.callback()
 def _root() -> None:
-    """Measure speed-ups and engines, side by side in one run."""
+    """Measure speed-ups, engines and serving policies, side by side in one run."""
 
 
 @app.command()
@@ -116,6 +117,131 @@ def engines_command(
     with console.status("measuring") as status:
         content = run_engines(settings, lambda what: status.update(what))
     console.print(engines_markdown(content), markup=False, soft_wrap=True)
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[Path, typer.Option(help="Folder.")] = Path("models/embedded"),
+    engines: Annotated[Path, typer.Option(help="Folder of its built engines.")] = Path("engines-cache"),
+    backend: Annotated[str, typer.Option(help="Of those engines; eager for none.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda:0.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, as the engines were built.")] = None,
+    policy: Annotated[str, typer.Option(help="The rule that is compared with the others.")] = "stagewise",
+    baselines: Annotated[str, typer.Option(help="The others, comma-separated.")] = (
+        "fifo,dynamic:4:0,dynamic:8:0,dynamic:8:0.02,continuous:4,continuous:8"
+    ),
+    mixes: Annotated[str, typer.Option(help="2+2, mix, teachers, four, streamed; comma-separated.")] = "2+2,mix",
+    loads: Annotated[str, typer.Option(help="Shares of the best baseline's saturation.")] = "0.5,0.7,0.9",
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma, bursts or ramp.")] = "poisson",
+    seeds: Annotated[str, typer.Option(help="A trace each.")] = "0,1,2",
+    requests: Annotated[int, typer.Option(min=20, help="Of each trace.")] = 300,
+    saturated: Annotated[int, typer.Option(min=20, help="Requests of each closed run.")] = 256,
+    against: Annotated[str | None, typer.Option(help="litserve: whole servers instead of policies.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of those.")] = 6,
+    sizes: Annotated[str, typer.Option(help="Of the other server's batches, comma-separated.")] = "8,4",
+    packages: Annotated[Path | None, typer.Option(help="Folder that litserve is installed in.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving"),
+) -> None:
+    """Serving policies side by side over the same engines, in one engine process; or this server beside another."""
+    from rich.console import Console
+
+    from bench.serving.live import LiveSettings, run_live
+    from bench.serving.report import live_markdown, write_report
+    from server.front.engine import EngineProcess
+    from server.start.settings import ServerSettings
+
+    console = Console()
+    if against is not None:
+        if against != "litserve":
+            raise ValueError(f"--against {against!r}: only litserve is known")
+        from bench.serving.report import rivals_markdown
+        from bench.serving.rivals import RivalSettings, run_rivals
+
+        beside = RivalSettings(
+            checkpoint=checkpoint,
+            engines=engines,
+            backend=backend,
+            threads=threads,
+            mix=mixes.split(",")[0],
+            sizes=whole_numbers("--sizes", sizes),
+            rounds=rounds,
+            count=requests,
+            packages=packages,
+        )
+        with console.status("starting") as status:
+            content = run_rivals(beside, lambda what: status.update(what))
+        write_report(content, rivals_markdown(content), out, "rivals")
+        console.print(rivals_markdown(content), markup=False, soft_wrap=True)
+        return
+    settings = LiveSettings(
+        policy=policy,
+        baselines=tuple(baselines.split(",")),
+        mixes=tuple(mixes.split(",")),
+        loads=tuple(float(load) for load in loads.split(",")),
+        arrivals=arrivals,
+        seeds=whole_numbers("--seeds", seeds, least=0),
+        count=requests,
+        saturated=saturated,
+    )
+    server = ServerSettings(
+        checkpoint=checkpoint,
+        engines=engines,
+        backend=backend,
+        threads=threads,
+        measure_teacher=False,
+        serve_teacher="teachers" in settings.mixes,
+        policy=policy,
+        log_level="warning",
+    )
+    with console.status("starting the engine") as status:
+        engine = EngineProcess.start(server, device)
+        try:
+            content = run_live(settings, engine, lambda what: status.update(what))
+        finally:
+            engine.stop()
+            engine.close()
+    write_report(content, live_markdown(content), out, "live")
+    console.print(live_markdown(content), markup=False, soft_wrap=True)
+
+
+@app.command()
+def simulate(
+    machines: Annotated[str, typer.Option(help="h200, amx, avx2; comma-separated.")] = "h200,amx,avx2",
+    mixes: Annotated[str, typer.Option(help="2+2, mix, teachers, four, streamed; comma-separated.")] = "2+2,mix",
+    policy: Annotated[str, typer.Option(help="The rule that is compared with all the others.")] = "stagewise",
+    loads: Annotated[str, typer.Option(help="Shares of the best baseline's saturation.")] = "0.3,0.5,0.7,0.85,0.95",
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma, bursts or ramp.")] = "poisson",
+    seeds: Annotated[str, typer.Option(help="A trace each.")] = "5,6,7,8,9",
+    requests: Annotated[int, typer.Option(min=20, help="Of each trace.")] = 2000,
+    devices: Annotated[int, typer.Option(min=1, help="Engines behind one front.")] = 1,
+    noise: Annotated[float, typer.Option(help="Standard deviation of the logarithm of a batch's seconds.")] = 0.0,
+    batch_ms: Annotated[float, typer.Option(help="The device's idle time between two batches.")] = 0.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving"),
+) -> None:
+    """Serving policies on a virtual clock, with a machine's table of costs."""
+    from rich.console import Console
+
+    from bench.serving.report import study_markdown, write_study
+    from bench.serving.simulate import World
+    from bench.serving.study import StudySettings, run_study
+
+    console = Console()
+    settings = StudySettings(
+        machines=tuple(machines.split(",")),
+        mixes=tuple(mixes.split(",")),
+        policy=policy,
+        loads=tuple(float(load) for load in loads.split(",")),
+        arrivals=arrivals,
+        seeds=whole_numbers("--seeds", seeds, least=0),
+        count=requests,
+        world=World(devices=devices, noise=noise, batch_seconds=batch_ms / 1e3),
+        workers=workers or os.cpu_count() or 1,
+    )
+    with console.status("simulating") as status:
+        content = run_study(settings, lambda what: status.update(what))
+    write_study(content, out)
+    console.print(study_markdown(content), markup=False, soft_wrap=True)
 
 
 def _engines_at_hand(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("rmd", "training", "engines", "server", "cli", "loadtest")
+PACKAGES = ("rmd", "training", "engines", "server", "bench", "cli", "loadtest")
 ALLOWED = {
     "rmd": set(),
     "training": {"rmd"},
     "engines": {"rmd"},
     "server": {"rmd", "engines"},
-    "cli": {"rmd", "training", "engines", "server"},
+    "bench": {"rmd", "engines", "server"},
+    "cli": {"rmd", "training", "engines", "server", "bench"},
     "loadtest": set(),
 }
 
@@ -44,6 +46,68 @@ def test_a_package_imports_only_what_the_house_allows(package: str) -> None:
 
 def test_the_rule_sees_an_import_inside_a_function() -> None:
     assert imported_packages("def f():\n    from server.http.app import x\n") == {"server"}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Full names of the modules that a module imports, and of what it takes out of them; not those for types alone."""
+    tree, names = ast.parse(source), set[str]()
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+HTTP = ("fastapi", "starlette", "uvicorn", "httpx")
+WALLS = {
+    # The scheduler decides, and knows of no device and no client: what drives it may be an engine or a simulator.
+    "server/core": (
+        "torch",
+        *HTTP,
+        "server.device",
+        "server.front",
+        "server.http",
+        "server.films",
+        "server.start",
+        "server.telemetry",
+    ),
+    # An engine process hears of the world through its door only.
+    "server/device": (*HTTP, "server.front", "server.http", "server.films", "server.start", "server.telemetry"),
+    "server/front": ("torch", *HTTP, "server.http"),
+    "server/telemetry": ("torch", *HTTP, "server.device", "server.front", "server.http", "server.films"),
+}
+
+
+@pytest.mark.parametrize("room", WALLS)
+def test_no_arrow_points_the_wrong_way_between_the_servers_rooms(room: str) -> None:
+    for module in modules_of(room):
+        for name in imported_modules(module.read_text()):
+            for forbidden in WALLS[room]:
+                assert name != forbidden and not name.startswith(f"{forbidden}."), f"{module.relative_to(ROOT)}: {name}"
+
+
+def test_the_front_and_the_scheduler_start_without_torch() -> None:
+    """Seconds of every start, and hundreds of megabytes beside every engine."""
+    for modules in (
+        "server.core.loop, server.core.policies",
+        "server.front.service, server.http.app, server.start.run",
+    ):
+        script = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0, modules
+
+
+def test_modules_of_the_server_are_small() -> None:
+    lengths = {module.relative_to(ROOT): len(module.read_text().splitlines()) for module in modules_of("server")}
+    assert {module: length for module, length in lengths.items() if length > 400} == {}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -1,0 +1,248 @@
+"""``rmd bench serve --against litserve``: two whole HTTP servers over the same engines, turn about.
+
+Whichever is not measured is stopped (SIGSTOP), since an idle server may poll and so slow its rival on the same cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.serving.measures import bootstrap, percentile
+from bench.serving.outcomes import Outcome, steady_rate
+from bench.serving.traces import Ask, make_trace
+from server.front.engine import waiting_policy
+
+_READY_SECONDS = 900.0
+_PATH = "/v1/images/generations"
+_ROOT = Path(__file__).parents[2]
+OURS, THEIRS = "rmd serve", "litserve"
+
+
+@dataclass(frozen=True)
+class RivalSettings:
+    """What is measured.
+
+    Attributes:
+        sizes: of the rival's batches; the one with the best saturation is measured, with the best of ``windows``.
+        loads: shares of the rival's saturation.
+        rounds: each with a trace of its own, both servers in random order.
+        clients: of the closed loop that saturation is measured with.
+        packages: folder that the rival's package is imported from, where it is not installed.
+    """
+
+    checkpoint: Path = Path("models/embedded")
+    engines: Path = Path("engines-cache")
+    backend: str = "auto"
+    threads: int | None = None
+    mix: str = "2+2"
+    sizes: tuple[int, ...] = (8, 4)
+    windows: tuple[float, ...] = (0.0, 0.02)
+    fast_queue: bool = False
+    loads: tuple[float, ...] = (0.3, 0.6, 0.8, 0.95)
+    rounds: int = 6
+    count: int = 120
+    saturated: int = 160
+    clients: int = 32
+    packages: Path | None = None
+
+
+class Server:
+    """A server and all its processes, stopped or going on together."""
+
+    def __init__(self, name: str, command: Sequence[str], port: int, environment: Mapping[str, str]) -> None:
+        self.name, self.port = name, port
+        self._process = subprocess.Popen(command, env=dict(environment), start_new_session=True, cwd=_ROOT)
+
+    def wait_until_ready(self) -> None:
+        """Ask for a picture until there is one.
+
+        Raises:
+            RuntimeError: the server ended, or none came in time.
+        """
+        body = json.dumps({"prompt": "a red apple", "seed": 1}).encode()
+        url, until = f"http://127.0.0.1:{self.port}{_PATH}", time.monotonic() + _READY_SECONDS
+        while time.monotonic() < until:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{self.name} ended with {self._process.returncode}")
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=300):
+                    return
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.5)
+        raise RuntimeError(f"{self.name} does not get ready")
+
+    def stand_still(self) -> None:
+        """Take the cores away from it."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Give them back."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """End it and everything it has started."""
+        self.go_on()
+        os.killpg(self._process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def play(self, trace: Sequence[Ask], clients: int | None = None) -> list[Outcome]:
+        """Send a trace from a process of its own."""
+        bodies = [{"prompt": a.prompt, "seed": a.seed % 2**31, "schedule": a.schedule} for a in trace]
+        told = {"host": "127.0.0.1", "port": self.port, "path": _PATH, "clients": clients}
+        told |= {"times": [ask.at for ask in trace], "bodies": bodies}
+        command = [sys.executable, "-m", "bench.serving.client"]
+        done = subprocess.run(
+            command, input=json.dumps(told) + "\n", capture_output=True, text=True, check=True, cwd=_ROOT
+        )
+        fates = json.loads(done.stdout)
+        return [
+            Outcome(ask, sent, status, finished=finished)
+            for ask, (sent, finished, status) in zip(trace, fates, strict=True)
+        ]
+
+
+def run_rivals(settings: RivalSettings, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure both; see :func:`bench.serving.report.rivals_markdown`."""
+    say("starting rmd serve")
+    ours = _start_ours(settings)
+    theirs: Server | None = None
+    try:
+        ours.wait_until_ready()
+        ours.stand_still()
+        sweep: dict[str, float] = {}
+        for size in settings.sizes:
+            for window in settings.windows:
+                say(f"litserve at {size}, {window:g} s")
+                with_these = _start_theirs(settings, size, window)
+                try:
+                    with_these.wait_until_ready()
+                    with_these.play(make_trace(settings.mix, 1.0, settings.clients, 999), settings.clients)
+                    rates = [_saturated(with_these, settings, seed) for seed in (100, 101)]
+                finally:
+                    with_these.end()
+                sweep[f"{size}:{window:g}"] = fmean(rates)
+        best = max(sweep, key=sweep.__getitem__)
+        say(f"litserve at its best, {best}")
+        best_size, best_window = best.split(":")
+        theirs = _start_theirs(settings, int(best_size), float(best_window))
+        theirs.wait_until_ready()
+        theirs.stand_still()
+        rounds = _rounds(settings, ours, theirs, sweep[best], say)
+    finally:
+        ours.end()
+        if theirs is not None:
+            theirs.end()
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    del told["packages"]
+    return {"format": 1, "kind": "rivals", "settings": told, "sweep": sweep, "rival": best, "loads": _compared(rounds)}
+
+
+def _rounds(
+    settings: RivalSettings, ours: Server, theirs: Server, top: float, say: Callable[[str], None]
+) -> dict[str, dict[str, list[dict[str, float]]]]:
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for number in range(settings.rounds):
+        for load in ("saturated", *settings.loads):
+            order = [ours, theirs]
+            random.Random(f"{number} {load}").shuffle(order)
+            for server in order:
+                say(f"round {number + 1} of {settings.rounds}, {load}, {server.name}")
+                server.go_on()
+                if isinstance(load, float):
+                    outcomes = server.play(make_trace(settings.mix, load * top, settings.count, number))
+                    figures = _figures(outcomes)
+                else:
+                    figures = {"rate": _saturated(server, settings, number)}
+                server.stand_still()
+                name = load if isinstance(load, str) else f"{load:g}"
+                found.setdefault(name, {}).setdefault(server.name, []).append(figures)
+    return found
+
+
+def _saturated(server: Server, settings: RivalSettings, seed: int) -> float:
+    trace = make_trace(settings.mix, 1.0, settings.saturated, seed)
+    return steady_rate(server.play(trace, settings.clients))
+
+
+def _figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    latencies = [outcome.latency for outcome in outcomes]
+    last = max(outcome.finished for outcome in outcomes)
+    figures = {"rate": sum(outcome.status == 200 for outcome in outcomes) / last}
+    return figures | {f"p{round(100 * s)}": percentile(latencies, s) for s in (0.5, 0.95, 0.99)}
+
+
+def _compared(rounds: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, Any]:
+    """Each figure's mean over rounds, by server, and ours over theirs with its interval."""
+    compared: dict[str, Any] = {}
+    for load, servers in rounds.items():
+        rows: dict[str, Any] = {}
+        for name in servers[OURS][0]:
+            pairs = [(a[name], b[name]) for a, b in zip(servers[OURS], servers[THEIRS], strict=True)]
+            finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
+            rows[name] = {
+                OURS: fmean([ours for ours, _ in pairs]),
+                THEIRS: fmean([theirs for _, theirs in pairs]),
+                "ratio": list(bootstrap(finite)) if finite else None,
+                "rounds": pairs,
+            }
+        compared[load] = rows
+    return compared
+
+
+def _start_ours(settings: RivalSettings) -> Server:
+    port = _free_port()
+    command = [sys.executable, "-c", "from cli.main import main; main()", "serve", "--port", str(port)]
+    command += ["--checkpoint", str(settings.checkpoint), "--engines", str(settings.engines)]
+    # Neither refuses anything, and a server that was stopped for long is not mended.
+    limits = {"RMD_QUEUE_ITEMS": "4096", "RMD_QUEUE_MEGAPIXELS": "100000", "RMD_WATCHDOG_SECONDS": "1000000"}
+    limits |= {"RMD_BACKEND": settings.backend, "RMD_MEASURE_TEACHER": "false", "RMD_SERVE_TEACHER": "false"}
+    limits |= {"RMD_DEADLINE_SECONDS": "600", "RMD_LOG_LEVEL": "warning"}
+    if settings.threads is not None:
+        limits["RMD_THREADS"] = str(settings.threads)
+    return Server(OURS, command, port, {**_environment(settings), **limits})
+
+
+def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
+    port = _free_port()
+    command = [sys.executable, "-m", "bench.serving.litserve_app", "--port", str(port)]
+    command += ["--checkpoint", str(settings.checkpoint), "--engines", str(settings.engines)]
+    command += ["--backend", settings.backend, "--batch", str(size), "--window", str(window)]
+    command += ["--threads", str(settings.threads)] if settings.threads is not None else []
+    command += ["--fast-queue"] if settings.fast_queue else []
+    return Server(THEIRS, command, port, _environment(settings))
+
+
+def _environment(settings: RivalSettings) -> dict[str, str]:
+    """Both wait for threads in the same way."""
+    found = {**waiting_policy(os.environ), **os.environ}
+    paths = [str(_ROOT), *([str(settings.packages)] if settings.packages else [])]
+    found["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
