@@ -90,7 +90,7 @@ def preset(
     resolution_map: str | None = None,
     schedule: str | None = None,
 ) -> Cascade:
-    """A named cascade: a backbone's ("sdxl", "pixart", "sd3", "wan", "embedded") or a public student's.
+    """A named cascade: a backbone's (a key of :data:`rmd.profiles.PROFILES`) or a public student's.
 
     Args:
         thresholds: logSNR thresholds instead of the backbone's own.

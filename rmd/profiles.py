@@ -151,6 +151,21 @@ PROFILES: dict[str, BackboneProfile] = {
         transition_noise_intensity=0.9,
         training_noise_intensity=0.5,
     ),
+    # Wan's steps, which its ratio of sides, 1.5, gives here too.
+    "embedded-video": BackboneProfile(
+        name="embedded-video",
+        noise_schedule=rectified_flow,
+        sizes=(Size(96, 96, 9), Size(144, 144, 9)),
+        default_split="3+3",
+        thresholds={"3+3": (-4.0,)},
+        teacher_timesteps=lambda steps: tabled_teacher_timesteps(steps, 5.0),
+        teacher_guidance=4.0,
+        teacher_steps=50,
+        flow_shift=5.0,
+        transition_noise_intensity=0.9,
+        training_noise_intensity=0.5,
+        score_noise_intensity=0.5,
+    ),
 }
 
 # Timesteps under which public students are sampled. A table index such as 999 is kept as

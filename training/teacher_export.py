@@ -137,7 +137,7 @@ def export_teacher(models: Path, transformer: Any, record: Mapping[str, Any] | N
     (folder / "NOTICE").write_text(notice_text())
     (folder / "README.md").write_text(teacher_card(record or {}))
     profile = PROFILES[EmbeddedBackbone.profile]
-    cascade = teacher_cascade(_Defaults())
+    cascade = teacher_cascade(TeacherDefaults(EmbeddedBackbone))
     write_cascade_json(
         folder,
         backbone=EmbeddedBackbone.name,
@@ -209,11 +209,13 @@ def _options(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}" for name, value in flags]
 
 
-class _Defaults:
-    """The embedded backbone's defaults for `teacher_cascade`, without loading a network."""
+class TeacherDefaults:
+    """A backbone class's defaults for `teacher_cascade`, without loading a network."""
 
-    name = EmbeddedBackbone.name
-    teacher_steps = PROFILES[EmbeddedBackbone.profile].teacher_steps
-    teacher_guidance = PROFILES[EmbeddedBackbone.profile].teacher_guidance
-    flow_shift = PROFILES[EmbeddedBackbone.profile].flow_shift
-    sizes = PROFILES[EmbeddedBackbone.profile].sizes
+    def __init__(self, backbone: type[EmbeddedBackbone]) -> None:
+        profile = PROFILES[backbone.profile]
+        self.name = backbone.name
+        self.teacher_steps = profile.teacher_steps
+        self.teacher_guidance = profile.teacher_guidance
+        self.flow_shift = profile.flow_shift
+        self.sizes = profile.sizes

@@ -22,7 +22,7 @@ from training.evaluate.sets import hash_order, measured_indices
 from training.files import write_json
 from training.latents import TeacherData, encode_training_set
 from training.records import append_line, cut_lines
-from training.teacher import STATE_FILE, TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer, picture_loss
+from training.teacher import TRANSFORMER_CONFIG, TeacherSettings, TeacherTrainer, picture_loss
 from training.teacher_export import (
     TEACHER_FOLDER,
     export_shared,
@@ -33,6 +33,7 @@ from training.teacher_export import (
     refuse_other_student,
 )
 from training.teacher_sheets import draw_teacher, sheet_prompts, write_teacher_sheet
+from training.velocity import STATE_FILE
 
 Log = Callable[[str], None]
 

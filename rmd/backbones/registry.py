@@ -36,6 +36,7 @@ class _Registry(Mapping[str, type[Backbone]]):
 BACKBONES: Mapping[str, type[Backbone]] = _Registry(
     {
         "embedded": "rmd.backbones.embedded:EmbeddedBackbone",
+        "embedded-video": "rmd.backbones.embedded_video:EmbeddedVideoBackbone",
         "sdxl": "rmd.backbones.sdxl:SDXLBackbone",
         "pixart": "rmd.backbones.pixart:PixArtBackbone",
         "sd3": "rmd.backbones.sd3:SD3Backbone",

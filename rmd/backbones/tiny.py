@@ -117,6 +117,7 @@ _OVERRIDES["embedded"] = {
         "vocab_size": 192,
     },
 }
+_OVERRIDES["embedded-video"] = _OVERRIDES["embedded"]
 _OVERRIDES["wan-1.3b"] = _OVERRIDES["wan-14b"] = _WAN
 
 
@@ -136,7 +137,7 @@ def tiny_config(name: str) -> dict[str, dict[str, Any]]:
 
 def tiny_sizes(name: str) -> tuple[Size, Size]:
     """The low and the full size of the tiny variant."""
-    if name.startswith("wan"):
+    if get_backbone(name).media == "video":
         return Size(32, 32, 5), Size(48, 48, 5)
     return Size(32, 32), Size(64, 64)
 

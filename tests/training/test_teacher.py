@@ -25,10 +25,11 @@ from training.data.dataset import PictureSet
 from training.files import save_model
 from training.latents import TEXT_TOKENS, TeacherData, encode_text
 from training.prompts import PLAIN_WEIGHT, caption_prompts
-from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, is_muon_matrix, picture_loss
+from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, picture_loss
 from training.teacher_export import teacher_card
 from training.teacher_run import TeacherRun
 from training.teacher_sheets import sheet_prompts
+from training.velocity import is_muon_matrix
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "sample_size": 16,

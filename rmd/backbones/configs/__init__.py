@@ -7,13 +7,13 @@ from importlib.resources import files
 from typing import Any
 
 PUBLISHED = ("sdxl", "pixart", "sd3", "wan-1.3b", "wan-14b")
-CONFIGURED = ("embedded", *PUBLISHED)
-"""The public models, and this project's own."""
+CONFIGURED = ("embedded", "embedded-video", *PUBLISHED)
+"""The public models, and this project's own two."""
 
 
 def published_config(name: str, text: bool = True) -> dict[str, dict[str, Any]]:
     """The full-size configuration of backbone ``name`` (SDXL base 1.0, PixArt-alpha XL-2 1024-MS, SD3.5-medium,
-    Wan2.1-T2V 1.3 B and 14 B, or this project's embedded model).
+    Wan2.1-T2V 1.3 B and 14 B, or this project's embedded models).
 
     Args:
         name: one of :data:`CONFIGURED`.

@@ -39,7 +39,7 @@ def _load(folder: Path | str) -> object:
 
 def test_unknown_backbone_lists_the_known() -> None:
     with pytest.raises(
-        BackboneError, match=r"unknown backbone 'flux'; known are embedded, sdxl, pixart, sd3, wan-1.3b"
+        BackboneError, match=r"unknown backbone 'flux'; known are embedded, embedded-video, sdxl, pixart, sd3, wan-1.3b"
     ):
         get_backbone("flux")
 
@@ -335,7 +335,7 @@ def test_listing_names_imports_no_network() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    assert len(BACKBONES) == 6
+    assert len(BACKBONES) == 7
 
 
 @pytest.mark.parametrize(("name", "last"), [("sdxl", 999.0), ("sd3", 1000.0)])

@@ -11,6 +11,7 @@ from rmd.backbones.registry import get_backbone
 # Parameters of the denoiser, exactly; published as 2.57 B, 0.61 B, 2.2 B (without the position table), 1.3 B, 14 B.
 EXPECTED = {
     "embedded": (18_624_032, (64, 256)),
+    "embedded-video": (18_628_384, (324, 729)),
     "sdxl": (2_567_463_684, (1024, 4096)),
     "pixart": (611_349_152, (1024, 4096)),
     "sd3": (2_243_171_520, (1024, 4096)),
@@ -19,6 +20,7 @@ EXPECTED = {
 }
 DECODER = {
     "embedded": 3_737_560,
+    "embedded-video": 3_737_560,
     "sdxl": 83_653_863,
     "pixart": 83_653_863,
     "sd3": 83_819_683,
@@ -54,5 +56,5 @@ def test_text_encoders_fit_the_denoiser(name: str) -> None:
 
 
 def test_unknown_configuration() -> None:
-    with pytest.raises(ValueError, match="no published configuration for 'flux'; there are embedded, sdxl"):
+    with pytest.raises(ValueError, match="no published configuration for 'flux'; there are embedded, embedded-video"):
         published_config("flux")
