@@ -20,7 +20,7 @@ def main() -> None:
         level=settings.log_level.upper(),
         format=f"%(asctime)s %(levelname)s %(name)s [{settings.device}]: %(message)s",
     )
-    # A terminal's Ctrl-C, or a supervisor's SIGTERM, reaches every process of a group; when to stop is the front's to say.
+    # A terminal's Ctrl-C, or a supervisor's SIGTERM, reaches the whole group; when to stop is the front's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     door = Door(settings.address, settings.parent)

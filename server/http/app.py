@@ -15,7 +15,7 @@ from server import playground
 from server.core.faults import Fault, RequestError
 from server.front.service import Service
 from server.http.errors import error_response, fault_for_status, validation_error
-from server.http.middleware import OUTCOME, Accounting, BoundBody, RequireKey
+from server.http.middleware import OUTCOME, Accounting, BoundBody, RefuseWhenFull, RequireKey
 from server.http.routes import files, health, images, models, videos
 
 
@@ -42,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_exception)
     # the last one added is the outermost
     app.add_middleware(BoundBody, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(RefuseWhenFull, admission=service.admission)
     app.add_middleware(RequireKey, keys=service.keys)
     app.add_middleware(Accounting, metrics=service.metrics)
     return app

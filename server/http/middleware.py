@@ -13,6 +13,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.core.admission import Admission
 from server.core.faults import Fault, RequestError
 from server.front.auth import KeyRing
 from server.http.errors import error_response, outcome_of_status
@@ -25,6 +26,7 @@ REQUEST_ID = "request_id"
 CLIENT_PATIENCE_SECONDS = 30.0
 """How long a client may take over its body, or over reading one event: a connection must not hold memory for ever."""
 _MOST_DISCARDED = 32 * 1024 * 1024
+_PICTURES = "/v1/images/generations"
 _ROUTES = (
     "/", "/playground", "/v1/images/generations", "/v1/videos", "/v1/models", "/health/live", "/health/ready",
     "/metrics", "/docs", "/files",
@@ -97,6 +99,27 @@ class RequireKey:
                     raise RequestError(Fault.FOREIGN_PAGE, "Pages of other sites may not use this server.")
                 self.keys.check(headers.get("authorization"))
             except RequestError as error:
+                await _discard(receive)
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class RefuseWhenFull:
+    """Refuses requests for pictures before their bodies are parsed while no place is free: a crowd must cost little."""
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self.app = app
+        self.admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or run the application inside."""
+        # A repeated request may have its reply already, whatever the queue holds.
+        if scope["type"] == "http" and scope["path"] == _PICTURES and "idempotency-key" not in Headers(scope=scope):
+            try:
+                self.admission.refuse_if_full()
+            except RequestError as error:
+                scope.setdefault("state", {})[OUTCOME] = error.fault.value.outcome
                 await _discard(receive)
                 await error_response(error)(scope, receive, send)
                 return
