@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from bisect import bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -73,8 +74,7 @@ class Admission:
         self._pixels = 0
         self._requests = 0
         self._held: Counter[str] = Counter()
-        self._promised: deque[tuple[float, int]] = deque()  # when somebody was told to come back, and for how many
-        self._before = 0  # pictures in those promises
+        self._promised: list[float] = []  # when a picture was told to come back, sorted
         self._last_finish = clock()
         self._finishes: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # seconds since the one before, pictures
         self._idle = threading.Event()
@@ -128,14 +128,10 @@ class Admission:
             self._idle.clear()
             return Permit(self, items, pixels, account)
 
-    def refuse_if_full(self) -> None:
-        """Refuse whoever comes while no place is free: cheaper than to look at a request that cannot be taken.
-
-        Raises:
-            RequestError: 429, as :meth:`acquire`.
-        """
-        if self._items >= self.max_items:
-            self.acquire(1, 0).release()
+    @property
+    def full(self) -> bool:
+        """Whether no place is free."""
+        return self._items >= self.max_items
 
     def wait_idle(self, timeout: float) -> bool:
         """Block until nothing is admitted; False where ``timeout`` seconds passed first."""
@@ -149,20 +145,23 @@ class Admission:
     def _promise(self, items: int, pixels: int, least: float = 0.0) -> int:
         """Whole seconds until enough places are free, and those are who were promised places before."""
         now = self._clock()
-        while self._promised and self._promised[0][0] <= now:
-            self._before -= self._promised.popleft()[1]
-        before = self._before
+        del self._promised[: bisect_right(self._promised, now)]
         mean_pixels = max(self._pixels / max(self._items, 1), 1.0)
         excess = max(
             self._items + items - self.max_items,
             (self._pixels + pixels - self.max_pixels) / mean_pixels,
             1,
         )
-        seconds = max((excess + before) * self._seconds_per_item * _CAUTION, least)
-        seconds = min(max(math.ceil(seconds), 1), LONGEST_RETRY)
-        when = max(now + seconds, self._promised[-1][0] if self._promised else 0.0)
-        self._promised.append((when, items))
-        self._before += items
+        seconds = max(math.ceil(least), 1)
+        while seconds < LONGEST_RETRY:  # later means behind more of those who were told a time
+            before = bisect_right(self._promised, now + seconds)
+            needed = math.ceil((excess + before) * self._seconds_per_item * _CAUTION)
+            if needed <= seconds:
+                break
+            seconds = needed
+        seconds = min(seconds, LONGEST_RETRY)
+        for _ in range(items):
+            insort(self._promised, now + seconds)
         return seconds
 
     def _release(self, account: str, items: int, pixels: int, last: bool, finished: bool) -> None:

@@ -41,11 +41,13 @@ class CostTable:
 
     def replace(self, key: StationKey, widths: Mapping[int, float]) -> None:
         """Forget what a station cost, since it runs on something else now."""
-        for width in self._first.pop(key, {}):
+        for width in self._first.get(key, {}):
             self._latest.pop((key, width), None)
         self._ratios.pop(key, None)
-        if widths:
+        if widths:  # at once: others read meanwhile
             self._first[key] = dict(sorted(widths.items()))
+        else:
+            self._first.pop(key, None)
 
     def table(self) -> dict[StationKey, dict[int, float]]:
         """Return the present estimates."""
@@ -141,7 +143,8 @@ class CostTable:
         latest = self._latest.get((key, width))
         if latest is not None and len(latest) >= 3:
             return median(latest)
-        return self._first[key][width] * median(self._ratios.get(key, (1.0,)))
+        seconds = self._first.get(key, {}).get(width, _FALLBACK_SECONDS * width)
+        return seconds * median(self._ratios.get(key, (1.0,)))
 
 
 def _fitting(rows: Sequence[int], width: int) -> int:

@@ -273,10 +273,14 @@ class Loop:
 
     def _drop_late(self, now: float) -> None:
         """Give up what waits and has missed its deadline, or is bound to."""
+        waiting = [ticket for ticket in self._stations.waiting() if isinstance(ticket, Picture)]
+        # Alone in the house it is tried whatever it seems to cost: nothing else would teach the table better.
+        company = len({ticket.request.work.id for ticket in waiting}) > 1
+        hopeless = _HOPELESS if company else 0.0
         late = {
             ticket.request.work.id: ticket.request
-            for ticket in self._stations.waiting()
-            if isinstance(ticket, Picture) and self._time_left(ticket, now) <= _HOPELESS * ticket.remaining_seconds
+            for ticket in waiting
+            if self._time_left(ticket, now) <= hopeless * ticket.remaining_seconds
         }
         for request_id, request in late.items():
             self._requests.pop(request_id, None)

@@ -56,6 +56,7 @@ class EagerTeacher:
         latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
         self._encode = _least(lambda: eager.encode_prompts(["a red rocket"]), self._device)
         self._decode = _least(lambda: eager.decode(latents, size), self._device)
+        self.frozen = False  # its weights have moved into engines: it cannot be timed again
         self._timings: deque[float] = deque(maxlen=_REMEMBERED)
         timed(self._step, self._device)  # the first run of its shape is no measure
         end = time.monotonic() + _PATIENCE_SECONDS
@@ -65,7 +66,7 @@ class EagerTeacher:
     @property
     def due(self) -> bool:
         """Whether the latest timing is old enough for another."""
-        return time.monotonic() - self._measured > RETIME_SECONDS
+        return not self.frozen and time.monotonic() - self._measured > RETIME_SECONDS
 
     def time_again(self) -> None:
         """Time one more guided step."""

@@ -188,6 +188,7 @@ class Engine:
         except Exception as error:
             self._loop.raised(batch, error, last)
             if last:
+                self._door.send(Busy(_LONGEST_LOAD_SECONDS))  # it may probe
                 self._breaker.failed(error)
             return error
         self._finish(batch, done, time.perf_counter() - started)
@@ -237,7 +238,11 @@ class Engine:
             at = None if key.size is None else str(key.size)
             if key.lane != lane or COMPONENTS[key.kind] != component or (at != size and size is not None):
                 continue
-            costs = measure_station(self._model.lanes, key, self._model.max_batch)
+            try:
+                costs = measure_station(self._model.lanes, key, self._model.max_batch)
+            except torch.OutOfMemoryError as error:
+                log.warning("%s: its engine could not be timed (%s)", key.label, error)
+                costs = {width: self._model.costs.seconds(key, width) for width in self._model.costs.widths(key)}
             self._model.costs.replace(key, costs)
             memory = {name: held for live in self._model.live.values() for name, held in live.memory().items()}
             buckets = compiled_buckets(self._model.lanes[lane], key)
@@ -251,6 +256,10 @@ class Engine:
         if teacher is None or quiet < _QUIET_SECONDS or not teacher.due:
             return False
         self._door.send(Busy(60.0 + 20.0 * teacher.baseline().guided_step_seconds))
-        teacher.time_again()
+        try:
+            teacher.time_again()
+        except RuntimeError as error:
+            log.warning("the eager teacher is not timed again: %s", error)
+            teacher.frozen = True
         self._door.send(Baselines(self._model.baselines()))
         return True

@@ -75,6 +75,8 @@ def load_model(settings: EngineSettings, report: Report) -> DeviceModel:
     report(3, 4, "loading engines" if options else "preparing")
     memory = _memory(lanes)
     live = {} if options is None else _attach(settings, options, checkpoint, lanes, timed=eager is not None)
+    if eager is not None and live and _bytes(lanes[list(lanes)[-1]], "denoiser") > _KEPT_BYTES:
+        eager.frozen = True
     card = replace(
         card,
         memory_bytes=memory | {name: held for each in live.values() for name, held in each.memory().items()},

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import msgspec
 
 from server.device.door import Door, ParentGone
 from server.device.settings import EngineSettings
+
+_WATCH_SECONDS = 1.0
 
 
 def main() -> None:
@@ -23,6 +29,7 @@ def main() -> None:
     # A terminal's Ctrl-C, or a supervisor's SIGTERM, reaches the whole group; when to stop is the front's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_watch_front, args=(settings,), name="front-watch", daemon=True).start()
     door = Door(settings.address, settings.parent)
     try:
         from server.device.engine import Engine
@@ -37,11 +44,23 @@ def main() -> None:
         )
         engine.run()
     except ParentGone:
-        os._exit(1)
+        _end_orphaned(settings)
     door.close()
     # Not through the interpreter's end: libraries' thread pools and loaded engines take seconds over it.
     sys.stderr.flush()
     os._exit(0)
+
+
+def _watch_front(settings: EngineSettings) -> None:
+    """End with the front also while a model loads or a batch hangs, when nobody looks at the door."""
+    while os.getppid() == settings.parent:
+        time.sleep(_WATCH_SECONDS)
+    _end_orphaned(settings)
+
+
+def _end_orphaned(settings: EngineSettings) -> None:
+    shutil.rmtree(Path(settings.address.removeprefix("ipc://")).parent, ignore_errors=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

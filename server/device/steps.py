@@ -88,9 +88,12 @@ class StageRunner:
         """
         requests = list({id(picture.request): picture.request for picture in pictures}.values())
         waiting = [request for request in requests if not self.recall(request)]
-        prompts = {r.work.prompt for r in waiting if self._texts.get(r.work.prompt) is None}
+        # What is kept is taken out first: a small cache may let it go for what is computed now.
+        kept = {r.work.prompt: self._texts.get(r.work.prompt) for r in waiting}
+        kept_against = {r.work.negative_prompt: self._texts.get(r.work.negative_prompt, True) for r in waiting}
+        prompts = {text for text, known in kept.items() if known is None}
         against = {r.work.negative_prompt for r in waiting if r.guided}
-        against = {text for text in against if self._texts.get(text, negative=True) is None}
+        against = {text for text in against if kept_against[text] is None}
         texts = sorted(prompts | (against - {""}))
         backbone = self._model.backbone
         rows = _split(backbone.encode_prompts(texts), len(texts)) if texts else []
@@ -104,13 +107,11 @@ class StageRunner:
         for text in against:
             self._texts.put(text, encoded[text] if text else _required(empty), negative=True)
         for request in waiting:
-            # From what was computed here first: a small cache may have let it go again.
             work = request.work
-            own = encoded.get(work.prompt) or _required(self._texts.get(work.prompt))
+            own = _required(kept[work.prompt] or encoded.get(work.prompt))
             if request.guided:
-                other = encoded.get(work.negative_prompt) if work.negative_prompt else empty
-                other = other or _required(self._texts.get(work.negative_prompt, negative=True))
-                request.unconditional = other.conditioning
+                other = kept_against[work.negative_prompt] or encoded.get(work.negative_prompt)
+                request.unconditional = _required(other if work.negative_prompt else other or empty).conditioning
             request.conditioning, request.text_tokens, request.cut_tokens = own.conditioning, own.tokens, own.cut
         return len(texts) + (empty is not None)
 

@@ -61,11 +61,13 @@ class Doorway:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.setsockopt(zmq.SNDTIMEO, 0)
         self.socket.bind(self.address)
 
     def send(self, command: Command) -> None:
-        """Give the engine something to do."""
-        self.socket.send(pack(command))
+        """Give the engine something to do. Where it has died, nothing happens: what it had is handed out again."""
+        with contextlib.suppress(zmq.Again):
+            self.socket.send(pack(command))
 
     def receive(self, timeout: float = 0.0) -> Received | None:
         """Return the next message, and the pixels that came with it; None after ``timeout`` seconds.
@@ -129,7 +131,8 @@ class EngineProcess(Doorway):
     def kill(self) -> None:
         """End it at once, even where it is stopped or hangs."""
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for long: nobody waits for that
+            self.process.wait(1.0)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Let it end after the batch that runs; end it at once after ``timeout`` seconds."""

@@ -47,6 +47,7 @@ from server.telemetry.metrics import Metrics
 log = logging.getLogger("rmd.server")
 
 _LOOK_SECONDS = 0.2
+_STOOD_STILL_SECONDS = 2.0  # between two looks: the machine was paused, or had no time for the front
 _MOST_STRIKES = 2
 
 
@@ -172,21 +173,36 @@ class Fleet:
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # whatever it is, nobody is to wait for ever for what no thread looks after
+            log.exception("the fleet's thread broke")
+            with self._lock:
+                self._give_up(f"{type(error).__name__}: {error}")
+        finally:
+            for member in self.members:
+                if member.link is not None:
+                    member.link.stop(2.0)
+                    member.link.close()
+
+    def _serve(self) -> None:
         for member in self.members:
             member.start()
-        looked = 0.0
+        with self._lock:
+            self._give_up_if_dead()
+        looked = time.monotonic()
         while not self._ended:
             self._send_all()
             self._hear_all(_LOOK_SECONDS)
             now = time.monotonic()
-            if now - looked >= _LOOK_SECONDS:
-                looked = now
-                with self._lock:
-                    self._look()
-        for member in self.members:
-            if member.link is not None:
-                member.link.stop(2.0)
-                member.link.close()
+            if now - looked < _LOOK_SECONDS:
+                continue
+            with self._lock:
+                if now - looked > _STOOD_STILL_SECONDS:
+                    for member in self.members:
+                        member.forgive(now - looked)
+                self._look()
+            looked = now
 
     def _send_all(self) -> None:
         with self._lock:
@@ -225,6 +241,7 @@ class Fleet:
                     member.restarts += 1
                     self._metrics.engine_restarts.labels(str(member.index)).inc()
                     member.start()
+                    self._give_up_if_dead()
                 continue
             if not member.link.running:
                 self._hear(member)  # its last words, and pictures
@@ -267,6 +284,8 @@ class Fleet:
         elif isinstance(message, Ready):
             member.ready(message)
             self._on_ready(message.card)
+            if not message.card.complete:  # what was built while it loaded
+                self._outbox.append((member, Adopt()))
             self._place_all()
         elif isinstance(message, Changed):
             member.changed(message)
@@ -303,7 +322,7 @@ class Fleet:
         """An engine has ended: hand its work out again."""
         log.error("the engine on %s is lost: %s", member.device, reason)
         batch = None if member.link is None else member.link.last_batch()
-        suspects = set() if batch is None else {request_id for request_id, _ in batch.members}
+        suspects = set() if batch is None else {*(request_id for request_id, _ in batch.members), *batch.previews}
         member.reason = member.reason or reason
         member.lost()
         for generation in self._ledger.all():
@@ -311,13 +330,18 @@ class Fleet:
                 self._ledger.begin_again(generation, suspect=generation.id in suspects)
                 if generation.strikes >= _MOST_STRIKES:
                     self._ledger.fail(generation, f"{_MOST_STRIKES} engines ended while they worked on it")
-        if all(each.health is Health.DEAD for each in self.members):
-            self._given_up = member.reason
-            for generation in self._ledger.all():
-                self._ledger.settle(generation, self._end_error())
-            self._on_failed(member.reason)
-            return
+        self._give_up_if_dead()
         self._place_all()
+
+    def _give_up_if_dead(self) -> None:
+        if not self._given_up and all(each.health is Health.DEAD for each in self.members):
+            self._give_up(self.members[0].reason)
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = reason
+        for generation in self._ledger.all():
+            self._ledger.settle(generation, self._end_error())
+        self._on_failed(reason)
 
     def _end_error(self) -> RequestError:
         if self._given_up:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import zmq
+
 from server.core.card import ModelCard
 from server.core.costs import CostTable
 from server.core.messages import Baselines, Began, Changed, Ended, Ready
@@ -73,7 +75,11 @@ class Member:
     def start(self) -> None:
         """Start its engine."""
         self.health, self.batch, self.reason = Health.LOADING, None, ""
-        self.link = self._start()
+        try:
+            self.link = self._start()
+        except (OSError, ValueError, zmq.ZMQError) as error:  # such as a full disk, or a GPU that is not there
+            self.reason, self.usage = f"{type(error).__name__}: {error}", isinstance(error, ValueError)
+            self.lost()
         self.heard()
 
     def lost(self) -> None:
@@ -98,6 +104,11 @@ class Member:
     def heard(self) -> None:
         """It has said something."""
         self._heard, self._excused = time.monotonic(), 0.0
+
+    def forgive(self, seconds: float) -> None:
+        """The whole machine stood still for so long, the front too."""
+        self._since += seconds
+        self._heard += seconds
 
     def excuse(self, seconds: float) -> None:
         """It has said that nothing will be heard of it for so long."""

@@ -42,7 +42,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_exception)
     # the last one added is the outermost
     app.add_middleware(BoundBody, max_bytes=service.settings.max_body_bytes)
-    app.add_middleware(RefuseWhenFull, admission=service.admission)
+    app.add_middleware(RefuseWhenFull, admission=service.admission, check_accepting=service.check_accepting)
     app.add_middleware(RequireKey, keys=service.keys)
     app.add_middleware(Accounting, metrics=service.metrics)
     return app

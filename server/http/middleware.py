@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -108,16 +109,19 @@ class RequireKey:
 class RefuseWhenFull:
     """Refuses requests for pictures before their bodies are parsed while no place is free: a crowd must cost little."""
 
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, check_accepting: Callable[[], None]) -> None:
         self.app = app
         self.admission = admission
+        self.check_accepting = check_accepting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or run the application inside."""
         # A repeated request may have its reply already, whatever the queue holds.
         if scope["type"] == "http" and scope["path"] == _PICTURES and "idempotency-key" not in Headers(scope=scope):
             try:
-                self.admission.refuse_if_full()
+                if self.admission.full:
+                    self.check_accepting()
+                    self.admission.acquire(1, 0).release()
             except RequestError as error:
                 scope.setdefault("state", {})[OUTCOME] = error.fault.value.outcome
                 await _discard(receive)

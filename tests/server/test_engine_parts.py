@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import numpy as np
 import pytest
@@ -9,12 +11,27 @@ import torch
 
 from rmd.size import Size
 from server.core import messages
-from server.core.messages import Began, Busy, Command, Ended, Lost, Message, Moved, Pixels, Ready, Submit, UsePolicy
+from server.core.messages import (
+    Began,
+    Busy,
+    Command,
+    Ended,
+    Lost,
+    Message,
+    Moved,
+    Pixels,
+    Ready,
+    Stop,
+    Submit,
+    UsePolicy,
+)
 from server.core.stations import StationKey
+from server.core.tickets import Request
 from server.core.work import PictureRecord, Work
 from server.device.door import Door
 from server.device.model import DeviceModel
 from server.device.prompts import EncodedText, PromptCache
+from server.device.steps import StageRunner
 from server.front import member as member_module
 from server.front.engine import Doorway, waiting_policy
 from server.front.member import Health, Member, WatchLimits
@@ -179,3 +196,24 @@ def test_what_the_user_has_to_mend_is_not_tried_again(clock: Clock) -> None:
 def test_threads_wait_for_each_other_without_spinning_for_long_unless_told() -> None:
     assert set(waiting_policy({})) == {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
     assert waiting_policy({"OMP_WAIT_POLICY": "active"}) == {}
+
+
+def test_a_dead_engine_takes_no_command_and_holds_nobody_up() -> None:
+    """A send to nobody waited for ever, with the fleet's lock held."""
+    doorway = Doorway()
+    try:
+        started = time.monotonic()
+        doorway.send(Stop())
+        assert time.monotonic() - started < 5
+    finally:
+        doorway.close()
+
+
+def test_guided_requests_are_encoded_though_nothing_can_be_kept(model: DeviceModel) -> None:
+    runner = StageRunner(model, prompt_bytes=0)
+    schedule = model.card.schedules["teacher"]
+    for prompt in ("one", "two", "three"):
+        work = Work(id=prompt, prompt=prompt, schedule="teacher", seeds=(0,))
+        request = Request(work, schedule.cascade, schedule.lane, (0.0,))
+        runner.run(StationKey("encode"), request.pictures)
+        assert request.conditioning is not None and request.unconditional is not None

@@ -128,3 +128,16 @@ def test_one_request_may_have_more_than_its_keys_share_when_it_has_nothing_else(
     admission.acquire(6, 1, "a").release()
     admission.acquire(1, 1, "a")
     refused(admission, 4, "a")
+
+
+def test_one_long_promise_does_not_hold_back_the_short_ones() -> None:
+    clock = Clock()
+    admission = Admission(4, 10**9, seconds_per_item=1.0, clock=clock)
+    for _ in range(4):
+        admission.acquire(1, 1)
+    admission.retry_after(10, 1, least=100.0)
+    told = []
+    for _ in range(20):
+        clock.now += 2.0
+        told.append(admission.retry_after(1, 1))
+    assert set(told) == {2}, "who is told a long time stands behind nobody who comes sooner"
