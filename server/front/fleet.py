@@ -86,6 +86,7 @@ class Fleet:
         self._lock = self._ledger.lock
         self._outbox: deque[tuple[Member, Command]] = deque()
         self._stopping = self._ended = False
+        self._last_batches: dict[int, int] = {}  # by engine: what ran when the stop came
         self._given_up = ""
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -153,8 +154,12 @@ class Fleet:
         """Let the batches that run finish, fail whatever is left with 503, and end every engine."""
         with self._lock:
             self._stopping = True
-            batches = [member.batch for member in self.members if member.batch is not None]
-            running = {request_id for batch in batches for request_id, _ in batch.members}
+            running = set[str]()
+            for member in self.members:  # what an engine wrote down itself is newer than what has been heard of it
+                batch = None if member.link is None else member.link.last_batch()
+                if batch is not None:
+                    self._last_batches[member.index] = batch.batch
+                    running.update(request_id for request_id, _ in batch.members)
             for generation in self._ledger.all():
                 if generation.id not in running and not any(place.decoded for place in generation.places):
                     self._ledger.settle(generation, self._end_error())
@@ -266,7 +271,8 @@ class Fleet:
             members = () if member.batch is None else member.batch.members
             member.ended(message)
             self._ledger.ended(message, members, member.card)
-            if self._stopping:  # the batches that run are finished, and no further ones of theirs
+            if self._stopping and message.batch >= self._last_batches.get(member.index, 0):
+                # The batches that run are finished, and no further ones of theirs.
                 onward = {moved.id for moved in message.moved if moved.station is not None}
                 for generation in self._ledger.all():
                     if generation.id in onward:
