@@ -190,6 +190,7 @@ def serve(
         threads=threads,
         measure_teacher=False,
         serve_teacher="teachers" in settings.mixes,
+        prompt_megabytes=0.0,  # every policy meets the same prompts: the first is not to encode them for the others
         policy=policy,
         log_level="warning",
     )

@@ -218,6 +218,7 @@ def _start_ours(settings: RivalSettings) -> Server:
     limits = {"RMD_QUEUE_ITEMS": "4096", "RMD_QUEUE_MEGAPIXELS": "100000", "RMD_WATCHDOG_SECONDS": "1000000"}
     limits |= {"RMD_BACKEND": settings.backend, "RMD_MEASURE_TEACHER": "false", "RMD_SERVE_TEACHER": "false"}
     limits |= {"RMD_DEADLINE_SECONDS": "600", "RMD_LOG_LEVEL": "warning"}
+    limits["RMD_PROMPT_MEGABYTES"] = "0"  # prompts come again at the next load, and the rival keeps none
     if settings.threads is not None:
         limits["RMD_THREADS"] = str(settings.threads)
     return Server(OURS, command, port, {**_environment(settings), **limits})

@@ -208,7 +208,7 @@ class Simulation:
                     outcome.first_partial = self._now
             elif batch.key.kind == "denoise" and isinstance(ticket, Picture) and ticket.preview_due:
                 shown[ticket] = None
-        device.loop.ended(batch, device.seconds, self._now, shown, batch.rows)
+        device.loop.ended(batch, device.seconds, self._now, shown, batch.rows, self.world.batch_seconds)
         self._listen(device)
 
     def _listen(self, device: _Device) -> None:

@@ -344,7 +344,7 @@ class Backbone(ABC):
         """Pictures (B, 3, H, W) or films (B, 3, T, H, W), float32 in [0, 1]."""
         self._check_latents(latents, size)
         pixels = self.run("decoder", size, {"latents": latents.to(self.device, self.decoder_dtype)})
-        return (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+        return pixels.float().mul(0.5).add_(0.5).clamp(0.0, 1.0)
 
     @property
     def decoder_dtype(self) -> torch.dtype:
@@ -357,7 +357,7 @@ class Backbone(ABC):
     def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
         """Runs a component through the executor; the result may be saved for backward by later operations."""
         output = self.executor.run(component, size, inputs)
-        return output.clone() if output.is_inference() else output
+        return output.clone() if output.is_inference() and not torch.is_inference_mode_enabled() else output
 
     def _check_latents(self, latents: Tensor, size: Size) -> None:
         expected = self.latent_shape(size)

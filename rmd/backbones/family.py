@@ -206,8 +206,8 @@ class DiffusersBackbone(Backbone):
         )
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
-    def cut_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """How many tokens of each prompt no text encoder hears, since even the longest of them cuts them off.
+    def token_counts(self, prompts: Sequence[str]) -> list[tuple[int, int]]:
+        """How many tokens of each prompt are heard and how many are cut off, by the text encoder that hears most.
 
         Raises:
             BackboneError: the backbone was built from a configuration and has no tokenizer.
@@ -216,4 +216,5 @@ class DiffusersBackbone(Backbone):
         if name not in self._tokenizers:
             raise BackboneError(f"this {self.name} has no {name!r}; load it from a folder to encode prompts")
         whole = self._tokenizers[name](list(prompts), truncation=False, verbose=False)["input_ids"]
-        return [max(len(ids) - self.tokenizers[name], 0) for ids in whole]
+        limit = self.tokenizers[name]
+        return [(min(len(ids), limit), max(len(ids) - limit, 0)) for ids in whole]

@@ -192,17 +192,21 @@ class Loop:
         self._emit(Began(batch.number, key, members, previews, batch.expected))
         return batch
 
-    def ended(self, batch: Batch, seconds: float, now: float, shown: Mapping[Picture, Any], rows: int) -> None:
+    def ended(
+        self, batch: Batch, seconds: float, now: float, shown: Mapping[Picture, Any], rows: int, gap: float = 0.0
+    ) -> None:
         """Account for a batch that ran and send its tickets on.
 
         Args:
             seconds: that it took.
+            gap: seconds between the batch before and this one, with work at hand: every batch costs these too, so
+                few wide ones are cheaper than many narrow ones that are as quick a row.
             shown: for pictures whose step's result is to be shown, that result.
             rows: really run; 0 where there was nothing to do.
         """
         company = rows if batch.key.kind == "encode" else len(batch.tickets)
         if rows:
-            self.costs.observe(batch.key, rows, seconds)
+            self.costs.observe(batch.key, rows, seconds + gap)
             self._account(batch, seconds, rows, company)
         moved = []
         for ticket in batch.tickets:

@@ -72,6 +72,7 @@ class Engine:
         self._door, self._load = door, load
         self._policy, self._film_seconds, self._prompt_bytes = policy, film_seconds, prompt_bytes
         self._stopping = self._adopting = False
+        self._batch_over: float | None = None  # when the last batch was, where the next follows upon it
 
     def run(self) -> None:
         """Serve until stopped. Whatever ends it is told through the door first.
@@ -114,14 +115,17 @@ class Engine:
                 self._run(batch)
                 last_work = time.monotonic()
                 self._heed_all(0.0)
-            elif isinstance(batch, Hold):
-                self._heed_all(max(batch.until - now, 0.0005))
-            elif not self._heed_all(0.0):
-                if not self._adopt() and not self._time_teacher(now - last_work):
-                    self._heed_all(_IDLE_SECONDS)
-                continue
+            else:
+                self._batch_over = None
+                if isinstance(batch, Hold):
+                    self._heed_all(max(batch.until - now, 0.0005))
+                elif not self._heed_all(0.0):
+                    if not self._adopt() and not self._time_teacher(now - last_work):
+                        self._heed_all(_IDLE_SECONDS)
+                    continue
             if self._adopting:
                 self._adopt()  # one between two batches: each is a short pause, and makes every later batch quicker
+                self._batch_over = None
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
@@ -179,6 +183,7 @@ class Engine:
 
     def _try(self, batch: Batch, last: bool) -> Exception | None:
         started = time.perf_counter()
+        gap = 0.0 if self._batch_over is None else started - self._batch_over
         try:
             done = self._runner.run(batch.key, batch.tickets)
             if self._model.backbone.device.type == "cuda":
@@ -191,10 +196,11 @@ class Engine:
                 self._door.send(Busy(_LONGEST_LOAD_SECONDS))  # it may probe
                 self._breaker.failed(error)
             return error
-        self._finish(batch, done, time.perf_counter() - started)
+        self._batch_over = time.perf_counter()
+        self._finish(batch, done, self._batch_over - started, gap)
         return None
 
-    def _finish(self, batch: Batch, done: Done, seconds: float) -> None:
+    def _finish(self, batch: Batch, done: Done, seconds: float, gap: float) -> None:
         self._breaker.succeeded()
         now = time.monotonic()
         if batch.key.kind == "encode":
@@ -204,7 +210,7 @@ class Engine:
         if widths and max(widths) < max(self._model.costs.widths(batch.key)):
             self._model.costs.narrow(batch.key, max(widths) + 1)  # the wider ones ran out of memory
         gone = {ticket.request for ticket in batch.tickets if ticket.request.over}
-        self._loop.ended(batch, seconds, now, done.shown, done.rows)
+        self._loop.ended(batch, seconds, now, done.shown, done.rows, gap)
         for ticket, pixels in zip(batch.tickets, done.pixels, strict=bool(done.pixels)):
             ticket.data = None
             if ticket.request in gone:
