@@ -89,6 +89,26 @@ def best_rate(served_well: Callable[[float], bool], low: float, high: float, tol
     return low
 
 
+def served_rate(points: Sequence[tuple[float, float]]) -> float:
+    """Return the most that is served well, from measured (rate, slowdown of the 99th percentile).
+
+    Between the last rate that is served well and the first that is not, the slowdown's logarithm lies on a straight
+    line. The highest rate where all are served well, a share of the lowest one where none is.
+    """
+    points = sorted(points)
+    rate, slowdown = points[0]
+    if slowdown > SLOWEST:
+        return rate * SLOWEST / slowdown
+    for beyond, slower in points[1:]:
+        if slower > SLOWEST:
+            if math.isinf(slower):
+                return rate
+            part = math.log(SLOWEST / slowdown) / math.log(slower / slowdown)
+            return rate + part * (beyond - rate)
+        rate, slowdown = beyond, slower
+    return rate
+
+
 def jain(values: Iterable[float]) -> float:
     """Return Jain's index: 1 where all are alike, 1/n where one has everything."""
     listed = list(values)
@@ -139,6 +159,7 @@ def summary(runs: Sequence[Run], alone: Alone) -> dict[str, Any]:
         "gap_p95": percentile(gaps, 0.95),
         "fairness": jain(fmean(factors) for factors in by_kind.values()),
         "stations": _stations(runs),
+        "slowdown_p99_by_seed": [percentile(alone.slowdowns(run.outcomes), 0.99) for run in runs],
     }
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         figures[name] = percentile(latencies, share)

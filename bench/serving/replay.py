@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, median, stdev
 
 from bench.serving.link import Link
 from bench.serving.outcomes import Batches, Outcome, Run
@@ -29,10 +31,43 @@ class Watch:
     Attributes:
         widths: a station's widths, from the engine's table; padding is counted with them.
         seconds: by (station, width), every batch's seconds.
+        gaps: seconds between two batches while something waited.
     """
 
     widths: Mapping[StationKey, Sequence[int]]
     seconds: dict[tuple[StationKey, int], list[float]] = field(default_factory=dict)
+    gaps: list[float] = field(default_factory=list)
+
+    def add(self, other: Watch) -> None:
+        """Take in what another has seen."""
+        for place, seconds in other.seconds.items():
+            self.seconds.setdefault(place, []).extend(seconds)
+        self.gaps += other.gaps
+
+    def clear(self) -> None:
+        """Forget everything seen so far."""
+        self.seconds.clear()
+        self.gaps.clear()
+
+    def gap(self) -> float:
+        """Return what lies between two batches on average."""
+        return trimmed_mean(self.gaps) if self.gaps else 0.0
+
+    def scatter(self) -> float:
+        """Return how far batches scatter around their medians, as the simulator takes it; the worst hundredth left
+        out."""
+        logs = [
+            math.log(one / median(seconds))
+            for seconds in self.seconds.values()
+            if len(seconds) >= 9
+            for one in sorted(seconds)[: max(int(0.99 * len(seconds)), 1)]
+        ]
+        return stdev(logs) if len(logs) > 1 else 0.0
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """Return the mean, the largest hundredth left out."""
+    return fmean(sorted(values)[: max(int(0.99 * len(values)), 1)])
 
 
 class Replay:
