@@ -14,7 +14,9 @@ from server.core.stations import StationKey
 MIN_GAIN = 1.02
 """A wider batch must serve at least this many times more rows a second than the narrower one."""
 
-_REMEMBERED = 9  # batches of one width, whose median is its cost: one stalled batch moves nothing
+_REMEMBERED = 21  # batches of one width, whose median is its base: one stalled batch moves nothing
+_BELIEVED = 3  # of them is the first timing worth: a few slow batches must not rule out a width that runs no more
+_MOODS, _LEAST_MOODS = 31, 5  # batches of any kind that tell a mood
 _FALLBACK_SECONDS = 0.05
 _EXPLORE_EVERY = 64  # batches of a station between two that are wider, or narrower, than what looks best
 
@@ -22,8 +24,10 @@ _EXPLORE_EVERY = 64  # batches of a station between two that are wider, or narro
 class CostTable:
     """Seconds of one batch, by station and width (rows).
 
-    A width that runs is known by the median of its latest batches. One that does not run for now is known by its first
-    timing, times how far the widths that do run are from theirs: a busy neighbour slows all of them.
+    A machine's speed drifts, for all stations alike. So a batch costs its width's *base* times the *mood* of the other
+    stations' latest batches, which is how far they were from their first timings. A base is the median of the width's
+    first timing and its latest batches, each over the mood it met. Otherwise the widths that ran in good hours would
+    win for ever over those that ran in bad ones and are not run again.
 
     Args:
         measured: for each station, width -> seconds.
@@ -33,8 +37,10 @@ class CostTable:
 
     def __init__(self, measured: Mapping[StationKey, Mapping[int, float]]) -> None:
         self._first: dict[StationKey, dict[int, float]] = {}
+        self._opened: dict[tuple[StationKey, int], float] = {}  # the first timing over the mood it met
         self._latest: dict[tuple[StationKey, int], deque[float]] = {}
-        self._ratios: dict[StationKey, deque[float]] = {}
+        self._ratios: deque[tuple[StationKey, float]] = deque(maxlen=_MOODS)
+        self._moods: dict[StationKey, float] = {}
         self._batches: dict[StationKey, int] = {}
         for key, widths in measured.items():
             self.replace(key, widths)
@@ -43,7 +49,9 @@ class CostTable:
         """Forget what a station cost, since it runs on something else now."""
         for width in self._first.get(key, {}):
             self._latest.pop((key, width), None)
-        self._ratios.pop(key, None)
+            self._opened.pop((key, width), None)
+        for width, seconds in widths.items():
+            self._opened[key, width] = seconds / self._mood(key)
         if widths:  # at once: others read meanwhile
             self._first[key] = dict(sorted(widths.items()))
         else:
@@ -87,9 +95,12 @@ class CostTable:
         width = next((width for width in widths if width >= rows), None)
         if width is None:
             return
-        self._latest.setdefault((key, width), deque(maxlen=_REMEMBERED)).append(seconds)
-        ratios = self._ratios.setdefault(key, deque([1.0] * 3, maxlen=_REMEMBERED))
-        ratios.append(seconds / max(widths[width], 1e-9))
+        opened = self._opened.setdefault((key, width), widths[width] / self._mood(key))
+        if (key, width) not in self._latest:
+            self._latest[key, width] = deque([opened] * _BELIEVED, maxlen=_REMEMBERED)
+        self._latest[key, width].append(seconds / self._mood(key))
+        self._ratios.append((key, seconds / max(opened, 1e-9)))
+        self._moods.clear()
         self._batches[key] = self._batches.get(key, 0) + 1
 
     def narrow(self, key: StationKey, rows: int) -> None:
@@ -141,10 +152,18 @@ class CostTable:
 
     def _of_width(self, key: StationKey, width: int) -> float:
         latest = self._latest.get((key, width))
-        if latest is not None and len(latest) >= 3:
-            return median(latest)
-        seconds = self._first.get(key, {}).get(width, _FALLBACK_SECONDS * width)
-        return seconds * median(self._ratios.get(key, (1.0,)))
+        if latest:
+            return median(latest) * self._mood(key)
+        opened = self._opened.get((key, width))
+        return _FALLBACK_SECONDS * width if opened is None else opened * self._mood(key)
+
+    def _mood(self, key: StationKey) -> float:
+        """How far the other stations' latest batches were from their first timings; 1 where few are known."""
+        mood = self._moods.get(key)
+        if mood is None:
+            others = [ratio for station, ratio in self._ratios if station != key]
+            mood = self._moods[key] = median(others) if len(others) >= _LEAST_MOODS else 1.0
+        return mood
 
 
 def _fitting(rows: Sequence[int], width: int) -> int:

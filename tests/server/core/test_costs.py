@@ -34,14 +34,34 @@ def test_guided_entries_take_two_rows() -> None:
 
 
 def test_estimates_follow_what_the_machine_does() -> None:
-    table = CostTable({LOW: {1: 0.1, 4: 0.2}})
+    table = CostTable({LOW: {1: 0.1, 4: 0.2}, HIGH: {1: 0.5}})
     assert table.seconds(LOW, 3) == pytest.approx(0.2)
     assert table.seconds(LOW, 9) == pytest.approx(0.2 * 2 + 0.1)
-    for _ in range(100):
+    for _ in range(20):
         table.observe(LOW, 1, 0.3)
+        table.observe(HIGH, 1, 1.5)
     assert table.seconds(LOW, 1) == pytest.approx(0.3, rel=0.01)
     assert table.seconds(LOW, 4) == pytest.approx(0.6, rel=0.01), "a busy neighbour slows every width"
     assert table.widest(LOW) == 4
+
+
+def test_a_width_that_ran_in_a_bad_hour_is_not_ruled_out_by_one_that_runs_in_a_good_one() -> None:
+    """It is not run again, so nothing else would bring it back."""
+    table = CostTable({LOW: {4: 0.32, 8: 0.60}, HIGH: {1: 0.5}})
+    for _ in range(20):
+        table.observe(LOW, 8, 1.5 * 0.60)
+        table.observe(HIGH, 1, 1.5 * 0.5)
+    for _ in range(20):
+        table.observe(LOW, 4, 0.32)
+        table.observe(HIGH, 1, 0.5)
+    assert table.seconds(LOW, 8) == pytest.approx(0.60, rel=0.02) and table.best_count(LOW, [1] * 8) == 8
+
+
+def test_a_few_slow_batches_do_not_rule_out_a_width() -> None:
+    table = CostTable({LOW: {4: 0.32, 8: 0.60}})
+    for _ in range(2):
+        table.observe(LOW, 8, 0.66)
+    assert table.best_count(LOW, [1] * 8) == 8
 
 
 def test_each_width_is_learnt_for_itself() -> None:
@@ -76,20 +96,23 @@ def test_widths_that_ran_out_of_memory_are_not_asked_for_again() -> None:
 
 def test_a_station_that_runs_on_something_else_starts_anew() -> None:
     table = CostTable({LOW: {1: 1.0, 2: 1.9}, HIGH: {1: 2.0}})
-    for _ in range(9):
+    for _ in range(40):
         table.observe(LOW, 1, 3.0)
         table.observe(HIGH, 1, 4.0)
     table.replace(LOW, {1: 0.5, 8: 0.6})
-    assert table.widths(LOW) == (1, 8) and table.seconds(LOW, 1) == 0.5 and table.seconds(LOW, 8) == 0.6
-    assert table.seconds(HIGH, 1) == 4.0, "others keep what they have learnt"
+    assert table.widths(LOW) == (1, 8)
+    assert table.seconds(LOW, 1) == pytest.approx(0.5) and table.seconds(LOW, 8) == pytest.approx(0.6)
+    for _ in range(9):
+        table.observe(LOW, 1, 0.5)
+    assert table.seconds(HIGH, 1) == pytest.approx(4.0), "others keep what they have learnt"
 
 
 def test_the_first_timings_stay_for_what_may_not_hang_on_a_mood() -> None:
     table = CostTable({LOW: {1: 1.0, 4: 2.0}})
     for _ in range(9):
-        table.observe(LOW, 1, 10.0)
+        table.observe(LOW, 4, 20.0)
     assert table.first(LOW, 3) == pytest.approx(1.5)
-    assert table.shared(LOW, 3) == pytest.approx(15.0)
+    assert table.shared(LOW, 3) == pytest.approx(min(3.0, 15.0))
 
 
 def _count_widths(table: CostTable, truth: dict[int, float], batches: int) -> list[int]:
@@ -104,12 +127,12 @@ def _count_widths(table: CostTable, truth: dict[int, float], batches: int) -> li
 
 def test_a_width_that_was_timed_in_a_bad_moment_is_found_again() -> None:
     """Five starts on one noisy machine gave five sets of widths, and each stayed until the next start."""
-    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.5}}), {1: 0.1, 2: 0.11}, 300)
+    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.5}}), {1: 0.1, 2: 0.11}, 320)
     assert counts[:63] == [1] * 63 and counts[63] == 2, "a wider batch is tried now and then"
-    assert counts[256:] == [2] * 44 and sum(count == 2 for count in counts[:192]) == 3
+    assert set(counts[256:319]) == {2} and sum(count == 2 for count in counts[:192]) == 3
 
 
 def test_a_width_that_was_timed_in_a_good_moment_is_dropped_again() -> None:
     """Even where there is always company, so that a picture is never alone by chance."""
-    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.11}}), {1: 0.1, 2: 0.5}, 300)
-    assert counts[63] == 1 and counts[256:] == [1] * 44
+    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.11}}), {1: 0.1, 2: 0.5}, 600)
+    assert counts[:3] == [2] * 3 and counts[4:63] == [1] * 59
