@@ -10,7 +10,9 @@ import typer
 
 
 def command(
-    checkpoint: Annotated[Path | None, typer.Option(help="The student's checkpoint folder.")] = None,
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="A checkpoint's folder; several times for several models.")
+    ] = None,
     engines: Annotated[Path | None, typer.Option(help="The folder of built engines.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine backend: auto, inductor, tensorrt ... or eager.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda:0.")] = None,
@@ -21,7 +23,7 @@ def command(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    model_name: Annotated[str | None, typer.Option(help="The model's id; default: the folder's name.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="The one model's id; default: the folder's name.")] = None,
     teacher: Annotated[bool | None, typer.Option("--teacher/--no-teacher", help="Offer schedule 'teacher'.")] = None,
     build_missing: Annotated[
         bool | None, typer.Option("--build/--no-build", help="Build missing engines beside serving.")
@@ -31,7 +33,7 @@ def command(
     threads: Annotated[int | None, typer.Option(help="Torch threads.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
-    """Serve a checkpoint over OpenAI's image API, or its video API where the model makes films.
+    """Serve checkpoints over OpenAI's image API, and its video API where a model makes films.
 
     Every setting can also come from the environment (RMD_PORT=8000 ...) or a YAML file (--config). API keys come
     from RMD_API_KEYS or the file, never from a flag, which every process list would show.
@@ -49,7 +51,7 @@ def command(
     if config is not None:
         os.environ[CONFIG_VARIABLE] = str(config)
     flags: dict[str, Any] = {
-        "checkpoint": checkpoint,
+        "checkpoint": tuple(checkpoint) if checkpoint else None,
         "engines": engines,
         "backend": backend,
         "device": device,

@@ -40,11 +40,11 @@ class PretendedEngine:
         self._now = 0.0
         self._costs, self._truth = CostTable(machine.costs), CostTable(machine.costs)
         self._messages: deque[Message] = deque()
-        self._loop = Loop(machine.card, self._costs, make_policy("stagewise", self._costs), self._messages.append)
+        self._loop = Loop([machine.card], self._costs, make_policy("stagewise", self._costs), self._messages.append)
         self._batch: Batch | None = None
         self._ends = self._held = math.inf
         table = tuple((key, w, s) for key, widths in machine.costs.items() for w, s in widths.items())
-        self._messages.append(Ready(machine.card, table))
+        self._messages.append(Ready((machine.card,), table))
 
     def clock(self) -> float:
         """Return its time, which passes while somebody waits for a message."""

@@ -41,8 +41,7 @@ class Pictures(litserve.LitAPI):  # type: ignore[misc]
         settings = EngineSettings(
             address="",
             parent=os.getppid(),
-            checkpoint=str(told.checkpoint),
-            model_id="litserve",
+            checkpoints=((str(told.checkpoint), "litserve"),),
             engines=str(told.engines),
             backend=told.backend,
             device=told.device,

@@ -81,7 +81,7 @@ def run_live(
     ready = wait_until_ready(link, say)
     first = {key: {w: s for k, w, s in ready.costs if k == key} for key, _, _ in ready.costs}
     watch = Watch({key: tuple(sorted(widths)) for key, widths in first.items()})
-    bench = _Bench(settings, link, watch, Machine("live", "", ready.card, first), say, clock)
+    bench = _Bench(settings, link, watch, Machine("live", "", ready.cards[0], first), say, clock)
     bench.warm_up()
     parts = [bench.part(mix) for mix in settings.mixes]
     learnt = bench.learnt()
@@ -90,7 +90,7 @@ def run_live(
         "kind": "live",
         "settings": asdict(settings),
         "slowest": SLOWEST,
-        "model": ready.card.model_id,
+        "model": ready.cards[0].model_id,
         "parts": parts,
         "noise": watch.scatter(),
         "costs": [

@@ -112,7 +112,7 @@ class Simulation:
     def _device(self, make: PolicyMaker) -> _Device:
         costs = CostTable(self._machine.costs)
         messages: list[Message] = []
-        return _Device(Loop(self._machine.card, costs, make(costs), messages.append), messages)
+        return _Device(Loop([self._machine.card], costs, make(costs), messages.append), messages)
 
     def _push(self, at: float, kind: int, what: Ask | _Device) -> None:
         self._order += 1

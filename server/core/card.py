@@ -81,6 +81,8 @@ class ModelCard:
     """A checkpoint as its clients, the front and the scheduler need to know it.
 
     Attributes:
+        place: tells its stations from those of other checkpoints on the same device: empty for the server's first
+            checkpoint, the model's id for the others.
         tokens: picture tokens of the denoiser by size ("256x256").
         text_limit: tokens of a prompt that the text encoder hears; 0 where it has no tokenizer.
         complete: every engine that it may run through is in service.
@@ -101,6 +103,7 @@ class ModelCard:
     compiled: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     baselines: tuple[TeacherBaseline, ...] = ()
+    place: str = ""
 
     @property
     def films(self) -> bool:
@@ -115,23 +118,23 @@ class ModelCard:
     def stations(self) -> tuple[StationKey, ...]:
         """Return every station of the schedules on offer, in the order a picture meets them."""
         keys = {
-            StationKey("denoise", schedule.lane, step.size): None
+            StationKey("denoise", schedule.lane, step.size, self.place): None
             for schedule in self.schedules.values()
             for step in schedule.cascade.steps
         }
         denoise = sorted(keys, key=lambda key: (key.lane != STUDENT, key.size))
-        decode = [StationKey("decode", size=size) for size in self.sizes]
-        return (StationKey("encode"), *denoise, *decode)
+        decode = [StationKey("decode", size=size, model=self.place) for size in self.sizes]
+        return (StationKey("encode", model=self.place), *denoise, *decode)
 
     def preview_stations(self) -> tuple[StationKey, ...]:
         """Return the decode stations below full size, where partial pictures are made."""
         sizes = {step.size for schedule in self.schedules.values() for step in schedule.cascade.steps}
-        return tuple(StationKey("decode", size=size) for size in sorted(sizes - set(self.sizes)))
+        return tuple(StationKey("decode", size=size, model=self.place) for size in sorted(sizes - set(self.sizes)))
 
     def executor_of(self, cascade: Cascade, lane: str) -> str:
         """Return what a schedule's stations run on now: the engines' backend, "eager", or "partly" the backend."""
-        keys = [StationKey("encode"), StationKey("decode", size=cascade.full_size)]
-        keys += [StationKey("denoise", lane, size) for size in cascade.sizes]
+        keys = [StationKey("encode", model=self.place), StationKey("decode", size=cascade.full_size, model=self.place)]
+        keys += [StationKey("denoise", lane, size, self.place) for size in cascade.sizes]
         through = [bool(self.compiled.get(key.label)) for key in keys]
         if all(through):
             return self.executor_kind
@@ -145,11 +148,12 @@ class ModelCard:
 
 
 def step_costs(
-    costs: CostTable, cascade: Cascade, lane: str, *, partial_images: int = 0, how: str = "seconds"
+    costs: CostTable, cascade: Cascade, lane: str, *, model: str = "", partial_images: int = 0, how: str = "seconds"
 ) -> tuple[float, ...]:
     """Return the expected seconds of one picture from each step to its end; the last entry is decoding.
 
     Args:
+        model: the card's place.
         partial_images: shown on the way; each costs a decoding at its size.
         how: "seconds" alone, "shared" for its part of batches in the best company, or "first" for the same by the
             station's first timings.
@@ -157,12 +161,12 @@ def step_costs(
     rows = 1 if cascade.guidance_scale == 1.0 else 2
     seconds = {"seconds": costs.seconds, "shared": costs.shared, "first": costs.first}[how]
     shown = partial_steps(cascade, partial_images)
-    left = [seconds(StationKey("decode", size=cascade.full_size), 1)]
+    left = [seconds(StationKey("decode", size=cascade.full_size, model=model), 1)]
     for index in reversed(range(cascade.num_steps)):
         size = cascade.steps[index].size
-        more = seconds(StationKey("denoise", lane, size), rows)
+        more = seconds(StationKey("denoise", lane, size, model), rows)
         if index in shown:
-            more += seconds(StationKey("decode", size=size), 1)
+            more += seconds(StationKey("decode", size=size, model=model), 1)
         left.append(left[-1] + more)
     return tuple(reversed(left))
 

@@ -53,7 +53,7 @@ class Loop:
     """One engine's queues and rules. Used from one thread.
 
     Args:
-        card: the schedules on offer.
+        cards: the models on offer; their places differ.
         costs: of batches; learns from what is run.
         policy: which station runs next, and with whom.
         emit: given each message for the outside.
@@ -63,7 +63,7 @@ class Loop:
 
     def __init__(
         self,
-        card: ModelCard,
+        cards: Sequence[ModelCard],
         costs: CostTable,
         policy: Policy,
         emit: Callable[[Message], None],
@@ -71,8 +71,8 @@ class Loop:
         recall: Callable[[Request], bool] = lambda request: False,
     ) -> None:
         self.costs, self.policy = costs, policy
-        self._card, self._emit, self._film_seconds = card, emit, film_seconds
-        self._stations = Stations((*card.stations(), *card.preview_stations()))
+        self._cards, self._emit, self._film_seconds = {card.place: card for card in cards}, emit, film_seconds
+        self._stations = Stations(key for card in cards for key in (*card.stations(), *card.preview_stations()))
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count(1)
         self._recall = recall
@@ -84,9 +84,11 @@ class Loop:
         """Take a request. One that this engine knows already is left as it is."""
         if work.id in self._requests:
             return
-        schedule = self._card.schedules[work.schedule]
+        schedule = self._cards[work.model].schedules[work.schedule]
         cascade = schedule.changed(work.guidance_scale, work.noise_intensity)
-        costs = step_costs(self.costs, cascade, schedule.lane, partial_images=work.partial_images)
+        costs = step_costs(
+            self.costs, cascade, schedule.lane, model=work.model, partial_images=work.partial_images
+        )
         request = Request(work, cascade, schedule.lane, costs)
         if not request.pictures:
             return

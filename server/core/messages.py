@@ -66,10 +66,16 @@ class Loading(_Struct, frozen=True):
 
 
 class Ready(_Struct, frozen=True):
-    """The model is loaded and warm. ``costs``: (station, rows, seconds)."""
+    """The models are loaded and warm.
 
-    card: ModelCard
+    Attributes:
+        costs: (station, rows, seconds).
+        missing: why each checkpoint that could not be loaded could not, by model id.
+    """
+
+    cards: tuple[ModelCard, ...]
     costs: tuple[tuple[StationKey, int, float], ...]
+    missing: Mapping[str, str] = {}
 
 
 class Unable(_Struct, frozen=True):
@@ -80,7 +86,7 @@ class Unable(_Struct, frozen=True):
 
 
 class Changed(_Struct, frozen=True):
-    """A station runs on something else now, which costs this: (rows, seconds)."""
+    """A station runs on something else now, which costs this: (rows, seconds). ``complete``: so do all of its model."""
 
     key: StationKey
     compiled: tuple[int, ...]
@@ -96,9 +102,10 @@ class Busy(_Struct, frozen=True):
 
 
 class Baselines(_Struct, frozen=True):
-    """The teacher has been timed again."""
+    """The teacher has been timed again. ``model``: whose, see :attr:`ModelCard.place`."""
 
     baselines: tuple[TeacherBaseline, ...]
+    model: str = ""
 
 
 class Began(_Struct, frozen=True):

@@ -18,19 +18,29 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class StationKey:
-    """One station: what is done, with whose weights, at which picture size."""
+    """One station: what is done, with whose weights, at which picture size.
+
+    Attributes:
+        model: of which checkpoint, see :attr:`ModelCard.place`.
+    """
 
     kind: Kind
     lane: str = STUDENT
     size: Size | None = None
+    model: str = ""
 
     @property
     def label(self) -> str:
-        """Its name in metrics and replies: ``encode``, ``128x128``, ``teacher 256x256``, ``decode 256x256``."""
+        """Its name in metrics and replies: ``encode``, ``128x128``, ``teacher 256x256``, ``decode 256x256``.
+
+        Another checkpoint's than the first has its id in front: ``films decode 144x144``.
+        """
         size = "" if self.size is None else str(self.size)
         if self.kind == "denoise":
-            return size if self.lane == STUDENT else f"{self.lane} {size}"
-        return f"{self.kind} {size}".strip()
+            parts = [self.model, "" if self.lane == STUDENT else self.lane, size]
+        else:
+            parts = [self.model, self.kind, size]
+        return " ".join(filter(None, parts))
 
 
 class Station:

@@ -105,12 +105,12 @@ class Picture(Ticket):
 
     def station(self) -> StationKey:
         """Encode before its text is known, then its next step's size, and decode after the last one."""
-        cascade = self.request.cascade
+        cascade, model = self.request.cascade, self.request.work.model
         if self.request.conditioning is None:
-            return StationKey("encode")
+            return StationKey("encode", model=model)
         if self.step < cascade.num_steps:
-            return StationKey("denoise", self.request.lane, cascade.steps[self.step].size)
-        return StationKey("decode", size=cascade.full_size)
+            return StationKey("denoise", self.request.lane, cascade.steps[self.step].size, model)
+        return StationKey("decode", size=cascade.full_size, model=model)
 
 
 class Preview(Ticket):
@@ -128,4 +128,4 @@ class Preview(Ticket):
 
     def station(self) -> StationKey:
         """It only needs decoding."""
-        return StationKey("decode", size=self.size)
+        return StationKey("decode", size=self.size, model=self.request.work.model)

@@ -17,6 +17,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: names it everywhere.
         schedule: a name in the model's card.
+        model: whose, see :attr:`ModelCard.place`.
         seeds: one a picture.
         guidance_scale, noise_intensity: replace the schedule's own; None leaves them.
         partial_images: how many steps are to be shown on the way.
@@ -30,6 +31,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     schedule: str
     seeds: tuple[int, ...]
+    model: str = ""
     negative_prompt: str = ""
     guidance_scale: float | None = None
     noise_intensity: float | None = None

@@ -87,14 +87,16 @@ class EagerTeacher:
         )
 
 
-def compiled_baseline(costs: CostTable, size: Size, steps: int, spread: float) -> TeacherBaseline:
-    """Read the compiled teacher's latency off the stations' costs."""
+def compiled_baseline(
+    costs: CostTable, size: Size, steps: int, spread: float, model: str = ""
+) -> TeacherBaseline:
+    """Read the compiled teacher's latency off the costs of a model's stations."""
     return TeacherBaseline(
         kind=COMPILED_TEACHER,
         steps=steps,
-        guided_step_seconds=costs.seconds(StationKey("denoise", TEACHER, size), 2),
-        encode_seconds=costs.seconds(StationKey("encode"), 1),
-        decode_seconds=costs.seconds(StationKey("decode", size=size), 1),
+        guided_step_seconds=costs.seconds(StationKey("denoise", TEACHER, size, model), 2),
+        encode_seconds=costs.seconds(StationKey("encode", model=model), 1),
+        decode_seconds=costs.seconds(StationKey("decode", size=size, model=model), 1),
         measured=time.monotonic(),
         spread=spread,
     )

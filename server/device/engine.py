@@ -36,14 +36,14 @@ from server.core.policies import Hold, make_policy
 from server.core.tickets import Picture, Preview
 from server.device.door import Door
 from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
-from server.device.model import DeviceModel
+from server.device.model import DeviceModel, Loaded
 from server.device.probe import Breaker, DeviceBroken
 from server.device.steps import Done, StageRunner
 
 log = logging.getLogger("rmd.server")
 
 Report = Callable[[int, int, str], None]
-ModelLoader = Callable[[Report], DeviceModel]
+ModelLoader = Callable[[Report], Loaded]
 
 _IDLE_SECONDS = 1.0
 _LONGEST_LOAD_SECONDS = 600.0  # of one engine, its check included
@@ -51,11 +51,11 @@ _QUIET_SECONDS = 3.0  # without work before the teacher is timed again
 
 
 class Engine:
-    """Loads a model, then serves the door until told to stop.
+    """Loads its models, then serves the door until told to stop.
 
     Args:
         door: to the front.
-        load: builds the model on the device thread; given a function to report (done, total, what) to.
+        load: builds the models on the device thread; given a function to report (done, total, what) to.
         policy: see :func:`server.core.policies.make_policy`.
         film_seconds: a film's time on the device.
         prompt_bytes: encoded texts that are kept.
@@ -81,25 +81,28 @@ class Engine:
             ParentGone: the front has ended.
         """
         try:
-            self._model = self._load(lambda done, total, text: self._door.send(Loading(done, total, text)))
+            loaded = self._load(lambda done, total, text: self._door.send(Loading(done, total, text)))
         except (ValueError, OSError, RuntimeError) as error:
             usage = not isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError)
             self._door.send(Unable(f"{type(error).__name__}: {error}", usage))
             return
-        model = self._model
-        self._runner = StageRunner(model, self._prompt_bytes)
-        self._breaker = Breaker(model, self._runner)
+        self._costs, self._models = loaded.costs, {model.card.place: model for model in loaded.models}
+        self._runners = {
+            place: StageRunner(model, self._prompt_bytes // len(self._models)) for place, model in self._models.items()
+        }
+        self._breakers = {place: Breaker(model) for place, model in self._models.items()}
+        cards = tuple(model.card for model in loaded.models)
         self._loop = Loop(
-            model.card,
-            model.costs,
-            make_policy(self._policy, model.costs),
+            cards,
+            self._costs,
+            make_policy(self._policy, self._costs),
             self._door.send,
             self._film_seconds,
-            recall=self._runner.recall,
+            recall=lambda request: self._runners[request.work.model].recall(request),
         )
-        table = model.costs.table()
+        table = self._costs.table()
         costs = tuple((key, rows, each) for key, widths in table.items() for rows, each in widths.items())
-        self._door.send(Ready(model.card, costs))
+        self._door.send(Ready(cards, costs, loaded.missing))
         try:
             self._serve()
         except DeviceBroken as error:
@@ -120,7 +123,7 @@ class Engine:
                 if isinstance(batch, Hold):
                     self._heed_all(max(batch.until - now, 0.0005))
                 elif not self._heed_all(0.0):
-                    if not self._adopt() and not self._time_teacher(now - last_work):
+                    if not self._adopt() and not self._time_teachers(now - last_work):
                         self._heed_all(_IDLE_SECONDS)
                     continue
             if self._adopting:
@@ -152,7 +155,7 @@ class Engine:
             self._adopting = True
         elif isinstance(command, UsePolicy):
             try:
-                self._loop.policy = make_policy(command.policy, self._model.costs)
+                self._loop.policy = make_policy(command.policy, self._costs)
             except ValueError as error:
                 log.error("%s", error)
         elif isinstance(command, Stop):
@@ -171,10 +174,10 @@ class Engine:
             return
         log.warning("a batch of %d at %s raised (%s); trying each alone", len(batch.tickets), batch.key.label, error)
         if isinstance(error, torch.OutOfMemoryError):
-            self._model.costs.narrow(batch.key, batch.rows)
+            self._costs.narrow(batch.key, batch.rows)
         # Out here no traceback keeps the failed batch's tensors: what fits alone must not fail for lack of memory.
         del error
-        if self._model.backbone.device.type == "cuda":
+        if self._models[batch.key.model].backbone.device.type == "cuda":
             torch.cuda.empty_cache()
         for ticket in batch.tickets:
             single = self._loop.again(ticket, batch.key)
@@ -185,30 +188,32 @@ class Engine:
         started = time.perf_counter()
         gap = 0.0 if self._batch_over is None else started - self._batch_over
         try:
-            done = self._runner.run(batch.key, batch.tickets)
-            if self._model.backbone.device.type == "cuda":
-                torch.cuda.synchronize(self._model.backbone.device)
+            done = self._runners[batch.key.model].run(batch.key, batch.tickets)
+            device = self._models[batch.key.model].backbone.device
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         except torch.AcceleratorError as error:
             raise DeviceBroken(f"{type(error).__name__}: {error}") from error
         except Exception as error:
             self._loop.raised(batch, error, last)
             if last:
                 self._door.send(Busy(_LONGEST_LOAD_SECONDS))  # it may probe
-                self._breaker.failed(error)
+                self._breakers[batch.key.model].failed(error)
             return error
         self._batch_over = time.perf_counter()
         self._finish(batch, done, self._batch_over - started, gap)
         return None
 
     def _finish(self, batch: Batch, done: Done, seconds: float, gap: float) -> None:
-        self._breaker.succeeded()
+        model = self._models[batch.key.model]
+        self._breakers[batch.key.model].succeeded()
         now = time.monotonic()
         if batch.key.kind == "encode":
             for request in {id(p.request): p.request for p in batch.pictures}.values():
                 self._door.send(Encoded(request.work.id, request.text_tokens, request.cut_tokens))
-        widths = compiled_buckets(self._model.lanes[batch.key.lane], batch.key)
-        if widths and max(widths) < max(self._model.costs.widths(batch.key)):
-            self._model.costs.narrow(batch.key, max(widths) + 1)  # the wider ones ran out of memory
+        widths = compiled_buckets(model.lanes[batch.key.lane], batch.key)
+        if widths and max(widths) < max(self._costs.widths(batch.key)):
+            self._costs.narrow(batch.key, max(widths) + 1)  # the wider ones ran out of memory
         gone = {ticket.request for ticket in batch.tickets if ticket.request.over}
         self._loop.ended(batch, seconds, now, done.shown, done.rows, gap)
         for ticket, pixels in zip(batch.tickets, done.pixels, strict=bool(done.pixels)):
@@ -227,45 +232,48 @@ class Engine:
         """Take over one engine that was built; False where there is none to take over."""
         if not self._adopting:
             return False
-        for lane, live in self._model.live.items():
-            if not live.complete:
-                self._door.send(Busy(_LONGEST_LOAD_SECONDS))
-            place = live.adopt_next()
-            if place is not None:
-                self._opened(lane, place)
-                return True
+        for model in self._models.values():
+            for lane, live in model.live.items():
+                if not live.complete:
+                    self._door.send(Busy(_LONGEST_LOAD_SECONDS))
+                place = live.adopt_next()
+                if place is not None:
+                    self._opened(model, lane, place)
+                    return True
         self._adopting = False
         return False
 
-    def _opened(self, lane: str, place: tuple[str, str | None]) -> None:
+    def _opened(self, model: DeviceModel, lane: str, place: tuple[str, str | None]) -> None:
         """Time a station that runs on something else now, and tell."""
         component, size = place
-        for key in (*self._model.card.stations(), *self._model.card.preview_stations()):
+        for key in (*model.card.stations(), *model.card.preview_stations()):
             at = None if key.size is None else str(key.size)
             if key.lane != lane or COMPONENTS[key.kind] != component or (at != size and size is not None):
                 continue
             try:
-                costs = measure_station(self._model.lanes, key, self._model.max_batch)
+                costs = measure_station(model.lanes, key, model.max_batch)
             except torch.OutOfMemoryError as error:
                 log.warning("%s: its engine could not be timed (%s)", key.label, error)
-                costs = {width: self._model.costs.seconds(key, width) for width in self._model.costs.widths(key)}
-            self._model.costs.replace(key, costs)
-            memory = {name: held for live in self._model.live.values() for name, held in live.memory().items()}
-            buckets = compiled_buckets(self._model.lanes[lane], key)
-            complete = all(live.complete for live in self._model.live.values())
+                costs = {width: self._costs.seconds(key, width) for width in self._costs.widths(key)}
+            self._costs.replace(key, costs)
+            memory = {name: held for live in model.live.values() for name, held in live.memory().items()}
+            buckets = compiled_buckets(model.lanes[lane], key)
+            complete = all(live.complete for live in model.live.values())
             self._door.send(Changed(key, buckets, tuple(costs.items()), complete, memory))
-        self._door.send(Baselines(self._model.baselines()))
+        self._door.send(Baselines(model.baselines(), model.card.place))
 
-    def _time_teacher(self, quiet: float) -> bool:
-        """Time the eager teacher again where nothing has run for a while; False where that is not due."""
-        teacher = self._model.teacher
-        if teacher is None or quiet < _QUIET_SECONDS or not teacher.due:
-            return False
-        self._door.send(Busy(60.0 + 20.0 * teacher.baseline().guided_step_seconds))
-        try:
-            teacher.time_again()
-        except RuntimeError as error:
-            log.warning("the eager teacher is not timed again: %s", error)
-            teacher.frozen = True
-        self._door.send(Baselines(self._model.baselines()))
-        return True
+    def _time_teachers(self, quiet: float) -> bool:
+        """Time an eager teacher again where nothing has run for a while; False where none is due."""
+        for model in self._models.values():
+            teacher = model.teacher
+            if teacher is None or quiet < _QUIET_SECONDS or not teacher.due:
+                continue
+            self._door.send(Busy(60.0 + 20.0 * teacher.baseline().guided_step_seconds))
+            try:
+                teacher.time_again()
+            except RuntimeError as error:
+                log.warning("the eager teacher is not timed again: %s", error)
+                teacher.frozen = True
+            self._door.send(Baselines(model.baselines(), model.card.place))
+            return True
+        return False

@@ -28,7 +28,7 @@ from server.core.costs import CostTable
 from server.core.stations import STUDENT, TEACHER
 from server.device.baseline import EagerTeacher
 from server.device.measuring import compiled_buckets, measure_station
-from server.device.model import DeviceModel
+from server.device.model import DeviceModel, Loaded
 from server.device.settings import EngineSettings
 
 log = logging.getLogger("rmd.server")
@@ -39,23 +39,48 @@ _EAGER = "eager"
 _KEPT_BYTES = 1 << 30  # of the eager teacher's denoiser, kept beside its engines so that it can be timed again
 
 
-def load_model(settings: EngineSettings, report: Report) -> DeviceModel:
-    """Load, warm and measure everything that is served.
+def load_models(settings: EngineSettings, report: Report) -> Loaded:
+    """Load every checkpoint. One that cannot be loaded is named, and the others are served.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: none of them can be loaded; the message says why not the first.
+        torch.AcceleratorError: the device is broken.
+    """
+    models, missing = list[DeviceModel](), dict[str, str]()
+    first: Exception | None = None
+    for index, (_, model_id) in enumerate(settings.checkpoints):
+        try:
+            models.append(load_model(settings, report, index))
+        except torch.AcceleratorError:
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            first = first or error
+            missing[model_id] = f"{type(error).__name__}: {error}"
+            log.error("the model '%s' is not served: %s", model_id, missing[model_id])
+    if first is not None and not models:
+        raise first
+    return Loaded(models, missing)
+
+
+def load_model(settings: EngineSettings, report: Report, index: int = 0) -> DeviceModel:
+    """Load, warm and measure one of the checkpoints.
 
     Args:
-        settings: which checkpoint, device and engines.
+        settings: which checkpoints, device and engines.
         report: called with (done, total, what), which ``/health/ready`` shows.
+        index: of the checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint cannot be used; the message names the file and the way out.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    report(0, 4, "reading the checkpoint")
-    checkpoint = CheckpointFolder.read(settings.checkpoint)
+    folder, model_id = settings.checkpoints[index]
+    report(0, 4, f"reading {model_id}")
+    checkpoint = CheckpointFolder.read(folder)
     options = _choose_engines(settings, checkpoint)
 
-    report(1, 4, "loading the weights")
+    report(1, 4, f"loading the weights of {model_id}")
     dtype = parse_dtype(settings.dtype, settings.device)
     backbone = get_backbone(checkpoint.backbone_name).load(checkpoint.path, dtype=dtype, device=settings.device)
     teacher = _load_teacher(settings, checkpoint, dtype)
@@ -64,9 +89,9 @@ def load_model(settings: EngineSettings, report: Report) -> DeviceModel:
     if teacher is not None and teacher_cascade is not None and settings.serve_teacher:
         lanes[TEACHER] = teacher
         schedules[TEACHER_SCHEDULE] = Schedule(TEACHER_SCHEDULE, teacher_cascade, TEACHER)
-    card = _card(settings, checkpoint, backbone, schedules)
+    card = _card(model_id, checkpoint, backbone, schedules, place=model_id if index else "")
 
-    report(2, 4, "timing the eager teacher")
+    report(2, 4, f"timing the eager teacher of {model_id}")
     eager = None
     if settings.measure_teacher and checkpoint.teacher is not None:
         # Its own network, or the student's, which has its shape. Eager: no engine has been taken over yet.
@@ -120,12 +145,12 @@ def _load_teacher(settings: EngineSettings, checkpoint: CheckpointFolder, dtype:
 
 
 def _card(
-    settings: EngineSettings, checkpoint: CheckpointFolder, backbone: Backbone, schedules: Mapping[str, Schedule]
+    model_id: str, checkpoint: CheckpointFolder, backbone: Backbone, schedules: Mapping[str, Schedule], place: str
 ) -> ModelCard:
     sizes = {step.size for schedule in schedules.values() for step in schedule.cascade.steps}
     tokenizers = backbone.tokenizers if isinstance(backbone, DiffusersBackbone) else {}
     return ModelCard(
-        model_id=settings.model_id,
+        model_id=model_id,
         created=int((checkpoint.path / CASCADE_FILE).stat().st_mtime),
         media=backbone.media,
         frames_per_second=backbone.frames_per_second,
@@ -133,6 +158,7 @@ def _card(
         default=checkpoint.default,
         tokens={str(size): backbone.tokens(size) for size in sizes},
         text_limit=max(tokenizers.values(), default=0),
+        place=place,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from engines.live import LiveExecutor
 from rmd.backbones.base import Backbone
@@ -39,10 +39,32 @@ class DeviceModel:
             size, live = schedule.cascade.full_size, self.live.get(TEACHER)
             if live is not None and live.buckets("denoiser", size):
                 # Timed in the same minutes, so as steady as the eager one.
-                known.append(compiled_baseline(self.costs, size, schedule.cascade.num_steps, known[0].spread))
+                steps, spread = schedule.cascade.num_steps, known[0].spread
+                known.append(compiled_baseline(self.costs, size, steps, spread, self.card.place))
         return tuple(known)
 
     @property
     def backbone(self) -> Backbone:
         """The student."""
         return self.lanes[STUDENT]
+
+
+@dataclass
+class Loaded:
+    """All that one engine serves.
+
+    Attributes:
+        models: at least one.
+        missing: why each checkpoint that could not be loaded could not, by model id.
+    """
+
+    models: Sequence[DeviceModel]
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Have all models learn in one table: they share one device and one scheduler."""
+        self.costs = CostTable({})
+        for model in self.models:
+            for key, widths in model.costs.table().items():
+                self.costs.replace(key, widths)
+            model.costs = self.costs

@@ -8,7 +8,6 @@ import torch
 
 from server.device.baseline import denoiser_work
 from server.device.model import DeviceModel
-from server.device.steps import StageRunner
 
 log = logging.getLogger("rmd.server")
 
@@ -24,11 +23,10 @@ class Breaker:
 
     Args:
         model: what the probe runs: one prompt, one step at each size, one decoding.
-        runner: of the same model.
     """
 
-    def __init__(self, model: DeviceModel, runner: StageRunner) -> None:
-        self._model, self._runner = model, runner
+    def __init__(self, model: DeviceModel) -> None:
+        self._model = model
         self._failures = 0
 
     def succeeded(self) -> None:

@@ -33,11 +33,11 @@ def main() -> None:
     door = Door(settings.address, settings.parent)
     try:
         from server.device.engine import Engine
-        from server.device.loading import load_model
+        from server.device.loading import load_models
 
         engine = Engine(
             door,
-            lambda report: load_model(settings, report),
+            lambda report: load_models(settings, report),
             settings.policy,
             settings.film_seconds,
             int(settings.prompt_megabytes * 1e6),

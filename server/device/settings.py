@@ -14,12 +14,12 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         address: of the front's door.
         parent: the front's process id.
+        checkpoints: (folder, model id) of each.
     """
 
     address: str
     parent: int
-    checkpoint: str
-    model_id: str
+    checkpoints: tuple[tuple[str, str], ...]
     engines: str
     backend: str
     device: str

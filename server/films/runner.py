@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +74,12 @@ class FilmMaker:
 
 
 class JobRunner:
-    """The video jobs of one served model: accepts, runs, cancels and keeps them.
+    """The video jobs of one server: accepts, runs, cancels and keeps them.
 
     Args:
         store, shelf: where jobs and their films are kept.
         maker: what makes the films.
-        model: the served model's id.
+        models: the ids of the served models that make films.
         limits: see :class:`JobLimits`.
         seconds_per_film: expected work on one film, for Retry-After.
     """
@@ -89,13 +89,13 @@ class JobRunner:
         store: JobStore,
         shelf: FilmShelf,
         maker: FilmMaker,
-        model: str,
+        models: Collection[str],
         limits: JobLimits,
         seconds_per_film: float = 1.0,
     ) -> None:
         self.store, self.shelf = store, shelf
         self._maker = maker
-        self._model = model
+        self._models = models
         self._limits = limits
         self._seconds_per_film = seconds_per_film
         self._worker = uuid.uuid4().hex
@@ -129,7 +129,7 @@ class JobRunner:
             RequestError: 429 where too many wait.
         """
         with self._admitting:
-            waiting = self.store.count_open(self._model)
+            waiting = self.store.count_open(self._models)
             if waiting >= self._limits.queue:
                 surplus = waiting - self._limits.queue + 1
                 raise RequestError(
@@ -155,7 +155,7 @@ class JobRunner:
     def counts(self) -> dict[str, int]:
         """Return the number of this model's jobs by status; none where the database does not answer."""
         try:
-            return self.store.counts(self._model)
+            return self.store.counts(self._models)
         except SQLAlchemyError:
             return {}
 
@@ -194,7 +194,7 @@ class JobRunner:
         """Give waiting jobs to the executor while it takes them."""
         while len(self._running) < (1 if self._suspect else self._limits.together):
             now = time.time()
-            job = self.store.claim(self._model, self._worker, now, now + _LEASE_SECONDS)
+            job = self.store.claim(self._models, self._worker, now, now + _LEASE_SECONDS)
             if job is None:
                 return
             if job.attempts >= _MOST_ATTEMPTS:

@@ -8,7 +8,7 @@ change of a job's state is one conditional UPDATE, so that of two that race only
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -163,24 +163,24 @@ class JobStore:
         with self._session() as session, session.begin():
             session.execute(delete(VideoJob).where(VideoJob.id == job_id, VideoJob.status.not_in(_OPEN)))
 
-    def count_open(self, model: str) -> int:
-        """Return how many jobs of a model wait or are worked on."""
-        query = select(func.count()).where(VideoJob.status.in_(_OPEN), VideoJob.model == model)
+    def count_open(self, models: Collection[str]) -> int:
+        """Return how many jobs of these models wait or are worked on."""
+        query = select(func.count()).where(VideoJob.status.in_(_OPEN), VideoJob.model.in_(models))
         with self._session() as session:
             return session.scalar(query) or 0
 
-    def counts(self, model: str) -> dict[str, int]:
-        """Return the number of a model's jobs by status."""
-        query = select(VideoJob.status, func.count()).where(VideoJob.model == model).group_by(VideoJob.status)
+    def counts(self, models: Collection[str]) -> dict[str, int]:
+        """Return the number of these models' jobs by status."""
+        query = select(VideoJob.status, func.count()).where(VideoJob.model.in_(models)).group_by(VideoJob.status)
         with self._session() as session:
             found = dict(session.execute(query).tuples().all())
         return {status: found.get(status, 0) for status in _OPEN + _ENDED}
 
     # -- the worker --------------------------------------------------------------------------------------------------
 
-    def claim(self, model: str, worker: str, now: float, lease_until: float) -> VideoJob | None:
-        """Take the oldest job of a model that nobody holds; None where there is none."""
-        free = (VideoJob.model == model, VideoJob.status.in_(_OPEN), VideoJob.lease_until <= now)
+    def claim(self, models: Collection[str], worker: str, now: float, lease_until: float) -> VideoJob | None:
+        """Take the oldest job of these models that nobody holds; None where there is none."""
+        free = (VideoJob.model.in_(models), VideoJob.status.in_(_OPEN), VideoJob.lease_until <= now)
         while True:
             with self._session() as session:
                 found = session.scalar(select(VideoJob).where(*free).order_by(VideoJob.number).limit(1))

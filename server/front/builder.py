@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from engines.background import BackgroundBuild
 from engines.progress import BuildProgress
@@ -18,57 +19,82 @@ _NICENESS = 10  # at 19 a server that is never idle would never get its engines
 
 
 class EngineBuilder:
-    """Builds what is missing, once, in a process of its own at low priority.
+    """Builds what is missing, one checkpoint after the other, in processes of their own at low priority.
 
     Args:
-        settings: which checkpoint, engines and device.
+        settings: which checkpoints, engines and device.
         on_built: called after each engine that has come into the store.
     """
 
     def __init__(self, settings: ServerSettings, on_built: Callable[[], None]) -> None:
         self._settings, self._on_built = settings, on_built
         self._lock = threading.Lock()
-        self._build: BackgroundBuild | None = None
-        self._done = 0
+        self._builds: list[BackgroundBuild] = []
+        self._thread: threading.Thread | None = None
 
     @property
     def progress(self) -> BuildProgress | None:
-        """How far the build is; None where none runs."""
-        build = self._build
-        return build.progress if build is not None and build.state == "running" else None
+        """How far the present build is; None where none runs."""
+        return next((build.progress for build in self._builds if build.state == "running"), None)
 
     @property
     def failure(self) -> str | None:
         """Why an engine could not be built; its station goes on as it is."""
-        return str(self._build.error) if self._build is not None and self._build.error is not None else None
+        return next((str(build.error) for build in self._builds if build.error is not None), None)
 
-    def look(self, card: ModelCard) -> None:
-        """Start building where a station of the model may want an engine."""
+    def look(self, cards: Sequence[ModelCard]) -> None:
+        """Start building where a station of a model may want an engine."""
         settings = self._settings
         with self._lock:
-            if not settings.build_missing or card.executor_kind == _EAGER or self._build is not None or card.complete:
+            if not settings.build_missing or self._thread is not None:
                 return
-            self._build = BackgroundBuild(
-                settings.checkpoint,
-                settings.engines,
-                card.executor_kind,
-                settings.engine_devices[0].partition(":")[0],
-                settings.dtype,
-                settings.buckets,
-                settings.threads,
-                niceness=_NICENESS,
-                report=self._report,
-            )
+            folders = {model_id: folder for folder, model_id in settings.models}
+            wanted = [card for card in cards if card.executor_kind != _EAGER and not card.complete]
+            if not wanted:
+                return
+            for card in wanted:
+                reporter = _Reporter(card.model_id, self._on_built)
+                self._builds.append(self._build(folders[card.model_id], card.executor_kind, reporter))
+            self._thread = threading.Thread(target=self._run, name="rmd-build", daemon=True)
         log.info("building engines beside serving; stations change over as they are ready")
-        self._build.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """End the build; what is complete stays."""
-        if self._build is not None:
-            self._build.stop()
+        for build in self._builds:
+            build.stop()
 
-    def _report(self, progress: BuildProgress) -> None:
+    def _build(self, folder: Path, backend: str, report: Callable[[BuildProgress], None]) -> BackgroundBuild:
+        settings = self._settings
+        return BackgroundBuild(
+            folder,
+            settings.engines,
+            backend,
+            settings.engine_devices[0].partition(":")[0],
+            settings.dtype,
+            settings.buckets,
+            settings.threads,
+            niceness=_NICENESS,
+            report=report,
+        )
+
+    def _run(self) -> None:
+        for build in self._builds:
+            try:
+                build.start()
+            except RuntimeError:  # it was stopped first
+                return
+            build.wait()
+
+
+class _Reporter:
+    """Says when a build has another engine."""
+
+    def __init__(self, model_id: str, on_built: Callable[[], None]) -> None:
+        self._model_id, self._on_built, self._done = model_id, on_built, 0
+
+    def __call__(self, progress: BuildProgress) -> None:
         if progress.done > self._done:
             self._done = progress.done
-            log.info("%d of %d engines are built (%s)", progress.done, progress.total, progress.current)
+            log.info("%s: %d of %d engines are built (%s)", self._model_id, progress.done, progress.total, progress.current)
             self._on_built()

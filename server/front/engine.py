@@ -149,8 +149,7 @@ def engine_settings(settings: ServerSettings, device: str, address: str) -> Engi
     return EngineSettings(
         address=address,
         parent=os.getpid(),
-        checkpoint=str(settings.checkpoint),
-        model_id=settings.model_id,
+        checkpoints=tuple((str(folder), model_id) for folder, model_id in settings.models),
         engines=str(settings.engines),
         backend=settings.backend,
         device=device,

@@ -60,7 +60,7 @@ class Fleet:
         package_threads: threads that compress pictures.
         limits: when an engine counts as hung.
         on_progress: told (done, total, what) while the first engine loads.
-        on_ready: told each time an engine is ready, with its card.
+        on_ready: told each time an engine is ready, with its cards.
         on_failed: told why, once no engine is left or will come.
         on_picture: told of each finished picture.
     """
@@ -73,7 +73,7 @@ class Fleet:
         package_threads: int = 2,
         limits: WatchLimits | None = None,
         on_progress: Callable[[int, int, str], None] = lambda done, total, text: None,
-        on_ready: Callable[[ModelCard], None] = lambda card: None,
+        on_ready: Callable[[Sequence[ModelCard]], None] = lambda cards: None,
         on_failed: Callable[[str], None] = lambda reason: None,
         on_picture: Callable[[Generation, FinishedPicture], None] = lambda generation, picture: None,
     ) -> None:
@@ -111,8 +111,8 @@ class Fleet:
 
     @property
     def lead(self) -> Member | None:
-        """The first engine that is ready, or else was: its card and costs stand for all."""
-        known = [member for member in self.members if member.card is not None]
+        """The first engine that is ready, or else was: its cards and costs stand for all."""
+        known = [member for member in self.members if member.cards]
         return next((member for member in known if member.health is Health.READY), known[0] if known else None)
 
     def submit(self, generation: Generation) -> None:
@@ -148,7 +148,8 @@ class Fleet:
 
     def depths(self) -> dict[str, int]:
         """Return how many pictures wait at each station, by label."""
-        return self._ledger.depths(key for m in self.members if m.card is not None for key in m.card.stations())
+        cards = [card for member in self.members for card in member.cards.values()]
+        return self._ledger.depths(key for card in cards for key in card.stations())
 
     def stop(self, timeout: float) -> None:
         """Let the batches that run finish, fail whatever is left with 503, and end every engine."""
@@ -270,7 +271,7 @@ class Fleet:
         elif isinstance(message, Ended):
             members = () if member.batch is None else member.batch.members
             member.ended(message)
-            self._ledger.ended(message, members, member.card)
+            self._ledger.ended(message, members, member.cards.get(message.key.model))
             if self._stopping and message.batch >= self._last_batches.get(member.index, 0):
                 # The batches that run are finished, and no further ones of theirs.
                 onward = {moved.id for moved in message.moved if moved.station is not None}
@@ -289,8 +290,8 @@ class Fleet:
                 self._on_progress(message.done, message.total, message.text)
         elif isinstance(message, Ready):
             member.ready(message)
-            self._on_ready(message.card)
-            if not message.card.complete:  # what was built while it loaded
+            self._on_ready(message.cards)
+            if not all(card.complete for card in message.cards):  # what was built while it loaded
                 self._outbox.append((member, Adopt()))
             self._place_all()
         elif isinstance(message, Changed):
@@ -305,8 +306,9 @@ class Fleet:
     # -- placing (called with the lock held) ---------------------------------------------------------------------------
 
     def _place(self, generation: Generation) -> None:
-        """Give a request to the engine that will have finished it first; to none where none is ready."""
-        ready = [member for member in self.members if member.health is Health.READY]
+        """Give a request to the engine that will have finished it first; to none where none is ready that can."""
+        model = generation.work.model
+        ready = [member for member in self.members if member.health is Health.READY and model in member.cards]
         if ready:
             cost = generation.costs[0]
             member = min(ready, key=lambda each: self._ledger.work_before(cost, each.index)) if ready[1:] else ready[0]

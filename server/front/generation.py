@@ -17,13 +17,19 @@ from server.front.media import OutputFormat
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """What was asked for, validated. ``seeds`` holds one entry a picture."""
+    """What was asked for, validated.
+
+    Attributes:
+        seeds: one a picture.
+        model: whose schedule, see :attr:`ModelCard.place`.
+    """
 
     prompt: str
     schedule: str
     cascade: Cascade
     lane: str
     seeds: tuple[int, ...]
+    model: str = ""
     negative_prompt: str = ""
     guidance_scale: float | None = None
     noise_intensity: float | None = None
@@ -40,6 +46,16 @@ class GenerationSpec:
     def film(self) -> bool:
         """True where a film is asked for."""
         return self.frames_per_second is not None
+
+    @property
+    def label(self) -> str:
+        """The schedule as metrics name it: another model's than the first has its id in front."""
+        return of_model(self.model, self.schedule)
+
+
+def of_model(place: str, name: str) -> str:
+    """Return what metrics call something of a model."""
+    return f"{place} {name}" if place else name
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,7 @@ class Generation:
         self.engine: int | None = None
         self.strikes = 0
         self.shown: set[tuple[int, int]] = set()
-        self.places = [Place(StationKey("encode")) for _ in spec.seeds]
+        self.places = [Place(StationKey("encode", model=spec.model)) for _ in spec.seeds]
 
     @property
     def id(self) -> str:

@@ -99,7 +99,8 @@ class Ledger:
             generation.strikes += suspect
             places = generation.places
             generation.places = [
-                place if place.decoded or place.left else Place(StationKey("encode")) for place in places
+                place if place.decoded or place.left else Place(StationKey("encode", model=generation.spec.model))
+                for place in places
             ]
             done = tuple(i for i, place in enumerate(places) if place.decoded or place.left)
             generation.work = msgspec.structs.replace(generation.work, done=done, alone=generation.strikes > 0)
@@ -239,7 +240,7 @@ class Ledger:
             metrics.tokens.labels(label).inc(message.rows * card.tokens.get(str(message.key.size), 0))
 
     def _count_picture(self, generation: Generation, picture: FinishedPicture) -> None:
-        schedule, record = generation.spec.schedule, picture.record
+        schedule, record = generation.spec.label, picture.record
         self._metrics.pictures.labels(schedule).inc()
         self._metrics.queue_seconds.labels(schedule).observe(record.queue)
         self._metrics.decode_seconds.observe(record.decode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -60,7 +60,9 @@ class Member:
         self._start, self._limits = start, limits
         self.health = Health.LOADING
         self.link: EngineLink | None = None
-        self.card: ModelCard | None = None
+        self.cards: dict[str, ModelCard] = {}
+        """By place; empty until it was ready once."""
+        self.missing: Mapping[str, str] = {}
         self.costs = CostTable({})
         self.batch: Began | None = None
         self.reason = ""
@@ -90,7 +92,7 @@ class Member:
         now = time.monotonic()
         self._failures.append(now)
         often = len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURE_WINDOW_SECONDS
-        self.health = Health.DEAD if often or (self.usage and self.card is None) else Health.DOWN
+        self.health = Health.DEAD if often or (self.usage and not self.cards) else Health.DOWN
         pause = min(2.0 ** (len(self._failures) - 2), _LONGEST_PAUSE_SECONDS) if len(self._failures) > 1 else 0.0
         self._restart_at = now + pause
 
@@ -136,28 +138,31 @@ class Member:
     # -- what it says --------------------------------------------------------------------------------------------------
 
     def ready(self, message: Ready) -> None:
-        """Its model is loaded."""
+        """Its models are loaded."""
         widths: dict[object, dict[int, float]] = {}
         for key, rows, seconds in message.costs:
             widths.setdefault(key, {})[rows] = seconds
         self.costs = CostTable(widths)  # type: ignore[arg-type]
-        self.card, self.health, self.usage = message.card, Health.READY, False
+        self.cards = {card.place: card for card in message.cards}
+        self.missing, self.health, self.usage = message.missing, Health.READY, False
 
     def changed(self, message: Changed) -> None:
         """One of its stations runs on something else."""
         self.costs.replace(message.key, dict(message.costs))
-        if self.card is not None:
-            self.card = replace(
-                self.card,
-                compiled={**self.card.compiled, message.key.label: message.compiled},
+        card = self.cards.get(message.key.model)
+        if card is not None:
+            self.cards[card.place] = replace(
+                card,
+                compiled={**card.compiled, message.key.label: message.compiled},
                 complete=message.complete,
-                memory_bytes={**self.card.memory_bytes, **message.memory_bytes},
+                memory_bytes={**card.memory_bytes, **message.memory_bytes},
             )
 
     def timed_teacher(self, message: Baselines) -> None:
-        """The teacher has been timed again."""
-        if self.card is not None:
-            self.card = replace(self.card, baselines=message.baselines)
+        """A teacher has been timed again."""
+        card = self.cards.get(message.model)
+        if card is not None:
+            self.cards[card.place] = replace(card, baselines=message.baselines)
 
     def began(self, message: Began) -> None:
         """A batch runs."""

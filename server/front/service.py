@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,7 +23,7 @@ from server.front.builder import EngineBuilder
 from server.front.engine import EngineLink, EngineProcess
 from server.front.files import FileStore
 from server.front.fleet import Fleet
-from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec
+from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec, of_model
 from server.front.idempotency import IdempotencyStore
 from server.front.member import Health, WatchLimits
 from server.start.settings import ServerSettings
@@ -56,7 +56,7 @@ class Progress:
 
 
 Starts = Sequence[tuple[str, Callable[[], EngineLink]]]
-JobsOpener = Callable[["Service", ModelCard], JobRunner]
+JobsOpener = Callable[["Service", Sequence[ModelCard]], JobRunner]
 
 
 class Service:
@@ -64,7 +64,7 @@ class Service:
 
     Args:
         settings: see :class:`ServerSettings`.
-        open_jobs: opens the video jobs of a model that makes films.
+        open_jobs: opens the video jobs of the models that make films.
         starts: by device, what starts an engine on it; default: a process for each of the settings' devices.
         on_failed: told why, where no engine can be had.
         on_progress: told how far the start is.
@@ -89,13 +89,13 @@ class Service:
         self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6), share=share)
         self.progress = Progress()
         self.failure: str | None = None
-        self._card: ModelCard | None = None
+        self._loaded = False
         self._draining = False
         self._open_jobs = open_jobs
         self._notify_failed = on_failed
         self._notify_progress = on_progress
         self._jobs: JobRunner | None = None
-        self._recent: dict[str, deque[float]] = {}
+        self._recent: dict[tuple[str, str], deque[float]] = {}  # by model and schedule
         self._recent_lock = threading.Lock()
         self.builder = EngineBuilder(settings, on_built=lambda: self.fleet.adopt())
         self.fleet = Fleet(
@@ -118,7 +118,7 @@ class Service:
             return State.FAILED
         if self._draining:
             return State.DRAINING
-        return State.LOADING if self._card is None else State.READY
+        return State.READY if self._loaded else State.LOADING
 
     @property
     def alive(self) -> bool:
@@ -153,17 +153,31 @@ class Service:
     # -- requests --------------------------------------------------------------------------------------------------
 
     @property
-    def card(self) -> ModelCard:
-        """What is served, whatever the drain state.
+    def cards(self) -> tuple[ModelCard, ...]:
+        """What is served, whatever the drain state; at least one.
 
         Raises:
             RequestError: 503 while it is loading, or where loading failed.
         """
         lead = self.fleet.lead
-        if self._card is None or lead is None or lead.card is None:
+        if not self._loaded or lead is None:
             what = "could not load its model" if self.failure else f"is still loading ({self.progress.text})"
             raise RequestError(Fault.NOT_READY, f"The server {what}; see /health/ready.", retry_after=5)
-        return lead.card
+        return tuple(lead.cards.values())
+
+    def card(self, place: str) -> ModelCard:
+        """One of them, by its place.
+
+        Raises:
+            RequestError: 503 as for :attr:`cards`.
+        """
+        return next(card for card in self.cards if card.place == place)
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """Why each checkpoint that could not be loaded could not, by model id."""
+        lead = self.fleet.lead
+        return {} if lead is None else lead.missing
 
     @property
     def costs(self) -> CostTable:
@@ -177,7 +191,7 @@ class Service:
             text = "The server is finishing its last requests before it stops."
             raise RequestError(Fault.DRAINING, text, retry_after=5)
         if self.state is not State.READY or not self.alive:
-            _ = self.card
+            _ = self.cards
             raise RequestError(Fault.NOT_READY, "The server has no engine left; see /health/ready.", retry_after=5)
 
     @property
@@ -185,13 +199,13 @@ class Service:
         """The video jobs.
 
         Raises:
-            RequestError: 503 while the model is loading, 404 where it makes pictures.
+            RequestError: 503 while the models are loading, 404 where none makes films.
         """
-        card = self.card
+        cards = self.cards
         if self._jobs is None:
             raise RequestError(
                 Fault.NOT_FOUND,
-                f"The model '{card.model_id}' makes pictures, not films; use /v1/images/generations.",
+                f"The model '{cards[0].model_id}' makes pictures, not films; use /v1/images/generations.",
                 code="model_makes_pictures",
             )
         return self._jobs
@@ -219,6 +233,7 @@ class Service:
                 prompt=spec.prompt,
                 schedule=spec.schedule,
                 seeds=spec.seeds,
+                model=spec.model,
                 negative_prompt=spec.negative_prompt,
                 guidance_scale=spec.guidance_scale,
                 noise_intensity=spec.noise_intensity,
@@ -255,7 +270,8 @@ class Service:
             )
 
     def _costs(self, spec: GenerationSpec, how: str) -> tuple[float, ...]:
-        return step_costs(self.costs, spec.cascade, spec.lane, partial_images=spec.partial_images, how=how)
+        told = {"model": spec.model, "how": how}
+        return step_costs(self.costs, spec.cascade, spec.lane, partial_images=spec.partial_images, **told)
 
     def _check_backlog(self, count: int, pixels: int, alone: float, shared: float) -> None:
         """Refuse a request that would not be ready in time behind those that are here.
@@ -286,33 +302,37 @@ class Service:
     def snapshot(self) -> Snapshot:
         """Return the state that the gauges show."""
         lead, now = self.fleet.lead, time.monotonic()
-        card = None if lead is None else lead.card
+        cards = {} if lead is None else dict(lead.cards)
         with self._recent_lock:
-            means = {name: sum(window) / len(window) for name, window in self._recent.items() if window}
-        baselines = card.baselines if card else ()
+            means = {place: sum(window) / len(window) for place, window in self._recent.items() if window}
+        baselines = {of_model(place, each.kind): each for place, card in cards.items() for each in card.baselines}
         speedup = {
-            (name, kind): ratio
-            for name, mean in means.items()
-            for kind, ratio in (card.speedups(mean) if card else {}).items()
+            (of_model(place, name), kind): ratio
+            for (place, name), mean in means.items()
+            if place in cards
+            for kind, ratio in cards[place].speedups(mean).items()
         }
+        stations = [key for card in cards.values() for key in card.stations()]
         return Snapshot(
             ready=self.ready,
             draining=self.state is State.DRAINING,
-            load_progress=1.0 if card else self.progress.done / max(self.progress.total, 1),
+            load_progress=1.0 if cards else self.progress.done / max(self.progress.total, 1),
             in_flight_requests=self.admission.requests,
             in_flight_items=self.admission.items,
             queue_capacity_items=self.admission.max_items,
             queue_depth=self.fleet.depths(),
-            batch_width={key.label: lead.costs.widest(key) for key in card.stations()} if card and lead else {},
-            engine_memory_bytes=card.memory_bytes if card else {},
-            teacher_seconds={baseline.kind: baseline.seconds for baseline in baselines},
-            teacher_age_seconds={baseline.kind: now - baseline.measured for baseline in baselines},
-            teacher_spread={baseline.kind: baseline.spread for baseline in baselines},
+            batch_width={key.label: lead.costs.widest(key) for key in stations} if lead else {},
+            engine_memory_bytes={
+                of_model(place, name): held for place, card in cards.items() for name, held in card.memory_bytes.items()
+            },
+            teacher_seconds={kind: baseline.seconds for kind, baseline in baselines.items()},
+            teacher_age_seconds={kind: now - baseline.measured for kind, baseline in baselines.items()},
+            teacher_spread={kind: baseline.spread for kind, baseline in baselines.items()},
             speedup=speedup,
             stored_file_bytes=self.files.stored_bytes,
             video_jobs=self._jobs.counts() if self._jobs else {},
             engine_up={str(each.index): each.health is Health.READY for each in self.fleet.members},
-            station_compiled={label: bool(buckets) for label, buckets in card.compiled.items()} if card else {},
+            station_compiled={label: bool(n) for card in cards.values() for label, n in card.compiled.items()},
         )
 
     # -- called by the fleet (its lock held) -----------------------------------------------------------------------
@@ -321,25 +341,26 @@ class Service:
         self.progress = progress
         self._notify_progress(progress)
 
-    def _ready(self, card: ModelCard) -> None:
-        self.builder.look(card)
-        if self._card is not None:  # an engine that was started again, or another one of several
+    def _ready(self, cards: Sequence[ModelCard]) -> None:
+        self.builder.look(cards)
+        if self._loaded:  # an engine that was started again, or another one of several
             return
-        default = card.schedules[card.default]
-        costs = step_costs(self.costs, default.cascade, default.lane)
+        first = cards[0].schedules[cards[0].default]
+        costs = step_costs(self.costs, first.cascade, first.lane, model=cards[0].place)
         self.admission.expect(costs[0] / len(self.fleet.members))
-        if card.films:
+        films = [card for card in cards if card.films]
+        if films:
             try:
-                self._jobs = self._open_jobs(self, card)
+                self._jobs = self._open_jobs(self, films)
             except (ValueError, OSError) as error:
                 self._failed(f"{type(error).__name__}: {error}")
                 return
         self.progress = Progress(self.progress.total, self.progress.total, READY_TEXT)
-        self._card = card
+        self._loaded = True
         if self._jobs is not None:
             self._jobs.start()  # only now are its films taken
         self._notify_progress(self.progress)
-        log.info("ready: %s on %s", card.model_id, card.executor_kind)
+        log.info("ready: %s", ", ".join(f"{card.model_id} on {card.executor_kind}" for card in cards))
 
     def _failed(self, reason: str) -> None:
         if not self._draining:
@@ -348,7 +369,8 @@ class Service:
 
     def _picture_done(self, generation: Generation, picture: FinishedPicture) -> None:
         with self._recent_lock:
-            window = self._recent.setdefault(generation.spec.schedule, deque(maxlen=_SPEEDUP_WINDOW))
+            place = (generation.spec.model, generation.spec.schedule)
+            window = self._recent.setdefault(place, deque(maxlen=_SPEEDUP_WINDOW))
             window.append(picture.record.compute)
 
 

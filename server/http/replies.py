@@ -97,7 +97,7 @@ def report(model: ModelCard, generation: Generation, pictures: Sequence[Finished
     records = [picture.record for picture in pictures]
     stages: list[StageReport] = []
     for size in dict.fromkeys(step.size for step in spec.cascade.steps):
-        label = StationKey("denoise", spec.lane, size).label
+        label = StationKey("denoise", spec.lane, size, spec.model).label
         stages.append(
             StageReport(
                 size=str(size),

@@ -1,4 +1,4 @@
-"""From a well-formed request to what the served model can do, or the error that names the field."""
+"""From a well-formed request to what the served models can do, or the error that names the field."""
 
 from __future__ import annotations
 
@@ -10,21 +10,39 @@ from server.core.card import ModelCard, Schedule
 from server.core.faults import Fault, RequestError
 from server.front.generation import GenerationSpec
 from server.front.media import OutputFormat
+from server.front.service import Service
 from server.http.schemas import LARGEST_SEED, GenerationRequest, ImageRequest, VideoRequest
 from server.start.settings import ServerSettings
 
 _SECONDS_TOLERANCE = 0.5
 
 
+def choose_model(name: str | None, service: Service, films: bool) -> ModelCard:
+    """Return the model a request names, or the first that makes what its route is for.
+
+    Raises:
+        RequestError: 503 while they are loading, 404 for a model that is not served, 400 for one that makes the other.
+    """
+    cards = service.cards
+    fitting = [card for card in cards if card.films == films]
+    model = next((card for card in (cards if name else fitting) if name in (None, "", card.model_id)), None)
+    if model is None and name:
+        raise unknown_model(name, service)
+    if model is None or model.films != films:
+        makes = f"'{(model or cards[0]).model_id}' makes"
+        if films:
+            raise _bad("model", f"{makes} pictures; use /v1/images/generations.", code="model_makes_pictures")
+        raise _bad("model", f"{makes} films; use /v1/videos.", code="model_makes_films")
+    return model
+
+
 def resolve(body: ImageRequest, model: ModelCard, settings: ServerSettings) -> GenerationSpec:
     """Check a request for pictures against the model and the limits.
 
     Raises:
-        RequestError: 400, 404 or 413 that names the field and the way out.
+        RequestError: 400 or 413 that names the field and the way out.
     """
-    _check_model_and_texts(body, model, settings)
-    if model.films:
-        raise _bad("model", f"'{model.model_id}' makes films; use /v1/videos.", code="model_makes_films")
+    _check_texts(body, settings)
     n = body.n or 1
     if n > settings.max_images:
         raise _bad("n", f"n is {n}; one request draws at most {settings.max_images} pictures.")
@@ -35,6 +53,7 @@ def resolve(body: ImageRequest, model: ModelCard, settings: ServerSettings) -> G
         schedule=schedule.name,
         cascade=_changed(body, schedule),
         lane=schedule.lane,
+        model=model.place,
         seeds=tuple((seed + i) % (LARGEST_SEED + 1) for i in range(n)),
         negative_prompt=body.negative_prompt or "",
         guidance_scale=body.guidance_scale,
@@ -51,9 +70,9 @@ def resolve_film(body: VideoRequest, model: ModelCard, settings: ServerSettings)
     """Check a request for a film against the model and the limits.
 
     Raises:
-        RequestError: 400, 404 or 413 that names the field and the way out.
+        RequestError: 400 or 413 that names the field and the way out.
     """
-    _check_model_and_texts(body, model, settings)
+    _check_texts(body, settings)
     if body.input_reference is not None:
         raise _bad("input_reference", f"'{model.model_id}' draws from text alone; leave input_reference out.")
     schedule = _schedule(body, model)
@@ -72,6 +91,7 @@ def resolve_film(body: VideoRequest, model: ModelCard, settings: ServerSettings)
         schedule=schedule.name,
         cascade=_changed(body, schedule),
         lane=schedule.lane,
+        model=model.place,
         seeds=(secrets.randbelow(2**32) if body.seed is None else body.seed,),
         negative_prompt=body.negative_prompt or "",
         guidance_scale=body.guidance_scale,
@@ -90,19 +110,19 @@ def plane(size: Size) -> str:
     return f"{size.width}x{size.height}"
 
 
-def unknown_model(name: str, model: ModelCard) -> RequestError:
+def unknown_model(name: str, service: Service) -> RequestError:
     """Return the 404 for a model that is not served here."""
+    held = ", ".join(f"'{card.model_id}'" for card in service.cards)
+    why = f" could not be loaded ({service.missing[name]})" if name in service.missing else " is not served here"
     return RequestError(
         Fault.NOT_FOUND,
-        f"The model '{name[:80]}' is not served here; this server holds '{model.model_id}'.",
+        f"The model '{name[:80]}'{why}; this server holds {held}.",
         param="model",
         code="model_not_found",
     )
 
 
-def _check_model_and_texts(body: GenerationRequest, model: ModelCard, settings: ServerSettings) -> None:
-    if body.model not in (None, "", model.model_id):
-        raise unknown_model(str(body.model), model)
+def _check_texts(body: GenerationRequest, settings: ServerSettings) -> None:
     for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
         if text is not None and len(text) > settings.max_prompt_characters:
             raise RequestError(

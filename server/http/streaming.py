@@ -82,9 +82,10 @@ class ImageEventStream(Response):
                     await send(_event(partial_event(self._body, self._generation, event)))
                 elif isinstance(event, FinishedPicture):
                     left -= 1
-                    await send(_event(completed_event(self._service.card, self._body, self._generation, event)))
+                    card = self._service.card(self._generation.spec.model)
+                    await send(_event(completed_event(card, self._body, self._generation, event)))
             seconds = time.monotonic() - self._generation.arrived
-            self._service.metrics.request_seconds.labels(self._generation.spec.schedule).observe(seconds)
+            self._service.metrics.request_seconds.labels(self._generation.spec.label).observe(seconds)
         except RequestError as error:
             outcome = error.fault.value.outcome
             await send(_event({"type": "error", **error_body(error)}, "error"))

@@ -1,46 +1,62 @@
-"""Video jobs for a model that makes films: where they are kept, and how requests become films."""
+"""Video jobs for the models that make films: where they are kept, and how requests become films."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from server.core.card import ModelCard, step_costs
 from server.films.runner import FilmMaker, JobLimits, JobRunner
 from server.films.shelf import FilmShelf
-from server.films.store import JobStore
+from server.films.store import JobStore, VideoJob
+from server.front.generation import GenerationSpec, of_model
 from server.front.service import Service
 from server.http.replies import report
-from server.http.resolve import resolve_film
+from server.http.resolve import choose_model, resolve_film
 from server.http.schemas import VideoRequest
 
 
-def open_jobs(service: Service, card: ModelCard) -> JobRunner:
+def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
     """Open the shelf and the database.
+
+    Args:
+        cards: of the models that make films; the first is the one that is meant where none is named.
 
     Raises:
         ValueError, OSError: they cannot be used; the message says why.
     """
-    settings = service.settings
+    settings, card = service.settings, cards[0]
     default = card.schedules[card.default]
+    places = {each.model_id: each.place for each in cards}
+
+    def prepare(request: Mapping[str, Any]) -> GenerationSpec:
+        body = VideoRequest.model_validate(request)
+        return resolve_film(body, choose_model(body.model, service, films=True), settings)
+
+    def ended(job: VideoJob, outcome: str) -> None:
+        label = of_model(places.get(job.model, ""), str(job.request["schedule"]))
+        service.metrics.video_ended(label, outcome, time.time() - job.created_at)
+
     shelf = FilmShelf(settings.videos)  # first: it makes the folder that the database lies in
     return JobRunner(
         JobStore(settings.video_database_url),
         shelf,
         FilmMaker(
-            prepare=lambda request: resolve_film(VideoRequest.model_validate(request), service.card, settings),
+            prepare=prepare,
             submit=service.submit,
             cancel=service.cancel,
-            report=lambda generation, film: report(service.card, generation, [film]).model_dump(),
-            ended=lambda job, outcome: service.metrics.video_ended(
-                str(job.request["schedule"]), outcome, time.time() - job.created_at
-            ),
+            report=lambda generation, film: report(
+                service.card(generation.spec.model), generation, [film]
+            ).model_dump(),
+            ended=ended,
         ),
-        card.model_id,
+        list(places),
         JobLimits(
             queue=settings.video_queue,
             together=settings.videos_together,
             seconds=settings.video_seconds,
             bytes=int(settings.video_gigabytes * 1e9),
         ),
-        step_costs(service.costs, default.cascade, default.lane)[0],
+        step_costs(service.costs, default.cascade, default.lane, model=card.place)[0],
     )

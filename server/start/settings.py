@@ -35,8 +35,12 @@ class ServerSettings(BaseSettings):
     # A wrong input may be an API key, or sit in a file beside one.
     model_config = SettingsConfigDict(env_prefix="RMD_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    checkpoint: Path = Field(Path("models/embedded"), description="the student's checkpoint folder")
-    model_name: str | None = Field(None, description="the model's id on the wire; default: the folder's name")
+    checkpoint: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (Path("models/embedded"),), min_length=1, description="checkpoint folders, served side by side"
+    )
+    model_name: str | None = Field(
+        None, description="the id on the wire of a server's one model; default: the folder's name"
+    )
     engines: Path = Field(Path("engines-cache"), description="the folder of built engines")
     backend: str = Field("auto", description="engine backend, or 'eager' for none")
     device: str = Field("cpu", description="torch device of the one engine; devices says several")
@@ -101,6 +105,11 @@ class ServerSettings(BaseSettings):
             raise ValueError("an API key is empty; leave it out")
         return value
 
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _split_checkpoints(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, Path) else _split_commas(value)
+
     @field_validator("devices", mode="before")
     @classmethod
     def _split_devices(cls, value: Any) -> Any:
@@ -127,6 +136,18 @@ class ServerSettings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _models_differ(self) -> ServerSettings:
+        if self.model_name is not None and len(self.checkpoint) > 1:
+            raise ValueError("model_name names one model, and there are several checkpoints: leave it out")
+        names = [name for _, name in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"two checkpoints would both be the model '{twice[0]}', after their folders; rename one of the folders"
+            )
+        return self
+
     @property
     def engine_devices(self) -> tuple[str, ...]:
         """The device of each engine."""
@@ -140,9 +161,9 @@ class ServerSettings(BaseSettings):
         return f"sqlite:///{self.videos.resolve() / 'jobs.sqlite3'}"
 
     @property
-    def model_id(self) -> str:
-        """The model's id on the wire."""
-        return self.model_name or self.checkpoint.resolve().name
+    def models(self) -> tuple[tuple[Path, str], ...]:
+        """Each checkpoint's folder, and its id on the wire."""
+        return tuple((folder, self.model_name or folder.resolve().name) for folder in self.checkpoint)
 
     @classmethod
     def settings_customise_sources(

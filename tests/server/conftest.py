@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_settings(checkpoint: Path, **changes: object) -> ServerSettings:
+def make_settings(checkpoint: Path | tuple[Path, ...], **changes: object) -> ServerSettings:
     plain = {"checkpoint": checkpoint, "backend": "eager", "dtype": "float32", "port": 0, "log_level": "warning"}
     return ServerSettings.model_validate({**plain, "drain_seconds": 10, **changes})
 
@@ -79,14 +79,19 @@ def house(checkpoint: Path, model: DeviceModel) -> Iterator[House]:
 
 
 @pytest.fixture(scope="session")
-def loaded_films(tmp_path_factory: pytest.TempPathFactory) -> DeviceModel:
+def loaded_films(film_checkpoint: Path) -> DeviceModel:
     """Tiny random Wan networks; their teacher is the same network, guided, in a few steps."""
     torch.set_num_threads(1)
+    return load_on_cpu(make_settings(film_checkpoint, max_batch=2))
+
+
+@pytest.fixture(scope="session")
+def film_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_tiny_folder("wan-1.3b", tmp_path_factory.mktemp("films") / "tiny-wan")
     teacher = TeacherSpec(4, 5.0, 5.0, folder=".")
     cascades = tiny_cascades("wan-1.3b")
     write_cascade_json(folder, backbone="wan-1.3b", cascades=cascades, default=next(iter(cascades)), teacher=teacher)
-    return load_on_cpu(make_settings(folder, max_batch=2))
+    return folder
 
 
 @pytest.fixture

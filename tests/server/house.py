@@ -148,12 +148,13 @@ def pixels(encoded: str | bytes) -> np.ndarray:
 
 
 @contextmanager
-def serving(model: DeviceModel, settings: ServerSettings) -> Iterator[House]:
-    """Run a server for ``model`` until the block ends, its engine in a thread."""
+def serving(model: DeviceModel, settings: ServerSettings, *others: DeviceModel) -> Iterator[House]:
+    """Run a server for ``model``, and others beside it, until the block ends, their engine in a thread."""
     inner, film_seconds = model.backbone.executor, settings.video_deadline_seconds
     gate = Gate(inner)
     model.backbone.executor = gate
-    service = Service(settings, open_jobs, [("cpu", lambda: ThreadEngine(model, settings.policy, film_seconds))])
+    told = {"policy": settings.policy, "film_seconds": film_seconds}
+    service = Service(settings, open_jobs, [("cpu", lambda: ThreadEngine(model, *others, **told))])
     try:
         with running(service, gate, model) as house:
             yield house

@@ -78,7 +78,7 @@ def test_commands_arrive_as_they_were_sent(command: Command) -> None:
 def test_messages_arrive_as_they_were_sent(model: DeviceModel) -> None:
     record = PictureRecord(queue=1.0, stages={"32x32": 2.0}, batches={"32x32": [1, 2]})
     for message in (
-        Ready(model.card, ((LOW, 1, 0.1), (StationKey("encode"), 2, 0.2))),
+        Ready((model.card,), ((LOW, 1, 0.1), (StationKey("encode"), 2, 0.2))),
         Began(1, LOW, (("a", 0),), ("b",), 0.1),
         Ended(1, LOW, 2, 2, 0.1, (Moved("a", 0, 1, LOW), Moved("a", 1, 4, None)), "retried"),
         Pixels("a", 0, (64, 64, 3), "64x64", -1, record),
@@ -131,7 +131,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def member(clock: Clock, model: DeviceModel) -> Member:
     member = Member(0, "cpu", Link, WatchLimits(seconds=10.0, factor=20.0))  # type: ignore[arg-type]
     member.start()
-    member.ready(Ready(model.card, ((LOW, 1, 0.1),)))
+    member.ready(Ready((model.card,), ((LOW, 1, 0.1),)))
     return member
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.core.stations import StationKey
-from server.device.model import DeviceModel
+from server.device.model import DeviceModel, Loaded
 from server.front.service import Service
 from server.http.app import create_app
 from tests.server.conftest import load_on_cpu, make_settings
@@ -34,15 +34,15 @@ def until(condition: Callable[[], bool]) -> None:
 async def test_live_at_once_and_ready_only_when_loaded(checkpoint: Path, model: DeviceModel) -> None:
     reported, go = threading.Event(), threading.Event()
 
-    def slow(report: Callable[[int, int, str], None]) -> DeviceModel:
+    def slow(report: Callable[[int, int, str], None]) -> Loaded:
         report(3, 12, "loading engines")
         assert go.wait(30)
-        return model
+        return Loaded([model])
 
     service = Service(
         make_settings(checkpoint),
         lambda *_: pytest.fail("it makes pictures"),
-        [("cpu", lambda: ThreadEngine(model, load=slow))],
+        [("cpu", lambda: ThreadEngine(load=slow))],
         on_progress=lambda progress: reported.set(),
     )
     service.start()
@@ -77,13 +77,13 @@ def _stations(model: DeviceModel) -> tuple[StationKey, ...]:
 async def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
     failed = threading.Event()
 
-    def load(report: Callable[[int, int, str], None]) -> DeviceModel:
-        return load_on_cpu(make_settings(tmp_path / "nothing"))
+    def load(report: Callable[[int, int, str], None]) -> Loaded:
+        return Loaded([load_on_cpu(make_settings(tmp_path / "nothing"))])
 
     service = Service(
         make_settings(tmp_path / "nothing"),
         lambda *_: pytest.fail("there is no model"),
-        [("cpu", lambda: ThreadEngine(None, load=load))],
+        [("cpu", lambda: ThreadEngine(load=load))],
         on_failed=lambda reason: failed.set(),
     )
     service.start()

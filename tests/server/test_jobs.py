@@ -41,16 +41,16 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 def test_the_oldest_job_is_claimed_first_and_by_one_worker_only(store: JobStore) -> None:
     first, second = store.add(job()), store.add(job())
     store.add(job(model="another"))
-    claimed = [store.claim("m", worker, NOW, LATER) for worker in ("a", "b", "c")]
+    claimed = [store.claim(["m"], worker, NOW, LATER) for worker in ("a", "b", "c")]
     assert [found and found.id for found in claimed] == [first.id, second.id, None]
 
 
 def test_a_lapsed_lease_is_anybodys_and_its_holder_can_change_nothing_more(store: JobStore) -> None:
     added = store.add(job())
-    assert store.claim("m", "a", NOW, LATER)
+    assert store.claim(["m"], "a", NOW, LATER)
     assert store.advance(added.id, "a", 40)
-    assert store.claim("m", "b", LATER - 1, LATER + 60) is None
-    again = store.claim("m", "b", LATER, LATER + 60)
+    assert store.claim(["m"], "b", LATER - 1, LATER + 60) is None
+    again = store.claim(["m"], "b", LATER, LATER + 60)
     assert again and again.id == added.id and again.attempts == 1
     found = store.get("", added.id)
     assert found and (found.status, found.progress) == ("queued", 0)
@@ -71,12 +71,12 @@ def test_only_a_begun_job_whose_worker_did_not_give_it_back_was_attempted(store:
         assert found is not None
         return found.attempts
 
-    assert store.claim("m", "a", NOW, LATER) and store.release(added.id, "a")
+    assert store.claim(["m"], "a", NOW, LATER) and store.release(added.id, "a")
     assert attempts() == 0
-    assert store.claim("m", "a", NOW, LATER) and store.advance(added.id, "a", 0) and store.advance(added.id, "a", 30)
+    assert store.claim(["m"], "a", NOW, LATER) and store.advance(added.id, "a", 0) and store.advance(added.id, "a", 30)
     assert attempts() == 1
     assert store.release(added.id, "a") and attempts() == 0
-    assert store.claim("m", "a", NOW, LATER) and store.advance(added.id, "a", 0)
+    assert store.claim(["m"], "a", NOW, LATER) and store.advance(added.id, "a", 0)
     assert store.release(added.id, "a", counts=True) and attempts() == 1
 
 
@@ -92,7 +92,7 @@ def test_ended_jobs_without_films_are_bounded(store: JobStore) -> None:
 
 def test_cancelling_comes_before_finishing_or_not_at_all(store: JobStore) -> None:
     added = store.add(job())
-    store.claim("m", "a", NOW, LATER)
+    store.claim(["m"], "a", NOW, LATER)
     assert store.cancel(added.id, NOW, LATER)
     assert not store.complete(added.id, "a", NOW, LATER, 1, {})
     assert not store.cancel(added.id, NOW, LATER)
@@ -177,7 +177,7 @@ class Desk:
             self.maker.prepare, self.maker.submit, self.maker.cancel, lambda generation, film: {"schedule": "3+3"}
         )
         bounds = JobLimits(**{"queue": 8, "together": 2, "seconds": 3600.0, "bytes": 10**6, **limits})
-        self.runner = JobRunner(self.store, self.shelf, maker, "m", bounds)
+        self.runner = JobRunner(self.store, self.shelf, maker, ["m"], bounds)
         self.runner.start()
 
     def status(self, job: VideoJob) -> str:
@@ -268,7 +268,7 @@ def test_a_job_that_takes_its_server_down_each_time_is_reported(desks: Callable[
     store = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
     deadly = store.add(job(created_at=time.time()))
     for life in range(3):  # each dies with its lease
-        assert store.claim("m", f"worker {life}", time.time(), 0.0)
+        assert store.claim(["m"], f"worker {life}", time.time(), 0.0)
         assert store.advance(deadly.id, f"worker {life}", 10)
     store.close()
     desk = desks()

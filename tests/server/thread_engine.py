@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from functools import partial
 
 from server.core.messages import Stop
 from server.device.door import Door
 from server.device.engine import Engine, ModelLoader, Report
-from server.device.model import DeviceModel
+from server.device.model import DeviceModel, Loaded
 from server.front.engine import Doorway
 
 
@@ -17,13 +18,13 @@ class ThreadEngine(Doorway):
     """See `server.front.engine.EngineLink`. It cannot be killed, only told to stop.
 
     Args:
-        model: that is served.
+        models: that are served.
         load: gives another, as an engine's own loading would.
     """
 
     def __init__(
         self,
-        model: DeviceModel | None,
+        *models: DeviceModel,
         policy: str = "stagewise",
         film_seconds: float = 3600.0,
         load: ModelLoader | None = None,
@@ -31,8 +32,7 @@ class ThreadEngine(Doorway):
         super().__init__()
         self.pid = os.getpid()
         if load is None:
-            assert model is not None
-            load = partial(_given, model)
+            load = partial(_given, models)
         self.engine = Engine(Door(self.address), load, policy, film_seconds)
         self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
         self._thread.start()
@@ -50,5 +50,5 @@ class ThreadEngine(Doorway):
         self._thread.join(timeout)
 
 
-def _given(model: DeviceModel, report: Report) -> DeviceModel:
-    return model
+def _given(models: Sequence[DeviceModel], report: Report) -> Loaded:
+    return Loaded(models)

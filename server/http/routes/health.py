@@ -42,8 +42,11 @@ async def ready(request: Request) -> JSONResponse:
             for each in service.fleet.members
         ]
     lead = service.fleet.lead
-    if lead is not None and lead.card is not None:
-        body["stations"] = {label: "compiled" if widths else "eager" for label, widths in lead.card.compiled.items()}
+    if lead is not None and lead.cards:
+        compiled = {label: widths for card in lead.cards.values() for label, widths in card.compiled.items()}
+        body["stations"] = {label: "compiled" if widths else "eager" for label, widths in compiled.items()}
+    if service.missing:
+        body["not_loaded"] = dict(service.missing)
     building = service.builder.progress
     if building is not None:
         left = building.remaining

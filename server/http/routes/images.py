@@ -18,7 +18,7 @@ from server.front.service import Service
 from server.http.bodies import PicturesResponse
 from server.http.middleware import REQUEST_ID
 from server.http.replies import image_reply
-from server.http.resolve import resolve
+from server.http.resolve import choose_model, resolve
 from server.http.schemas import ErrorReply, ImageReply, ImageRequest
 from server.http.streaming import ImageEventStream, client_gone, until_disconnected
 
@@ -35,7 +35,7 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
     """Draw pictures, in one reply or as a stream of events."""
     service: Service = request.app.state.service
     service.check_accepting()
-    spec = resolve(body, service.card, service.settings)
+    spec = resolve(body, choose_model(body.model, service, films=False), service.settings)
     key = request.headers.get("idempotency-key")
     request_id = str(request.scope["state"][REQUEST_ID])
     account = service.keys.account(request.headers.get("authorization"))
@@ -91,8 +91,8 @@ async def _draw(
                 pictures.append(event)
     finally:
         service.cancel(generation, client_gone())
-    service.metrics.request_seconds.labels(spec.schedule).observe(time.monotonic() - generation.arrived)
-    return image_reply(service.card, service.files, body, generation, pictures, base_url)
+    service.metrics.request_seconds.labels(spec.label).observe(time.monotonic() - generation.arrived)
+    return image_reply(service.card(spec.model), service.files, body, generation, pictures, base_url)
 
 
 async def _while_connected(request: Request, work: Any) -> dict[str, Any]:

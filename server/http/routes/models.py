@@ -54,14 +54,15 @@ def _service(request: Request) -> Service:
 
 @router.get("", response_model=ModelList)
 async def list_models(request: Request) -> ModelList:
-    """List the one model this server holds; 503 while it is loading."""
-    return ModelList(data=[_entry(_service(request).card)])
+    """List the models this server holds, the defaults of their routes first; 503 while they are loading."""
+    return ModelList(data=[_entry(card) for card in _service(request).cards])
 
 
 @router.get("/{model_id:path}", response_model=ModelEntry)
 async def get_model(model_id: str, request: Request) -> ModelEntry:
     """Describe one model; 404 for any other name."""
-    model = _service(request).card
-    if model_id != model.model_id:
-        raise unknown_model(model_id, model)
+    service = _service(request)
+    model = next((card for card in service.cards if card.model_id == model_id), None)
+    if model is None:
+        raise unknown_model(model_id, service)
     return _entry(model)

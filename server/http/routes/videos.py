@@ -20,7 +20,7 @@ from server.films.shelf import FILM, SPRITESHEET, THUMBNAIL
 from server.films.store import VideoJob
 from server.front.service import Service
 from server.http.errors import validation_error
-from server.http.resolve import film_seconds, plane, resolve_film
+from server.http.resolve import choose_model, film_seconds, plane, resolve_film
 from server.http.routes.images import check_idempotency_key
 from server.http.schemas import (
     ErrorReply,
@@ -177,7 +177,7 @@ def _new_job(service: Service, body: VideoRequest, account: str, remixed_from: s
     Raises:
         RequestError: 400, 404 or 413, naming the field.
     """
-    model = service.card
+    model = choose_model(body.model, service, films=True)
     spec = resolve_film(body, model, service.settings)
     assert spec.frames_per_second is not None
     service.check_possible(spec)
@@ -224,8 +224,11 @@ def _not_ready(job: VideoJob, wanted: str) -> RequestError:
 
 def _poll_after_ms(service: Service, job: VideoJob) -> int:
     """Return a twentieth of the film's expected work, within bounds."""
-    schedule = service.card.schedules.get(str(job.request.get("schedule")))
-    seconds = step_costs(service.costs, schedule.cascade, schedule.lane)[0] if schedule else 1.0
+    card = next((card for card in service.cards if card.model_id == job.model), None)
+    schedule = card.schedules.get(str(job.request.get("schedule"))) if card else None
+    seconds = 1.0
+    if card and schedule:
+        seconds = step_costs(service.costs, schedule.cascade, schedule.lane, model=card.place)[0]
     least, most = _POLL_BOUNDS_MS
     return int(min(max(1000 * seconds / _POLLS_A_FILM, least), most))
 

@@ -59,7 +59,7 @@ class Desk:
         """Requests, in the order in which they were complete."""
         self.pixels: Counter[tuple[str, int, int]] = Counter()
         """(request, picture, partial number or -1): how often it was made."""
-        self.loop = Loop(CARD, self.costs, make_policy(policy, self.costs), self.said.append, film_seconds)
+        self.loop = Loop([CARD], self.costs, make_policy(policy, self.costs), self.said.append, film_seconds)
 
     def submit(self, name: str, schedule: str = "2+2", n: int = 1, **changes: Any) -> Work:
         """Hand over a request that arrives now."""
