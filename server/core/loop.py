@@ -86,9 +86,7 @@ class Loop:
             return
         schedule = self._cards[work.model].schedules[work.schedule]
         cascade = schedule.changed(work.guidance_scale, work.noise_intensity)
-        costs = step_costs(
-            self.costs, cascade, schedule.lane, model=work.model, partial_images=work.partial_images
-        )
+        costs = step_costs(self.costs, cascade, schedule.lane, model=work.model, partial_images=work.partial_images)
         request = Request(work, cascade, schedule.lane, costs)
         if not request.pictures:
             return

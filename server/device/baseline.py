@@ -87,9 +87,7 @@ class EagerTeacher:
         )
 
 
-def compiled_baseline(
-    costs: CostTable, size: Size, steps: int, spread: float, model: str = ""
-) -> TeacherBaseline:
+def compiled_baseline(costs: CostTable, size: Size, steps: int, spread: float, model: str = "") -> TeacherBaseline:
     """Read the compiled teacher's latency off the costs of a model's stations."""
     return TeacherBaseline(
         kind=COMPILED_TEACHER,

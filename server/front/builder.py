@@ -96,5 +96,7 @@ class _Reporter:
     def __call__(self, progress: BuildProgress) -> None:
         if progress.done > self._done:
             self._done = progress.done
-            log.info("%s: %d of %d engines are built (%s)", self._model_id, progress.done, progress.total, progress.current)
+            log.info(
+                "%s: %d of %d engines are built (%s)", self._model_id, progress.done, progress.total, progress.current
+            )
             self._on_built()

@@ -113,7 +113,7 @@ def plane(size: Size) -> str:
 def unknown_model(name: str, service: Service) -> RequestError:
     """Return the 404 for a model that is not served here."""
     held = ", ".join(f"'{card.model_id}'" for card in service.cards)
-    why = f" could not be loaded ({service.missing[name]})" if name in service.missing else " is not served here"
+    why = " could not be loaded (see /health/ready)" if name in service.missing else " is not served here"
     return RequestError(
         Fault.NOT_FOUND,
         f"The model '{name[:80]}'{why}; this server holds {held}.",

@@ -40,9 +40,9 @@ def test_every_station_is_timed_and_the_start_says_how_far_it_is(checkpoint: Pat
     assert set(table) == set(stations)
     assert all(1 in widths and all(seconds > 0 for seconds in widths.values()) for widths in table.values())
     assert [what for _, _, what in seen] == [
-        "reading the checkpoint",
-        "loading the weights",
-        "timing the eager teacher",
+        "reading tiny",
+        "loading the weights of tiny",
+        "timing the eager teacher of tiny",
         "preparing",
         *(f"warming up {key.label}" for key in stations),
     ]
