@@ -245,6 +245,47 @@ def simulate(
     console.print(study_markdown(content), markup=False, soft_wrap=True)
 
 
+@app.command()
+def crowd(
+    checkpoint: Annotated[Path, typer.Option(help="Folder.")] = Path("models/embedded"),
+    engines: Annotated[Path, typer.Option(help="Folder of its built engines.")] = Path("engines-cache"),
+    times: Annotated[float, typer.Option(min=1.0, help="Requests, over what the server can make.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Of the crowd.")] = 90.0,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving"),
+) -> None:
+    """Many times the server's capacity: what is still made, how soon the others are refused, and what comes after."""
+    from rich.console import Console
+
+    from bench.serving.crowd import CrowdSettings, crowd_markdown, run_crowd
+    from bench.serving.report import write_report
+
+    console = Console()
+    with console.status("starting") as status:
+        content = run_crowd(CrowdSettings(checkpoint, engines, times=times, seconds=seconds), status.update)
+    write_report(content, crowd_markdown(content), out, "crowd")
+    console.print(crowd_markdown(content), markup=False, soft_wrap=True)
+
+
+@app.command()
+def neighbour(
+    checkpoint: Annotated[Path, typer.Option(help="Folder.")] = Path("models/embedded"),
+    engines: Annotated[Path, typer.Option(help="Folder of its built engines.")] = Path("engines-cache"),
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving"),
+) -> None:
+    """A picture's seconds beside other work on the same cores, by how OpenMP's threads wait for each other."""
+    from rich.console import Console
+
+    from bench.serving.neighbour import NeighbourSettings, neighbour_markdown, run_neighbour
+    from bench.serving.report import write_report
+
+    console = Console()
+    with console.status("starting") as status:
+        content = run_neighbour(NeighbourSettings(checkpoint, engines, rounds=rounds), status.update)
+    write_report(content, neighbour_markdown(content), out, "neighbour")
+    console.print(neighbour_markdown(content), markup=False, soft_wrap=True)
+
+
 def _engines_at_hand(
     checkpoint: Path, backend: str, device: str, dtype: str, buckets: tuple[int, ...] | None
 ) -> Path | None:

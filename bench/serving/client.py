@@ -24,10 +24,12 @@ class Client:
 
     Args:
         timeout: seconds after which a request counts as failed, status 0.
+        fresh: every request on a connection of its own, as those who come once.
     """
 
-    def __init__(self, host: str, port: int, path: str, timeout: float = 300.0) -> None:
+    def __init__(self, host: str, port: int, path: str, timeout: float = 300.0, fresh: bool = False) -> None:
         self._host, self._port, self._path, self._timeout = host, port, path, timeout
+        self._fresh = fresh
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, body: bytes) -> int:
@@ -42,7 +44,8 @@ class Client:
         reader, writer = connection
         head = (
             f"POST {self._path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"Connection: {'close' if self._fresh else 'keep-alive'}\r\n\r\n"
         )
         writer.write(head.encode() + body)
         await writer.drain()
@@ -53,7 +56,7 @@ class Client:
             await reader.readline()
         else:
             await reader.readexactly(int(headers.get("content-length", "0")))
-        if headers.get("connection", "").lower() == "close":
+        if self._fresh or headers.get("connection", "").lower() == "close":
             writer.close()
         else:
             self._free.append(connection)
@@ -94,9 +97,9 @@ async def play(client: Client, times: Sequence[float], bodies: Sequence[bytes], 
 
 
 def main() -> None:
-    """Read {host, port, path, times, bodies, clients} and play it."""
+    """Read {host, port, path, times, bodies, clients, fresh} and play it."""
     told: dict[str, Any] = json.loads(sys.stdin.readline())
-    client = Client(told["host"], told["port"], told["path"])
+    client = Client(told["host"], told["port"], told["path"], fresh=told["fresh"])
     bodies = [json.dumps(body).encode() for body in told["bodies"]]
     print(json.dumps(asyncio.run(play(client, told["times"], bodies, told["clients"]))))
 

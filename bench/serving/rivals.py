@@ -5,18 +5,10 @@ Whichever is not measured is stopped (SIGSTOP), since an idle server may poll an
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import random
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +17,11 @@ from typing import Any
 
 from bench.serving.measures import bootstrap, percentile
 from bench.serving.outcomes import Outcome, steady_rate
-from bench.serving.traces import Ask, make_trace
+from bench.serving.servers import OURS, ROOT, Server, free_port, start_ours
+from bench.serving.traces import make_trace
 from server.front.engine import waiting_policy
 
-_READY_SECONDS = 900.0
-_PATH = "/v1/images/generations"
-_ROOT = Path(__file__).parents[2]
-OURS, THEIRS = "rmd serve", "litserve"
+THEIRS = "litserve"
 
 
 @dataclass(frozen=True)
@@ -60,66 +50,6 @@ class RivalSettings:
     saturated: int = 160
     clients: int = 32
     packages: Path | None = None
-
-
-class Server:
-    """A server and all its processes, stopped or going on together."""
-
-    def __init__(self, name: str, command: Sequence[str], port: int, environment: Mapping[str, str]) -> None:
-        self.name, self.port = name, port
-        self._process = subprocess.Popen(command, env=dict(environment), start_new_session=True, cwd=_ROOT)
-
-    def wait_until_ready(self) -> None:
-        """Ask for a picture until there is one.
-
-        Raises:
-            RuntimeError: the server ended, or none came in time.
-        """
-        body = json.dumps({"prompt": "a red apple", "seed": 1}).encode()
-        url, until = f"http://127.0.0.1:{self.port}{_PATH}", time.monotonic() + _READY_SECONDS
-        while time.monotonic() < until:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended with {self._process.returncode}")
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            try:
-                with urllib.request.urlopen(request, timeout=300):
-                    return
-            except (OSError, urllib.error.URLError):
-                time.sleep(0.5)
-        raise RuntimeError(f"{self.name} does not get ready")
-
-    def stand_still(self) -> None:
-        """Take the cores away from it."""
-        os.killpg(self._process.pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        """Give them back."""
-        os.killpg(self._process.pid, signal.SIGCONT)
-
-    def end(self) -> None:
-        """End it and everything it has started."""
-        self.go_on()
-        os.killpg(self._process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def play(self, trace: Sequence[Ask], clients: int | None = None) -> list[Outcome]:
-        """Send a trace from a process of its own."""
-        bodies = [{"prompt": a.prompt, "seed": a.seed % 2**31, "schedule": a.schedule} for a in trace]
-        told = {"host": "127.0.0.1", "port": self.port, "path": _PATH, "clients": clients}
-        told |= {"times": [ask.at for ask in trace], "bodies": bodies}
-        command = [sys.executable, "-m", "bench.serving.client"]
-        done = subprocess.run(
-            command, input=json.dumps(told) + "\n", capture_output=True, text=True, check=True, cwd=_ROOT
-        )
-        fates = json.loads(done.stdout)
-        return [
-            Outcome(ask, sent, status, finished=finished)
-            for ask, (sent, finished, status) in zip(trace, fates, strict=True)
-        ]
 
 
 def run_rivals(settings: RivalSettings, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -211,21 +141,25 @@ def _compared(rounds: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]])
 
 
 def _start_ours(settings: RivalSettings) -> Server:
-    port = _free_port()
-    command = [sys.executable, "-c", "from cli.main import main; main()", "serve", "--port", str(port)]
-    command += ["--checkpoint", str(settings.checkpoint), "--engines", str(settings.engines)]
-    # Neither refuses anything, and a server that was stopped for long is not mended.
-    limits = {"RMD_QUEUE_ITEMS": "4096", "RMD_QUEUE_MEGAPIXELS": "100000", "RMD_WATCHDOG_SECONDS": "1000000"}
-    limits |= {"RMD_BACKEND": settings.backend, "RMD_MEASURE_TEACHER": "false", "RMD_SERVE_TEACHER": "false"}
-    limits |= {"RMD_DEADLINE_SECONDS": "600", "RMD_LOG_LEVEL": "warning"}
-    limits["RMD_PROMPT_MEGABYTES"] = "0"  # prompts come again at the next load, and the rival keeps none
+    told = {
+        # Neither refuses anything, and a server that was stopped for long is not mended.
+        "queue_items": "4096",
+        "queue_megapixels": "100000",
+        "deadline_seconds": "600",
+        "watchdog_seconds": "1000000",
+        "prompt_megabytes": "0",  # prompts come again at the next load, and the rival keeps none
+        "backend": settings.backend,
+        "measure_teacher": "false",
+        "serve_teacher": "false",
+        "log_level": "warning",
+    }
     if settings.threads is not None:
-        limits["RMD_THREADS"] = str(settings.threads)
-    return Server(OURS, command, port, {**_environment(settings), **limits})
+        told["threads"] = str(settings.threads)
+    return start_ours(settings.checkpoint, settings.engines, _environment(settings), **told)
 
 
 def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "bench.serving.litserve_app", "--port", str(port)]
     command += ["--checkpoint", str(settings.checkpoint), "--engines", str(settings.engines)]
     command += ["--backend", settings.backend, "--batch", str(size), "--window", str(window)]
@@ -237,13 +171,6 @@ def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
 def _environment(settings: RivalSettings) -> dict[str, str]:
     """Both wait for threads in the same way."""
     found = {**waiting_policy(os.environ), **os.environ}
-    paths = [str(_ROOT), *([str(settings.packages)] if settings.packages else [])]
+    paths = [str(ROOT), *([str(settings.packages)] if settings.packages else [])]
     found["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
