@@ -25,7 +25,7 @@ WAITING: Mapping[str, Mapping[str, str]] = {
     "ours": {},
     "openmp": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"},
 }
-"""What the environment says of waiting: nothing, which leaves it to the server; or what OpenMP's libraries do unasked."""
+"""What the environment says of waiting: nothing, which leaves it to the server; or what OpenMP does unasked."""
 
 _KNOBS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
