@@ -41,7 +41,7 @@ class Pictures(litserve.LitAPI):  # type: ignore[misc]
         settings = EngineSettings(
             address="",
             parent=os.getppid(),
-            checkpoints=((str(told.checkpoint), "litserve"),),
+            checkpoints=((str(told.models[0][0]), "litserve"),),
             engines=str(told.engines),
             backend=told.backend,
             device=told.device,
