@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving.measures import percentile
-from bench.serving.outcomes import Outcome, steady_rate
+from bench.serving.outcomes import Outcome, whole_rate
 from bench.serving.servers import Server, start_ours
 from bench.serving.traces import make_trace
 
@@ -47,7 +47,7 @@ def run_crowd(settings: CrowdSettings, say: Callable[[str], None] = lambda _: No
         server.wait_until_ready()
         say("one at a time, and as much as it can")
         alone = [o.latency for o in server.play(make_trace(settings.mix, 1.0, _ALONE, 1), 1)]
-        capacity = steady_rate(server.play(make_trace(settings.mix, 1.0, settings.saturated, 2), _CLIENTS, fresh=True))
+        capacity = whole_rate(server.play(make_trace(settings.mix, 1.0, settings.saturated, 2), _CLIENTS, fresh=True))
         rate = settings.times * capacity
         say(f"{rate:.0f} requests a second for {settings.seconds:g} s")
         probe = _Probe(server)

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.serving.link import Link
 from bench.serving.measures import CLIENTS, SLOWEST, Alone, bootstrap, percentile, served_rate, summary
-from bench.serving.outcomes import Run, steady_rate
+from bench.serving.outcomes import Run, whole_rate
 from bench.serving.replay import EngineGoneError, Replay, Watch, trimmed_mean
 from bench.serving.simulate import World, simulate
 from bench.serving.tables import Machine
@@ -134,7 +134,7 @@ class _Bench:
             self._say(f"{mix}: saturation, seed {seed}, {policy}")
             place = (mix, policy, "saturated")
             run = self._play(policy, place, make_trace(mix, 1.0, settings.saturated, seed), CLIENTS)
-            rates[policy].append(steady_rate(run.outcomes))
+            rates[policy].append(whole_rate(run.outcomes))
             full[policy].append(run)
         best = max(settings.baselines, key=lambda policy: fmean(rates[policy]))
         top = fmean(rates[best])
@@ -196,7 +196,7 @@ class _Bench:
                 if load == "saturated":
                     traces = [make_trace(part["mix"], 1.0, settings.saturated, seed) for seed in settings.seeds]
                     full = [simulate(known, policy, trace, world, CLIENTS) for trace in traces]
-                    lines.append(line | {"rate": [rate, fmean(steady_rate(run.outcomes) for run in full)]})
+                    lines.append(line | {"rate": [rate, fmean(whole_rate(run.outcomes) for run in full)]})
                     continue
                 figures = part["loads"][load][policy]
                 wanted = (part["mix"], figures["rate"], settings.count)

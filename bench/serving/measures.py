@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from bench.serving.outcomes import Outcome, Run, steady_rate
+from bench.serving.outcomes import Outcome, Run, whole_rate
 from bench.serving.simulate import PolicyMaker, World, simulate
 from bench.serving.tables import Machine
 from bench.serving.traces import Ask, make_trace
@@ -59,7 +59,7 @@ def saturations(
 ) -> list[float]:
     """Return pictures a second with :data:`CLIENTS` requests always on their way, one figure a seed."""
     runs = (simulate(machine, policy, make_trace(mix, 1.0, count, seed), world, CLIENTS) for seed in seeds)
-    return [steady_rate(run.outcomes) for run in runs]
+    return [whole_rate(run.outcomes) for run in runs]
 
 
 def pooled(

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.serving.measures import bootstrap, percentile
-from bench.serving.outcomes import Outcome, steady_rate
+from bench.serving.outcomes import Outcome, whole_rate
 from bench.serving.servers import OURS, ROOT, Server, free_port, start_ours
 from bench.serving.traces import make_trace
 from server.front.engine import waiting_policy
@@ -112,7 +112,7 @@ def _rounds(
 
 def _saturated(server: Server, settings: RivalSettings, seed: int) -> float:
     trace = make_trace(settings.mix, 1.0, settings.saturated, seed)
-    return steady_rate(server.play(trace, settings.clients))
+    return whole_rate(server.play(trace, settings.clients))
 
 
 def _figures(outcomes: Sequence[Outcome]) -> dict[str, float]:

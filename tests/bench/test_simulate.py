@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.serving.measures import Alone, best_rate, bootstrap, jain, percentile, summary
-from bench.serving.outcomes import steady_rate
+from bench.serving.outcomes import whole_rate
 from bench.serving.report import study_markdown, write_report, write_study
 from bench.serving.simulate import World, simulate
 from bench.serving.study import StudySettings, run_study
@@ -29,7 +29,7 @@ def test_saturated_whole_requests_are_arithmetic() -> None:
     run = simulate(known, "dynamic:16:0", make_trace("2+2", 1.0, 640, 0), clients=64)
     batch = {key.label: widths.get(16, 0.0) for key, widths in known.costs.items()}
     seconds = batch["encode"] + 2 * batch["512x512"] + 2 * batch["1024x1024"] + batch["decode 1024x1024"]
-    assert steady_rate(run.outcomes) == pytest.approx(16 / seconds, rel=0.01)
+    assert whole_rate(run.outcomes) == pytest.approx(16 / seconds, rel=0.01)
     assert run.busy == pytest.approx(1.0, abs=0.01)
 
 
@@ -37,7 +37,7 @@ def test_saturated_whole_requests_are_arithmetic() -> None:
 def test_the_rule_is_level_at_saturation_and_ahead_at_a_middle_load(name: str) -> None:
     known, full, middle = machine(name), {}, {}
     for policy in ("stagewise", "dynamic:8:0"):
-        full[policy] = steady_rate(simulate(known, policy, make_trace("mix", 1.0, 800, 5), clients=64).outcomes)
+        full[policy] = whole_rate(simulate(known, policy, make_trace("mix", 1.0, 800, 5), clients=64).outcomes)
     for policy in full:
         run = simulate(known, policy, make_trace("mix", 0.7 * full["dynamic:8:0"], 800, 5))
         middle[policy] = summary([run], Alone(known))
@@ -49,7 +49,7 @@ def test_the_rule_is_level_at_saturation_and_ahead_at_a_middle_load(name: str) -
 def test_two_devices_do_twice_the_work_and_an_idle_host_costs_its_time() -> None:
     known, trace = machine("amx"), make_trace("mix", 1.0, 600, 0)
     rates = {
-        world: steady_rate(simulate(known, "stagewise", trace, world, clients=64).outcomes)
+        world: whole_rate(simulate(known, "stagewise", trace, world, clients=64).outcomes)
         for world in (World(), World(devices=2), World(batch_seconds=0.01), World(noise=0.2))
     }
     alone, two, slow, noisy = rates.values()
