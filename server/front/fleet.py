@@ -111,9 +111,17 @@ class Fleet:
 
     @property
     def lead(self) -> Member | None:
-        """The first engine that is ready, or else was: its cards and costs stand for all."""
+        """The first engine that is ready, or else was: its costs stand for all."""
         known = [member for member in self.members if member.cards]
         return next((member for member in known if member.health is Health.READY), known[0] if known else None)
+
+    @property
+    def cards(self) -> dict[str, ModelCard]:
+        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them, if it does."""
+        lead, found = self.lead, dict[str, ModelCard]()
+        for member in [*([lead] if lead else []), *self.members]:
+            found = {**member.cards, **found}
+        return found
 
     def submit(self, generation: Generation) -> None:
         """Take an admitted request.
@@ -148,8 +156,7 @@ class Fleet:
 
     def depths(self) -> dict[str, int]:
         """Return how many pictures wait at each station, by label."""
-        cards = [card for member in self.members for card in member.cards.values()]
-        return self._ledger.depths(key for card in cards for key in card.stations())
+        return self._ledger.depths(key for card in self.cards.values() for key in card.stations())
 
     def stop(self, timeout: float) -> None:
         """Let the batches that run finish, fail whatever is left with 503, and end every engine."""

@@ -159,11 +159,10 @@ class Service:
         Raises:
             RequestError: 503 while it is loading, or where loading failed.
         """
-        lead = self.fleet.lead
-        if not self._loaded or lead is None:
+        if not self._loaded:
             what = "could not load its model" if self.failure else f"is still loading ({self.progress.text})"
             raise RequestError(Fault.NOT_READY, f"The server {what}; see /health/ready.", retry_after=5)
-        return tuple(lead.cards.values())
+        return tuple(self.fleet.cards.values())
 
     def card(self, place: str) -> ModelCard:
         """One of them, by its place.
@@ -175,9 +174,10 @@ class Service:
 
     @property
     def missing(self) -> Mapping[str, str]:
-        """Why each checkpoint that could not be loaded could not, by model id."""
-        lead = self.fleet.lead
-        return {} if lead is None else lead.missing
+        """Why each checkpoint that no engine could load could not, by model id."""
+        served = {card.model_id for card in self.fleet.cards.values()}
+        reasons = {name: why for member in self.fleet.members for name, why in member.missing.items()}
+        return {name: why for name, why in reasons.items() if name not in served}
 
     @property
     def costs(self) -> CostTable:
@@ -301,8 +301,7 @@ class Service:
 
     def snapshot(self) -> Snapshot:
         """Return the state that the gauges show."""
-        lead, now = self.fleet.lead, time.monotonic()
-        cards = {} if lead is None else dict(lead.cards)
+        lead, cards, now = self.fleet.lead, self.fleet.cards, time.monotonic()
         with self._recent_lock:
             means = {place: sum(window) / len(window) for place, window in self._recent.items() if window}
         baselines = {of_model(place, each.kind): each for place, card in cards.items() for each in card.baselines}

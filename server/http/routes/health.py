@@ -41,9 +41,8 @@ async def ready(request: Request) -> JSONResponse:
             {"device": each.device, "status": each.health.value, "restarts": each.restarts, "reason": each.reason}
             for each in service.fleet.members
         ]
-    lead = service.fleet.lead
-    if lead is not None and lead.cards:
-        compiled = {label: widths for card in lead.cards.values() for label, widths in card.compiled.items()}
+    compiled = {label: widths for card in service.fleet.cards.values() for label, widths in card.compiled.items()}
+    if compiled:
         body["stations"] = {label: "compiled" if widths else "eager" for label, widths in compiled.items()}
     if service.missing:
         body["not_loaded"] = dict(service.missing)
