@@ -6,7 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.core.card import ModelCard
+from server.core.card import ModelCard, Schedule, step_costs
+from server.core.costs import CostTable
+from server.core.stations import StationKey
 from server.front.service import Service
 from server.http.resolve import film_seconds, plane, unknown_model
 from server.http.schemas import ModelEntry, ModelList
@@ -14,7 +16,7 @@ from server.http.schemas import ModelEntry, ModelList
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
-def _entry(model: ModelCard) -> ModelEntry:
+def _entry(model: ModelCard, costs: CostTable) -> ModelEntry:
     return ModelEntry(
         id=model.model_id,
         created=model.created,
@@ -25,6 +27,7 @@ def _entry(model: ModelCard) -> ModelEntry:
                     "stages": [{"size": str(stage.size), "steps": len(stage.steps)} for stage in s.cascade.stages],
                     "guidance_scale": s.cascade.guidance_scale if s.guided else None,
                     "size": plane(s.cascade.full_size),
+                    "expected_seconds": round(_expected_seconds(s, costs), 6),
                 }
                 for name, s in model.schedules.items()
             },
@@ -36,6 +39,11 @@ def _entry(model: ModelCard) -> ModelEntry:
             **_film_facts(model),
         },
     )
+
+
+def _expected_seconds(schedule: Schedule, costs: CostTable) -> float:
+    """Return the work on one picture or film in an empty house, by what batches cost here now; packaging left out."""
+    return costs.seconds(StationKey("encode"), 1) + step_costs(costs, schedule.cascade, schedule.lane)[0]
 
 
 def _film_facts(model: ModelCard) -> dict[str, Any]:
@@ -55,13 +63,15 @@ def _service(request: Request) -> Service:
 @router.get("", response_model=ModelList)
 async def list_models(request: Request) -> ModelList:
     """List the one model this server holds; 503 while it is loading."""
-    return ModelList(data=[_entry(_service(request).card)])
+    service = _service(request)
+    return ModelList(data=[_entry(service.card, service.costs)])
 
 
 @router.get("/{model_id:path}", response_model=ModelEntry)
 async def get_model(model_id: str, request: Request) -> ModelEntry:
     """Describe one model; 404 for any other name."""
-    model = _service(request).card
+    service = _service(request)
+    model = service.card
     if model_id != model.model_id:
         raise unknown_model(model_id, model)
-    return _entry(model)
+    return _entry(model, service.costs)
