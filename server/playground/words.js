@@ -1,0 +1,28 @@
+// Numbers and sizes as people read them.
+
+/** Seconds, in the unit that needs no leading zeros. */
+export function time(seconds) {
+  if (seconds >= 100) return `${Math.round(seconds)} s`;
+  if (seconds >= 1) return `${seconds.toPrecision(seconds >= 10 ? 3 : 2)} s`;
+  if (seconds >= 0.0995) return `${Math.round(seconds * 1000)} ms`;
+  return `${Number((seconds * 1000).toPrecision(2))} ms`;
+}
+
+/** "39 x", never more digits than such a figure deserves. */
+export function ratio(value) {
+  return `${value >= 10 ? Math.round(value) : value.toPrecision(2)} ×`;
+}
+
+/** How long ago, roughly. */
+export function ago(seconds) {
+  if (seconds < 90) return `${Math.round(seconds)} s ago`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min ago`;
+  return `${Math.round(seconds / 3600)} h ago`;
+}
+
+/** "256 px" for a square of 256x256, "832 × 480 px, 81 frames" for a film. */
+export function sizeText(size) {
+  const [width, height, frames] = size.split("x");
+  const plane = width === height ? `${width} px` : `${width} × ${height} px`;
+  return frames ? `${plane}, ${frames} frames` : plane;
+}
