@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 PROMPTS = (
     ("red apple, noto style", 1),
@@ -27,7 +27,7 @@ def draw(page: Page, prompt: str, seed: int, button: str = "#draw") -> None:
     page.fill("#prompt", prompt)
     page.fill("#seed", str(seed))
     page.click(button)
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('Done')")
+    expect(page.locator("#status")).to_contain_text("Done", timeout=PATIENCE_MILLISECONDS)
 
 
 def photograph(page: Page, file: Path) -> None:

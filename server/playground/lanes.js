@@ -23,20 +23,21 @@ export class Lane {
   #began = 0;
   #running = false;
 
-  /** `axis` is the length in seconds of the track on which the lanes of one race run. */
-  constructor({ title, prompt, frames, size, axis, onChosen }) {
+  /** `axis` is the length in seconds of the track on which the lanes of one race run; none where nothing runs. */
+  constructor({ title, prompt, frames, size, axis = null, onChosen = () => {} }) {
     Object.assign(this, { axis, prompt, onChosen });
     const [width, height] = size.split("x");
     this.clock = make("span", "clock");
     this.runner = make("div", "runner");
     this.track = make("div", "track", this.runner);
     this.track.setAttribute("aria-hidden", "true");
+    this.track.hidden = axis === null;
     this.clock.setAttribute("aria-hidden", "true"); // the status line says what matters
     this.pictures = make("div", frames === 1 ? "pictures single" : "pictures");
     this.note = make("p", "note");
     this.element = make("article", "lane", make("h3", "", title, this.clock), this.track, this.pictures, this.note);
     this.frames = Array.from({ length: frames }, () => {
-      const figure = make("figure", "waiting", make("div", "frame"), make("figcaption", "", "waiting"));
+      const figure = make("figure", "waiting", make("div", "frame"), make("figcaption", "", "drawing"));
       figure.style.setProperty("--ratio", `${width} / ${height}`);
       this.pictures.append(figure);
       return figure;
@@ -57,7 +58,6 @@ export class Lane {
   stop() {
     if (this.#running) this.#showClock();
     this.#running = false;
-    this.track.hidden = true;
   }
 
   get seconds() {

@@ -82,7 +82,8 @@ function breakdown(item) {
   const list = make("dl", "legend");
   for (const { kind, name, seconds } of parts) {
     const term = make("dt", "", make("span", `swatch ${kind}`), name);
-    list.append(make("div", "", term, make("dd", "", time(seconds))));
+    const known = kind === "text" && seconds === 0; // the server keeps what it has encoded
+    list.append(make("div", "", term, make("dd", "", known ? "known already" : time(seconds))));
   }
   return [make("h3", "", `Where the time of ${item.schedule} went`), drawn, list];
 }
@@ -111,7 +112,7 @@ function headline(item, rival) {
 }
 
 /** What else is known: facts as pairs of words. */
-function facts({ model, schedule, size, rmd }) {
+function facts({ when, model, schedule, size, rmd }) {
   const company = Math.max(1, ...rmd.stages.flatMap(({ batch_sizes: sizes = [] }) => sizes));
   const shown = [
     ["seed", String(rmd.seed)],
@@ -119,6 +120,7 @@ function facts({ model, schedule, size, rmd }) {
     ["size", sizeText(size)],
     ["model", model],
     ["runs", rmd.executor],
+    ["drawn", new Date(when).toLocaleString()],
   ];
   if (company > 1) shown.push(["shared a batch of", String(company)]);
   if (rmd.cut_tokens) shown.push(["not heard", `the prompt's last ${rmd.cut_tokens} tokens`]);

@@ -8,7 +8,7 @@ import { Lane } from "./lanes.js";
 import { showReport } from "./report.js";
 import { asCurl, asPython, copy } from "./snippets.js";
 import { openShelf } from "./store.js";
-import { time } from "./words.js";
+import { sizeText, time } from "./words.js";
 
 const POLL_MILLISECONDS = 1000;
 const FALLBACK_AXIS_SECONDS = 10;
@@ -28,7 +28,8 @@ function say(text, isError = false) {
 function complain(error) {
   if (error.name === "AbortError") return say("Stopped.");
   form.blame(error);
-  return say(error.param ? `${error.param}: ${error.message}` : error.message, true);
+  const named = !error.param || error.message.includes(error.param);
+  return say(named ? error.message : `${error.param}: ${error.message}`, true);
 }
 
 function progressOf({ status, progress }) {
@@ -71,8 +72,7 @@ function allow() {
   byId("model").textContent = model?.id ?? "";
   byId("draw").disabled = busy || !model;
   byId("draw").firstChild.textContent = films ? "Film " : "Draw ";
-  byId("race").hidden = !canRace;
-  byId("race").disabled = busy;
+  byId("race").hidden = busy || !canRace; // Stop takes its place
   byId("stop").hidden = !busy;
 }
 
@@ -91,6 +91,7 @@ async function run(bodies) {
   say("Drawing.");
   byId("report").hidden = true;
   show(bodies.map((body) => newLane(body, axisOf(bodies))));
+  bringIntoView(byId("stage"));
   const began = performance.now();
   const results = await Promise.allSettled(bodies.map((body, index) => drawInto(lanes[index], body)));
   busy = false;
@@ -102,11 +103,17 @@ async function run(bodies) {
   if (first) report(first, second);
   else if (second) report(second);
   if (failures.length) complain(failures[0]);
-  else say(`Done in ${time((performance.now() - began) / 1000)}: ${headlineShown()}`);
+  else say(`Done in ${time((performance.now() - began) / 1000)}: ${gistShown()}.`);
 }
 
-function headlineShown() {
-  return byId("report").querySelector(".headline").textContent;
+/** On a phone the stage lies below the form: whoever draws wants to see it. */
+function bringIntoView(element) {
+  if (element.getBoundingClientRect().top > innerHeight / 2) element.scrollIntoView();
+}
+
+/** The headline as far as its figures, for the status line, which is also spoken. */
+function gistShown() {
+  return byId("report").querySelector(".headline").textContent.split(/[:.](?: |$)/)[0];
 }
 
 function newLane({ prompt, schedule, n = 1 }, axis) {
@@ -161,7 +168,7 @@ async function drawInto(lane, body) {
     } else {
       const onPartial = (...news) => {
         lane.partial(...news);
-        say(`A first picture at ${news[2]}.`);
+        say(`A first picture at ${sizeText(news[2])}.`);
       };
       await drawPictures({ ...body, partial_images: 1 }, { signal, onPartial, onFinished: keep });
     }
@@ -185,10 +192,9 @@ function report(item, rival) {
 function open(item) {
   if (busy) return;
   const { prompt, size } = item;
-  const lane = new Lane({ title: prompt, prompt, frames: 1, size, axis: 1, onChosen: () => {} });
+  const lane = new Lane({ title: prompt, prompt, frames: 1, size });
   show([lane]);
   lane.finished(0, item);
-  lane.stop();
   report(item);
 }
 
