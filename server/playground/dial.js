@@ -1,4 +1,4 @@
-// The schedules as a dial, cheapest on the left, and what the chosen one costs. The slider under the drawing is the
+// The schedules as a dial, least work on the left, and what the chosen one costs. The slider under the drawing is the
 // real control: it has the arrow keys, the touch and the words that a screen reader says. The drawing is clicked, too.
 
 import { ratio, sizeText, time } from "./words.js";
@@ -25,6 +25,12 @@ function arc(share) {
   return `M ${fromX} ${fromY} A ${RADIUS} ${RADIUS} 0 0 1 ${toX} ${toY}`;
 }
 
+/** Denoising work in pixels: what schedules are ordered by, since timings of like ones change places on a busy day. */
+function work({ stages, guidance_scale: guidance }) {
+  const pixels = (size) => size.split("x").reduce((product, side) => product * Number(side), 1);
+  return stages.reduce((sum, { steps, size }) => sum + steps * pixels(size), 0) * (guidance === null ? 1 : 2);
+}
+
 /** How often the denoiser sees a picture: guided steps see it twice, with and without the prompt. */
 function passes({ stages, guidance_scale: guidance }) {
   return stages.reduce((sum, { steps }) => sum + steps, 0) * (guidance === null ? 1 : 2);
@@ -36,11 +42,10 @@ export class Dial {
     slider.addEventListener("input", () => this.#changed());
   }
 
-  /** Shows a model's schedules, in the order of what they cost. */
+  /** Shows a model's schedules, the one of least work first. */
   offer(schedules, chosen) {
     this.schedules = schedules;
-    const cost = (name) => schedules[name].expected_seconds ?? passes(schedules[name]);
-    this.names = Object.keys(schedules).sort((one, other) => cost(one) - cost(other));
+    this.names = Object.keys(schedules).sort((one, other) => work(schedules[one]) - work(schedules[other]));
     this.slider.max = this.names.length - 1;
     this.#draw();
     this.value = chosen;

@@ -66,14 +66,18 @@ async function watchEngines() {
   }
 }
 
-/** Buttons that can be pressed now, by what they do. */
+/** Which buttons can be pressed now. None that may have the focus is taken away without passing it on. */
 function allow() {
   const { model, films, canRace } = form;
+  const focused = document.activeElement;
   byId("model").textContent = model?.id ?? "";
-  byId("draw").disabled = busy || !model;
+  byId("draw").disabled = !model;
+  byId("draw").setAttribute("aria-disabled", String(busy));
   byId("draw").firstChild.textContent = films ? "Film " : "Draw ";
-  byId("race").hidden = busy || !canRace; // Stop takes its place
   byId("stop").hidden = !busy;
+  byId("race").hidden = busy || !canRace; // Stop takes its place
+  if (busy && focused === byId("race")) byId("stop").focus();
+  if (!busy && focused === byId("stop")) byId(canRace ? "race" : "draw").focus();
 }
 
 /** The length of the track on which lanes run: the teacher's time, so that a student is seen to need a part of it. */

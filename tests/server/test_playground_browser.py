@@ -172,6 +172,7 @@ def test_a_race_runs_both_from_one_seed(visit: Visit, house: House) -> None:
     visit.see(".headline", "from the same seed")
     visit.see_count("#gallery li", 2)
     assert house.metric("rmd_pictures_total", schedule="teacher") == 1
+    assert visit.page.evaluate("document.activeElement.id") == "race", "the keyboard is where it was"
 
 
 def test_what_is_copied_draws_the_same_picture(visit: Visit, house: House, tmp_path: Path) -> None:
@@ -222,6 +223,7 @@ def test_the_keyboard_alone_turns_the_dial_and_draws(visit: Visit, house: House)
     assert spoken(visit).startswith("teacher: about 140 ms, 12 passes. Steps: 6 at 64 px")
     visit.see("#guidance")
     visit.page.keyboard.press("Home")
+    assert spoken(visit).startswith("2+2")
     assert "The teacher takes 2.3 × as long here." in spoken(visit)
     playwright.expect(visit.page.locator("#guidance")).to_be_hidden()
     visit.page.fill("#prompt", "red apple")
@@ -267,6 +269,28 @@ def test_among_several_models_one_is_chosen_and_named(browser: Any, house: House
     visit.close()
 
 
+def test_the_gallery_is_bounded(visit: Visit) -> None:
+    visit.page.fill("#n", "10")
+    for seed in range(0, 70, 10):
+        visit.draw(seed=seed)
+    visit.see_count("#gallery li", 60)
+    visit.see("#gallery-note", "60 of at most 60")
+    seeds = visit.page.evaluate("[...document.querySelectorAll('#gallery li')].map((entry) => entry.item.rmd.seed)")
+    assert min(seeds) == 10, "the oldest left"
+    visit.page.reload()
+    visit.ready().see_count("#gallery li", 60)
+
+
+def test_a_browser_that_keeps_nothing_says_so(browser: Any, house: House) -> None:
+    visit = Visit(browser, house.url)
+    visit.page.add_init_script("Object.defineProperty(window, 'indexedDB', { value: undefined })")
+    visit.page.reload()
+    visit.ready().draw()
+    visit.see_count("#gallery li", 1)
+    visit.see("#gallery-note", "this browser keeps nothing")
+    visit.close()
+
+
 def test_dark_mode_and_a_phone(browser: Any, house: House, tmp_path: Path) -> None:
     shades = {}
     for scheme in ("light", "dark"):
@@ -305,6 +329,9 @@ def test_a_film_is_ordered_polled_and_played(
         film = visit.page.locator("video.final")
         playwright.expect(film).to_have_js_property("readyState", 4, timeout=PATIENCE_MILLISECONDS)
         visit.see(".legend dt", "queue")
+        visit.page.click("#race")
+        visit.see_count(".done video.final", 2)
+        visit.see("#status", re.compile("^Done in"))
         visit.page.reload()
-        visit.ready().see_count("#gallery video", 1)
+        visit.ready().see_count("#gallery video", 3)
         visit.close()
