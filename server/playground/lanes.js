@@ -23,7 +23,7 @@ export class Lane {
   #began = 0;
   #running = false;
 
-  /** `axis` is the length in seconds of the track on which the lanes of one race run; none where nothing runs. */
+  /** `axis.seconds` is the length of the track that the lanes of one race share; no axis where nothing runs. */
   constructor({ title, prompt, frames, size, axis = null, onChosen = () => {} }) {
     Object.assign(this, { axis, prompt, onChosen });
     const [width, height] = size.split("x");
@@ -67,7 +67,10 @@ export class Lane {
   #showClock() {
     const { seconds } = this;
     this.clock.textContent = `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
-    this.runner.style.width = `${Math.min(100, (100 * seconds) / this.axis)}%`;
+    // Whoever runs beyond the expected end makes the track longer for all lanes, the finished ones too.
+    this.axis.seconds = Math.max(this.axis.seconds, seconds);
+    this.element.parentElement?.style.setProperty("--axis", this.axis.seconds);
+    this.runner.style.setProperty("--seconds", seconds);
   }
 
   partial(index, blob, size) {

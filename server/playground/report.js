@@ -88,13 +88,15 @@ function breakdown(item) {
   return [make("h3", "", `Where the time of ${item.schedule} went`), drawn, list];
 }
 
+const faster = (times) => (times < 1 ? "as fast as" : "faster than");
+
 /** The headline: how many times faster, or why no such figure is told. */
 function headline(item, rival) {
   const { seconds, speedup = {}, teacher_seconds: teacher = {}, teacher_age_seconds: age = {} } = item.rmd;
   if (rival) {
     const theirs = rival.rmd.seconds.compute;
     const against = `${time(seconds.compute)} of work against ${time(theirs)}`;
-    const words = `faster than the teacher, from the same seed: ${against}.`;
+    const words = `${faster(theirs / seconds.compute)} the teacher, from the same seed: ${against}.`;
     return { figure: ratio(theirs / seconds.compute), words };
   }
   if (item.schedule === "teacher") {
@@ -108,7 +110,7 @@ function headline(item, rival) {
   }
   const timed = kind in age ? `, timed ${ago(age[kind])}` : "";
   const against = `${time(seconds.compute)} of work against ${time(teacher[kind])}${timed}`;
-  return { figure: ratio(speedup[kind]), words: `faster than the ${kind} teacher: ${against}.` };
+  return { figure: ratio(speedup[kind]), words: `${faster(speedup[kind])} the ${kind} teacher: ${against}.` };
 }
 
 /** What else is known: facts as pairs of words. */

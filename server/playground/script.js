@@ -94,7 +94,8 @@ async function run(bodies) {
   allow();
   say("Drawing.");
   byId("report").hidden = true;
-  show(bodies.map((body) => newLane(body, axisOf(bodies))));
+  const axis = { seconds: axisOf(bodies) };
+  show(bodies.map((body) => newLane(body, axis)));
   bringIntoView(byId("stage"));
   const began = performance.now();
   const results = await Promise.allSettled(bodies.map((body, index) => drawInto(lanes[index], body)));

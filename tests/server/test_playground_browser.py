@@ -170,6 +170,9 @@ def test_a_race_runs_both_from_one_seed(visit: Visit, house: House) -> None:
     assert len(set(captions)) == 1 and captions[0].startswith("seed ")
     assert visit.page.locator(".chart .name").all_text_contents() == ["2+2", "teacher"]
     visit.see(".headline", "from the same seed")
+    clocks = [float(text.removesuffix(" s")) for text in visit.page.locator(".clock").all_text_contents()]
+    tracks = [runner.bounding_box()["width"] for runner in visit.page.locator(".runner").all()]
+    assert tracks[0] / tracks[1] == pytest.approx(clocks[0] / clocks[1], rel=0.15), "one scale for both"
     visit.see_count("#gallery li", 2)
     assert house.metric("rmd_pictures_total", schedule="teacher") == 1
     assert visit.page.evaluate("document.activeElement.id") == "race", "the keyboard is where it was"
