@@ -42,7 +42,7 @@ def main(url: str, folder: Path) -> None:
     chromium = shutil.which("chromium")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium)
-        page = browser.new_page(viewport={"width": 1200, "height": 1040})
+        page = browser.new_page(viewport={"width": 1200, "height": 1020})
         page.set_default_timeout(PATIENCE_MILLISECONDS)
         page.goto(url)
         page.wait_for_selector("#draw:enabled")

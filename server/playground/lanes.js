@@ -19,6 +19,14 @@ export function mediaOf({ media, prompt, blob }, { playing = true } = {}) {
   return element;
 }
 
+/** Takes an element away, and gives back the memory of the pictures and films in it. */
+function letGo(element) {
+  for (const { src } of [element, ...element.querySelectorAll("img, video")]) {
+    if (src) URL.revokeObjectURL(src);
+  }
+  element.remove();
+}
+
 export class Lane {
   #began = 0;
   #running = false;
@@ -99,13 +107,15 @@ export class Lane {
     button.setAttribute("aria-label", `${item.prompt}, seed ${item.rmd.seed}: show its times`);
     button.addEventListener("click", () => this.onChosen(item, figure));
     frame.replaceWith(button);
-    media.addEventListener("animationend", () => button.querySelector(".partial")?.remove());
+    media.addEventListener("animationend", () => button.querySelectorAll(".partial").forEach(letGo));
   }
 
   /** Says what went wrong, and takes away the frames that stayed empty. */
   failed(message) {
     this.note.textContent = message;
-    for (const figure of this.frames) if (figure.className !== "done") figure.remove();
+    for (const figure of this.frames) {
+      if (figure.className !== "done") letGo(figure);
+    }
   }
 
   progress(words) {
@@ -117,8 +127,8 @@ export class Lane {
     for (const figure of this.frames) figure.classList.toggle("chosen", figure === chosen);
   }
 
-  /** Gives the memory of its pictures back. */
+  /** Leaves the page. */
   release() {
-    for (const media of this.element.querySelectorAll("img, video")) URL.revokeObjectURL(media.src);
+    letGo(this.element);
   }
 }
