@@ -28,6 +28,7 @@ def draw(page: Page, prompt: str, seed: int, button: str = "#draw") -> None:
     page.fill("#seed", str(seed))
     page.click(button)
     expect(page.locator("#status")).to_contain_text("Done", timeout=PATIENCE_MILLISECONDS)
+    print(f"{prompt}: {page.inner_text('.headline')}")
 
 
 def photograph(page: Page, file: Path) -> None:
