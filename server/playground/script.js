@@ -1,230 +1,294 @@
-// The playground: what a client of the public API does, and nothing else. Every picture is streamed, so a cascade's
-// low-resolution result is seen before the full one replaces it. A film is a job, which is polled.
+// The playground: what a client of the public API does, and nothing else. This file ties its parts together.
 
-const byId = (id) => document.getElementById(id);
-const form = byId("form");
+import { drawFilm, drawPictures, models, pause, readiness, useKey, whenKeyIsWanted } from "./api.js";
+import { byId, make } from "./elements.js";
+import { Form } from "./form.js";
+import { Gallery } from "./gallery.js";
+import { Lane } from "./lanes.js";
+import { showReport } from "./report.js";
+import { asCurl, asPython, copy } from "./snippets.js";
+import { openShelf } from "./store.js";
+import { sizeText, time } from "./words.js";
+
 const POLL_MILLISECONDS = 1000;
+const FALLBACK_AXIS_SECONDS = 10;
 
-let schedules = {};
-let films = false;
-let stop = new AbortController();
-
-/** The server's answer, or an Error with the message of its error object. */
-async function call(path, options = {}) {
-  const headers = { ...options.headers };
-  if (byId("key").value) headers.Authorization = `Bearer ${byId("key").value}`;
-  const reply = await fetch(path, { ...options, headers });
-  if (reply.ok) return reply;
-  if (reply.status === 401) byId("key-row").hidden = false;
-  const body = await reply.json().catch(() => null);
-  throw new Error(body?.error?.message ?? `The server answered ${reply.status}.`);
-}
-
-/** The payloads of a stream of server-sent events, until it ends. */
-async function* eventsOf(reply) {
-  const reader = reply.body.getReader();
-  const decoder = new TextDecoder();
-  let text = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    text += decoder.decode(value, { stream: true });
-    const blocks = text.split("\n\n");
-    text = blocks.pop();
-    for (const block of blocks) {
-      const data = block.split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("\n");
-      if (data && data !== "[DONE]") yield JSON.parse(data);
-    }
-  }
-}
+let form;
+let gallery;
+let lanes = [];
+let stopping = new AbortController();
+let busy = false;
+let toSave = "";
 
 function say(text, isError = false) {
   byId("status").textContent = text;
   byId("status").classList.toggle("error", isError);
 }
 
-/** Waits for the engines, saying how far they are, then fills in what the model offers. */
+function complain(error) {
+  if (error.name === "AbortError") return say("Stopped.");
+  form.blame(error);
+  const named = !error.param || error.message.includes(error.param);
+  return say(named ? error.message : `${error.param}: ${error.message}`, true);
+}
+
+function progressOf({ status, progress }) {
+  return progress ? `${progress.text} (${progress.done} of ${progress.total})` : status;
+}
+
+/** Waits for the engines, saying how far they are, then fills in what the server offers. */
 async function connect() {
   for (;;) {
-    try {
-      const reply = await fetch("health/ready");
-      if (reply.ok) break;
-      const { status, reason, progress } = await reply.json();
-      say(reason ?? (progress ? `${progress.text} (${progress.done} of ${progress.total})` : status), Boolean(reason));
-    } catch {
-      say("the server does not answer", true);
-    }
-    await new Promise((resolve) => setTimeout(resolve, POLL_MILLISECONDS));
+    const state = await readiness();
+    if (state?.ready) break;
+    if (!state) say("The server does not answer.", true);
+    else if (state.reason) say(state.reason, true);
+    else say(progressOf(state));
+    await pause(POLL_MILLISECONDS);
   }
-  const [model] = (await (await call("v1/models")).json()).data;
-  schedules = model.rmd.schedules;
-  films = model.rmd.media === "video";
-  byId("count").hidden = films;
-  byId("model").textContent = model.id;
-  byId("schedule").replaceChildren(
-    ...Object.entries(schedules).map(([name, { stages }]) => {
-      const steps = stages.map(({ steps, size }) => `${steps} at ${size}`).join(", ");
-      return new Option(`${name}: ${steps}`, name, false, name === model.rmd.default_schedule);
-    }),
-  );
-  showGuidance();
-  byId("draw").disabled = false;
-  say("ready");
-  watchEngines().catch(() => {});
+  form.offer(await models());
+  allow();
+  say("Ready.");
+  watchEngines().catch(() => {}); // it only informs
 }
 
 /** Says how many stations run compiled while engines are built, for as long as they are. */
 async function watchEngines() {
   for (;;) {
-    const { stations = {}, building } = await (await fetch("health/ready")).json().catch(() => ({}));
+    const { stations = {}, building } = (await readiness()) ?? {};
     const all = Object.values(stations);
     const compiled = all.filter((state) => state === "compiled").length;
     const left = building ? `, building engines: ${building.done} of ${building.total}` : "";
     byId("engines").textContent = compiled < all.length ? `${compiled} of ${all.length} stations compiled${left}` : "";
     if (!building) return;
-    await new Promise((resolve) => setTimeout(resolve, 5 * POLL_MILLISECONDS));
+    form.update(await models());
+    await pause(5 * POLL_MILLISECONDS);
   }
 }
 
-/** Guidance and the negative prompt belong to guided schedules alone: a student has its guidance distilled in. */
-function showGuidance() {
-  const guidance = schedules[byId("schedule").value]?.guidance_scale ?? null;
-  for (const label of document.querySelectorAll(".guided")) label.hidden = guidance === null;
-  byId("guidance").value = guidance ?? "";
+/** Which buttons can be pressed now. None that may have the focus is taken away without passing it on. */
+function allow() {
+  const { model, films, canRace } = form;
+  const focused = document.activeElement;
+  byId("model").textContent = model?.id ?? "";
+  byId("draw").disabled = !model;
+  byId("draw").setAttribute("aria-disabled", String(busy));
+  byId("draw").firstChild.textContent = films ? "Film " : "Draw ";
+  byId("stop").hidden = !busy;
+  byId("race").hidden = busy || !canRace; // Stop takes its place
+  if (busy && focused === byId("race")) byId("stop").focus();
+  if (!busy && focused === byId("stop")) byId(canRace ? "race" : "draw").focus();
 }
 
-function requestBody() {
-  const body = {
-    prompt: byId("prompt").value,
-    schedule: byId("schedule").value,
-  };
-  if (!films) Object.assign(body, { n: byId("n").valueAsNumber, stream: true, partial_images: 1 });
-  if (byId("seed").value) body.seed = byId("seed").valueAsNumber;
-  if (schedules[body.schedule].guidance_scale !== null) {
-    if (byId("guidance").value) body.guidance_scale = byId("guidance").valueAsNumber;
-    if (byId("negative").value) body.negative_prompt = byId("negative").value;
-  }
-  return body;
+/** The length of the track on which lanes run: the teacher's time, so that a student is seen to need a part of it. */
+function axisOf(bodies) {
+  const seconds = (name) => form.schedules[name]?.expected_seconds ?? 0;
+  const longest = Math.max(seconds("teacher"), ...bodies.map(({ schedule }) => seconds(schedule)));
+  return 1.05 * longest || FALLBACK_AXIS_SECONDS;
 }
 
-/** A new article on top, with an empty frame for each picture. */
-function newRun({ prompt, schedule, n = 1 }) {
-  const run = byId("run").content.cloneNode(true).firstElementChild;
-  run.querySelector("h2").textContent = prompt;
-  run.querySelector("p").textContent = schedule;
-  const [width, height] = schedules[schedule].size.split("x");
-  const frames = Array.from({ length: n }, () => {
-    const figure = document.createElement("figure");
-    figure.append(document.createElement("a"), document.createElement("figcaption"));
-    figure.style.setProperty("--ratio", `${width} / ${height}`);
-    return figure;
+/** Draws each request in a lane of its own, all at once, keeps what is finished, and reports on it. */
+async function run(bodies) {
+  stopping = new AbortController();
+  busy = true;
+  allow();
+  say("Drawing.");
+  byId("report").hidden = true;
+  const axis = { seconds: axisOf(bodies) };
+  show(bodies.map((body) => newLane(body, axis)));
+  bringIntoView(byId("stage"));
+  const began = performance.now();
+  const results = await Promise.allSettled(bodies.map((body, index) => drawInto(lanes[index], body)));
+  busy = false;
+  allow();
+  models().then((offered) => form.update(offered)).catch(() => {}); // what schedules cost is learnt from what ran
+  const failures = results.filter(({ status }) => status === "rejected").map(({ reason }) => reason);
+  const items = results.map(({ value }) => value);
+  const [first, second] = items;
+  if (first) report(first, second);
+  else if (second) report(second);
+  if (failures.length) complain(failures[0]);
+  else say(`Done in ${time((performance.now() - began) / 1000)}: ${gistShown()}.`);
+}
+
+/** On a phone the stage lies below the form: whoever draws wants to see it. */
+function bringIntoView(element) {
+  if (element.getBoundingClientRect().top > innerHeight / 2) element.scrollIntoView();
+}
+
+/** The headline as far as its figures, for the status line, which is also spoken. */
+function gistShown() {
+  return byId("report").querySelector(".headline").textContent.split(/[:.](?: |$)/)[0];
+}
+
+function newLane({ prompt, schedule, n = 1 }, axis) {
+  const { size } = form.schedules[schedule];
+  const lane = new Lane({
+    title: schedule,
+    prompt,
+    frames: n,
+    size,
+    axis,
+    onChosen: (item, figure) => {
+      if (busy) return;
+      lane.mark(figure);
+      report(item);
+    },
   });
-  run.querySelector(".pictures").append(...frames);
-  byId("runs").prepend(run);
-  return { run, frames };
+  return lane;
 }
 
-function show(figure, prompt, event) {
-  const link = figure.querySelector("a");
-  const finished = event.type === "image_generation.completed";
-  const image = document.createElement("img");
-  image.alt = prompt;
-  image.src = `data:image/${event.output_format};base64,${event.b64_json}`;
-  image.className = finished ? "" : "partial";
-  link.replaceChildren(image);
-  if (!finished) {
-    figure.querySelector("figcaption").textContent = event.size;
-    return;
-  }
-  finish(figure, image.src, event.output_format, event.rmd);
+/** Puts lanes on the stage, in place of those that were there. */
+function show(newLanes) {
+  for (const lane of lanes) lane.release();
+  lanes = newLanes;
+  byId("lanes").replaceChildren(...lanes.map(({ element }) => element));
+  byId("lanes").classList.toggle("racing", lanes.length > 1);
 }
 
-/** What is finished can be saved, and says what it took. */
-function finish(figure, url, suffix, { seed, seconds, speedup, cut_tokens: cut }) {
-  const link = figure.querySelector("a");
-  link.href = url;
-  link.download = `${seed}.${suffix}`;
-  const times = Object.entries(speedup).map(([kind, ratio]) => `, ${ratio.toPrecision(3)} x the ${kind} teacher`);
-  const unheard = cut ? `; the prompt's last ${cut} tokens were not heard` : "";
-  const took = `${seconds.compute.toPrecision(2)} s${times.join("")}`;
-  figure.querySelector("figcaption").textContent = `seed ${seed}: ${took}${unheard}`;
-}
-
-/** Draws pictures into their frames as the stream brings them; returns how many were finished. */
-async function drawPictures(body, frames) {
-  const reply = await call("v1/images/generations", post(body));
-  let finished = 0;
-  for await (const news of eventsOf(reply)) {
-    if (news.error) throw new Error(news.error.message);
-    show(frames[news.rmd.index], body.prompt, news);
-    finished += news.type === "image_generation.completed";
-  }
-  if (finished < frames.length) throw new Error("The connection was lost.");
-  return finished;
-}
-
-/** Orders a film, polls its job and shows it in its frame; returns 1. Whoever stops it cancels the job. */
-async function drawFilm(body, [figure]) {
-  // Not to be stopped half way: the server might have taken a job that nobody here could cancel.
-  let job = await (await call("v1/videos", { ...post(body), signal: null })).json();
-  const path = `v1/videos/${job.id}`;
+/** Draws one request and returns the first of its items. */
+async function drawInto(lane, body) {
+  const { signal } = stopping;
+  const media = form.films ? "video" : "image";
+  const { size } = form.schedules[body.schedule];
+  const kept = [];
+  const keep = (index, blob, rmd) => {
+    const { n: _n, ...request } = body;
+    const { model, prompt, schedule } = body;
+    const item = { when: Date.now(), media, model, prompt, schedule, size, rmd, blob };
+    item.request = { ...request, seed: rmd.seed };
+    lane.finished(index, item);
+    kept[index] = gallery.add(item);
+  };
+  lane.start();
   try {
-    while (job.status === "queued" || job.status === "in_progress") {
-      say(job.status === "queued" ? "waiting" : `drawing: ${job.progress} %`);
-      await new Promise((resolve) => setTimeout(resolve, POLL_MILLISECONDS));
-      job = await (await call(path, { signal: stop.signal })).json();
+    if (media === "video") {
+      const onProgress = (status, percent) => {
+        const words = status === "queued" ? "waiting in line" : `${percent} %`;
+        lane.progress(words);
+        say(`${body.schedule}: ${words}.`);
+      };
+      const { blob, rmd } = await drawFilm(body, { signal, onProgress });
+      keep(0, blob, rmd);
+    } else {
+      const onPartial = (...news) => {
+        lane.partial(...news);
+        say(`A first picture at ${sizeText(news[2])}.`);
+      };
+      await drawPictures({ ...body, partial_images: 1 }, { signal, onPartial, onFinished: keep });
     }
   } catch (error) {
-    if (error.name === "AbortError") await call(path, { method: "DELETE" });
+    lane.failed(error.name === "AbortError" ? "Stopped." : error.message);
+    await Promise.all(kept);
     throw error;
-  }
-  if (job.error) throw new Error(job.error.message);
-  const content = await (await call(`${path}/content`, { signal: stop.signal })).blob();
-  const video = document.createElement("video");
-  Object.assign(video, { src: URL.createObjectURL(content), controls: true, loop: true, muted: true, autoplay: true });
-  figure.prepend(video);
-  figure.querySelector("a").textContent = "save";
-  finish(figure, video.src, "mp4", job.rmd);
-  return 1;
-}
-
-function post(body) {
-  const headers = { "Content-Type": "application/json" };
-  return { method: "POST", headers, body: JSON.stringify(body), signal: stop.signal };
-}
-
-async function draw(event) {
-  event.preventDefault();
-  if (byId("draw").disabled) return; // Enter submits whatever the button says
-  const body = requestBody();
-  const { run, frames } = newRun(body);
-  const begin = performance.now();
-  let finished = 0;
-  stop = new AbortController();
-  byId("draw").disabled = true;
-  byId("stop").hidden = false;
-  say("drawing");
-  try {
-    finished = await (films ? drawFilm : drawPictures)(body, frames);
-    say(`${finished} in ${((performance.now() - begin) / 1000).toPrecision(2)} s`);
-  } catch (error) {
-    say(error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
-    frames.filter((frame) => !frame.querySelector("a[href]")).forEach((frame) => frame.remove());
-    if (!run.querySelector("a[href]")) run.remove();
   } finally {
-    byId("draw").disabled = false;
-    byId("stop").hidden = true;
+    lane.stop();
   }
+  return (await Promise.all(kept))[0];
 }
 
-form.addEventListener("submit", draw);
-byId("schedule").addEventListener("change", showGuidance);
-byId("stop").addEventListener("click", () => stop.abort());
-byId("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
+/** Shows an item's times, beside those of a rival of the same seed, and what can be done with it. */
+function report(item, rival) {
+  showReport(byId("report"), item, rival, actionsFor(item));
+  gallery.mark(item);
+}
+
+/** Shows an item of the gallery as if it had just been drawn. */
+function open(item) {
+  if (busy) return;
+  const { prompt, size } = item;
+  const lane = new Lane({ title: prompt, prompt, frames: 1, size });
+  show([lane]);
+  lane.finished(0, item);
+  report(item);
+}
+
+function actionsFor(item) {
+  const action = (words, work) => {
+    const button = make("button", "quiet", words);
+    button.type = "button";
+    button.addEventListener("click", () => Promise.resolve(work()).catch(complain));
+    return button;
+  };
+  const copied = (text, what) => copy(text).then(() => say(`Copied as ${what}.`));
+  const save = make("a", "quiet", "Save");
+  URL.revokeObjectURL(toSave);
+  toSave = URL.createObjectURL(item.blob);
+  save.href = toSave;
+  save.download = `${item.rmd.seed}.${item.blob.type.split("/")[1]}`;
+  const actions = [
+    action("Use again", () => form.fill(item.request)),
+    action("Copy as curl", () => copied(asCurl(item), "curl")),
+    action("Copy as Python", () => copied(asPython(item), "Python")),
+    save,
+    action("Delete", () => remove(item)),
+  ];
+  const group = make("div", "actions", ...actions);
+  group.setAttribute("role", "group");
+  group.setAttribute("aria-label", "This item");
+  return group;
+}
+
+async function remove(item) {
+  await gallery.remove(item);
+  showLatest();
+  if (document.activeElement === document.body) byId("stage").focus(); // the button that was pressed is gone
+  say("Deleted.");
+}
+
+async function clear() {
+  if (!confirm("Delete everything in the gallery?")) return;
+  await gallery.clear();
+  showLatest();
+  say("The gallery is empty.");
+}
+
+/** What the stage holds when nothing is being drawn; what was deleted is to be seen nowhere. */
+function showLatest() {
+  if (busy) return;
+  show([]);
+  byId("report").hidden = true;
+  if (gallery.latest) open(gallery.latest);
+}
+
+/** Starts drawing unless something is being drawn or the form lacks something, which the browser then says. */
+function begin(bodiesOf) {
+  if (busy || byId("draw").disabled || !byId("form").reportValidity()) return;
+  run(bodiesOf()).catch(complain);
+}
+
+async function main() {
+  form = new Form({ onChange: allow });
+  gallery = new Gallery({
+    list: byId("gallery"),
+    note: byId("gallery-note"),
+    shelf: await openShelf(),
+    onOpen: open,
+    onDelete: (item) => remove(item).catch(complain),
+  });
+  whenKeyIsWanted(() => (byId("key-row").hidden = false));
+  byId("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    form.requestSubmit();
-  }
-});
-byId("key").addEventListener("change", () => connect().catch((error) => say(error.message, true)));
-connect().catch((error) => say(error.message, true));
+    begin(() => [form.request()]);
+  });
+  byId("race").addEventListener("click", () => begin(() => form.race()));
+  byId("stop").addEventListener("click", () => stopping.abort());
+  byId("clear").addEventListener("click", () => clear().catch(complain));
+  document.addEventListener("keydown", (event) => {
+    const typed = event.target === byId("prompt") && !event.shiftKey;
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey || typed)) {
+      event.preventDefault();
+      byId("form").requestSubmit();
+    }
+    if (event.key === "Escape") stopping.abort();
+  });
+  byId("key").addEventListener("change", () => {
+    useKey(byId("key").value);
+    connect().catch(complain);
+  });
+  await gallery.load();
+  showLatest();
+  await connect();
+}
+
+main().catch(complain);

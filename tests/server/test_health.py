@@ -113,6 +113,9 @@ def test_models_list_what_requests_may_ask_for(house: House) -> None:
         {"size": "32x32", "steps": 2},
         {"size": "64x64", "steps": 2},
     ]
+    # By the fixture's costs: encode + steps + decode. The teacher's six steps are of two rows each.
+    expected = {name: schedule["expected_seconds"] for name, schedule in entry["rmd"]["schedules"].items()}
+    assert expected == {"2+2": 0.06, "0+4": 0.06, "teacher": 0.14}
 
 
 def test_gauges_follow_the_state_and_counters_the_work(house: House) -> None:

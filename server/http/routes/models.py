@@ -6,7 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.core.card import ModelCard
+from server.core.card import ModelCard, Schedule, step_costs
+from server.core.costs import CostTable
+from server.core.stations import StationKey
 from server.front.service import Service
 from server.http.resolve import film_seconds, plane, unknown_model
 from server.http.schemas import ModelEntry, ModelList
@@ -14,7 +16,7 @@ from server.http.schemas import ModelEntry, ModelList
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
-def _entry(model: ModelCard) -> ModelEntry:
+def _entry(model: ModelCard, costs: CostTable) -> ModelEntry:
     return ModelEntry(
         id=model.model_id,
         created=model.created,
@@ -25,6 +27,7 @@ def _entry(model: ModelCard) -> ModelEntry:
                     "stages": [{"size": str(stage.size), "steps": len(stage.steps)} for stage in s.cascade.stages],
                     "guidance_scale": s.cascade.guidance_scale if s.guided else None,
                     "size": plane(s.cascade.full_size),
+                    "expected_seconds": round(_expected_seconds(s, costs, model.place), 6),
                 }
                 for name, s in model.schedules.items()
             },
@@ -36,6 +39,12 @@ def _entry(model: ModelCard) -> ModelEntry:
             **_film_facts(model),
         },
     )
+
+
+def _expected_seconds(schedule: Schedule, costs: CostTable, place: str) -> float:
+    """Return the work on one picture or film in an empty house, by what batches cost here now; packaging left out."""
+    encode = costs.seconds(StationKey("encode", model=place), 1)
+    return encode + step_costs(costs, schedule.cascade, schedule.lane, model=place)[0]
 
 
 def _film_facts(model: ModelCard) -> dict[str, Any]:
@@ -54,8 +63,9 @@ def _service(request: Request) -> Service:
 
 @router.get("", response_model=ModelList)
 async def list_models(request: Request) -> ModelList:
-    """List the models this server holds, the defaults of their routes first; 503 while they are loading."""
-    return ModelList(data=[_entry(card) for card in _service(request).cards])
+    """List the models this server holds, in the order of its checkpoints; 503 while they are loading."""
+    service = _service(request)
+    return ModelList(data=[_entry(card, service.costs) for card in service.cards])
 
 
 @router.get("/{model_id:path}", response_model=ModelEntry)
@@ -65,4 +75,4 @@ async def get_model(model_id: str, request: Request) -> ModelEntry:
     model = next((card for card in service.cards if card.model_id == model_id), None)
     if model is None:
         raise unknown_model(model_id, service)
-    return _entry(model)
+    return _entry(model, service.costs)
