@@ -117,7 +117,7 @@ class Fleet:
 
     @property
     def cards(self) -> dict[str, ModelCard]:
-        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them, if it does."""
+        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them."""
         lead, found = self.lead, dict[str, ModelCard]()
         for member in [*([lead] if lead else []), *self.members]:
             found = {**member.cards, **found}
