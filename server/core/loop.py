@@ -172,9 +172,9 @@ class Loop:
             return True
         return False
 
-    def _charge(self, account: str, seconds: float) -> None:
+    def _charge(self, work: Work, seconds: float) -> None:
         try:
-            self.policy.charge(account, seconds)
+            self.policy.charge(work, seconds)
         except Exception:  # its bookkeeping costs nobody a picture that is made
             log.exception("the policy raised")
 
@@ -259,7 +259,7 @@ class Loop:
         for ticket in batch.tickets:
             own = ticket.rows if batch.key.kind == "denoise" else 1
             share = seconds * own / max(rows, len(batch.tickets) if batch.key.kind != "denoise" else rows)
-            self._charge(ticket.request.work.account, share)
+            self._charge(ticket.request.work, share)
             if not isinstance(ticket, Picture):
                 continue
             record = ticket.record

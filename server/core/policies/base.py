@@ -9,6 +9,7 @@ from typing import Protocol
 
 from server.core.stations import Station, Stations
 from server.core.tickets import Picture, Preview, Request, Ticket
+from server.core.work import Work
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Policy(Protocol):
     def choose(self, stations: Stations, now: float) -> Choice | Hold | None:
         """Return the next batch, a time to wait until, or None where every queue is empty. Takes nothing out."""
 
-    def charge(self, account: str, seconds: float) -> None:
-        """Note what an account's work has cost the device."""
+    def charge(self, work: Work, seconds: float) -> None:
+        """Note what a request's work has cost the device."""
 
 
 def rows_of(tickets: Sequence[Ticket], station: Station) -> list[int]:

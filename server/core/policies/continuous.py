@@ -10,6 +10,7 @@ from __future__ import annotations
 from server.core.costs import CostTable
 from server.core.policies.base import Choice, arrival, first_come
 from server.core.stations import Stations
+from server.core.work import Work
 
 
 class ContinuousPolicy:
@@ -24,7 +25,7 @@ class ContinuousPolicy:
         self._costs = costs
         self._size = size
 
-    def charge(self, account: str, seconds: float) -> None:
+    def charge(self, work: Work, seconds: float) -> None:
         """Accounts are all one."""
 
     def choose(self, stations: Stations, now: float) -> Choice | None:

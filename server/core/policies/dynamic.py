@@ -10,6 +10,7 @@ from server.core.costs import CostTable
 from server.core.policies.base import Choice, Hold, arrival, first_come, next_station
 from server.core.stations import Stations
 from server.core.tickets import Preview, Request, Ticket
+from server.core.work import Work
 
 
 class DynamicPolicy:
@@ -26,7 +27,7 @@ class DynamicPolicy:
         self._size, self._window = size, window
         self._group: set[Request] = set()
 
-    def charge(self, account: str, seconds: float) -> None:
+    def charge(self, work: Work, seconds: float) -> None:
         """Accounts are all one."""
 
     def choose(self, stations: Stations, now: float) -> Choice | Hold | None:

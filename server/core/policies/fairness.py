@@ -1,4 +1,4 @@
-"""Between API keys: whoever has used less of the device of late goes first."""
+"""Between API keys, or films and pictures: whoever has used less of the device of late goes first."""
 
 from __future__ import annotations
 
@@ -29,3 +29,7 @@ class Shares:
         return {
             account: min(max(fair / (self._used.get(account, 0.0) + 1e-3), 1 / _BOUND), _BOUND) for account in waiting
         }
+
+    def least_served(self, waiting: AbstractSet[str]) -> str:
+        """Return whoever of those waiting has had least of the device of late; empty where nobody waits."""
+        return min(sorted(waiting), key=lambda name: self._used.get(name, 0.0), default="")

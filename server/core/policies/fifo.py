@@ -5,6 +5,7 @@ from __future__ import annotations
 from server.core.costs import CostTable
 from server.core.policies.base import Choice, arrival, first_come, next_station
 from server.core.stations import Stations
+from server.core.work import Work
 
 
 class FifoPolicy:
@@ -13,7 +14,7 @@ class FifoPolicy:
     def __init__(self, costs: CostTable) -> None:
         self._costs = costs
 
-    def charge(self, account: str, seconds: float) -> None:
+    def charge(self, work: Work, seconds: float) -> None:
         """Accounts are all one."""
 
     def choose(self, stations: Stations, now: float) -> Choice | None:

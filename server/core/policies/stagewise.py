@@ -17,6 +17,10 @@ house a picture is decoded as soon as it can be, and the longer the queues are t
 throughput of the best widths; nothing has to be set for a load or a machine.
 
 Since a long request may not win its turn before its deadline that way, what is about to miss its deadline goes first.
+
+Films and pictures do not weigh against each other that way: a film that waits in a long line, with nobody looking on,
+would hold up every picture. Where both wait, the kind goes first that the device has worked less on of late: pictures
+up to half of the device's time pass films as if they were alone, and beyond that each has its half.
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ from server.core.policies.base import Choice
 from server.core.policies.fairness import Shares
 from server.core.stations import Station, Stations
 from server.core.tickets import Picture, Preview, Request, Ticket
+from server.core.work import Work
 
 _LEAST_WORK = 1e-4
 _URGENT = 2.0  # times its own work is left until its deadline
 
-Rank = tuple[bool, float]
-"""(about to miss its deadline, urge or worth): the larger goes first."""
+Rank = tuple[int, float]
+"""(about to miss its deadline: 2, of the kind that goes first: 1; urge or worth): the larger goes first."""
 
 
 class StagewisePolicy:
@@ -47,23 +52,28 @@ class StagewisePolicy:
     def __init__(self, costs: CostTable, patience: float = 1.5) -> None:
         self._costs = costs
         self._patience = patience
-        self._shares = Shares()
+        self._shares, self._kinds = Shares(), Shares()
 
-    def charge(self, account: str, seconds: float) -> None:
-        """Note what an account's work has cost the device."""
-        self._shares.charge(account, seconds)
+    def charge(self, work: Work, seconds: float) -> None:
+        """Note what a request's work has cost the device."""
+        self._shares.charge(work.account, seconds)
+        self._kinds.charge(_kind(work), seconds)
 
     def choose(self, stations: Stations, now: float) -> Choice | None:
         """Return the next batch, or None where every queue is empty."""
         busy = [station for station in stations if station.tickets]
         waiting = sum(len(station.tickets) for station in busy)
-        weights = self._shares.weights({ticket.request.work.account for s in busy for ticket in s.tickets})
+        works = [ticket.request.work for station in busy for ticket in station.tickets]
+        weights = self._shares.weights({work.account for work in works})
+        first = self._kinds.least_served({_kind(work) for work in works})
         best: tuple[Rank, Choice] | None = None
         coming = 0  # a picture meets the stations in this order, so these may come to this one too
         for station in busy:
             pictures = sum(isinstance(ticket, Picture) for ticket in station.tickets)
             coming += pictures
-            graded = sorted(((self._grade(ticket, weights, now), ticket) for ticket in station.tickets), key=_first)
+            graded = sorted(
+                ((self._grade(ticket, weights, first, now), ticket) for ticket in station.tickets), key=_first
+            )
             offer = self._offer(station, graded, coming if pictures else len(graded), waiting)
             if best is None or offer[0] > best[0]:
                 best = offer
@@ -91,18 +101,26 @@ class StagewisePolicy:
         chosen = [ticket for unit in units[:count] for _, ticket in unit]
         return (graded[0][0][0], worths[best]), Choice(station, chosen)
 
-    def _grade(self, ticket: Ticket, weights: dict[str, float], now: float) -> Rank:
-        """Return whether a ticket is about to miss its deadline, and its urge: the part of it in a batch's worth."""
+    def _grade(self, ticket: Ticket, weights: dict[str, float], first: str, now: float) -> Rank:
+        """Return whether a ticket goes before others whatever they are worth, and its urge: its part in a worth.
+
+        Args:
+            first: the kind that the device has worked less on of late.
+        """
         work = max(ticket.remaining_seconds, _LEAST_WORK)
         request = ticket.request.work
         urgent = request.deadline - now < _URGENT * work and isinstance(ticket, Picture)
         ratio = (max(now - request.arrived, 0.0) + work) / work
-        return urgent, weights[request.account] * ratio**self._patience
+        return 2 * urgent + (_kind(request) == first), weights[request.account] * ratio**self._patience
 
 
-def _first(pair: tuple[Rank, Ticket]) -> tuple[bool, float]:
-    (urgent, urge), _ = pair
-    return not urgent, -urge
+def _first(pair: tuple[Rank, Ticket]) -> tuple[int, float]:
+    (before, urge), _ = pair
+    return -before, -urge
+
+
+def _kind(work: Work) -> str:
+    return "film" if work.film else "picture"
 
 
 def _units(graded: Sequence[tuple[Rank, Ticket]]) -> list[list[tuple[Rank, Ticket]]]:

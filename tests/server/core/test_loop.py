@@ -10,6 +10,7 @@ from server.core.policies import POLICIES
 from server.core.policies.fifo import FifoPolicy
 from server.core.stations import Stations
 from server.core.tickets import Picture, Preview
+from server.core.work import Work
 from tests.server.core.desk import COSTS, DECODE, ENCODE, HIGH, LOW, SHOW, Desk, names
 
 PATIENT = {key: {1: 0.01} for key in COSTS}
@@ -162,7 +163,7 @@ def test_shares_of_guided_and_plain_rows_add_up_to_the_batch() -> None:
 def test_previews_are_paid_for_by_their_account() -> None:
     desk = Desk()
     charged: list[tuple[str, float]] = []
-    desk.loop.policy.charge = lambda account, seconds: charged.append((account, seconds))  # type: ignore[method-assign]
+    desk.loop.policy.charge = lambda work, seconds: charged.append((work.account, seconds))  # type: ignore[method-assign]
     desk.submit("watched", "0+4", partial_images=3, account="one")
     desk.run()
     spent = sum(desk.truth.seconds(batch.key, batch.rows) for batch in desk.batches)
@@ -230,7 +231,7 @@ class Broken:
     def __init__(self, inner: FifoPolicy, name: str) -> None:
         self._inner, self._name = inner, name
 
-    def charge(self, account: str, seconds: float) -> None:
+    def charge(self, work: Work, seconds: float) -> None:
         """Raises too where it is broken for everybody."""
         if self._name == "":
             raise ZeroDivisionError("charge")

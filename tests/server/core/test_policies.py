@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from server.core.card import step_costs
 from server.core.costs import CostTable
+from server.core.loop import Loop
 from server.core.policies import POLICIES, Choice, Hold, Policy, make_policy
 from server.core.policies.continuous import ContinuousPolicy
 from server.core.policies.dynamic import DynamicPolicy
@@ -19,7 +21,20 @@ from server.core.policies.stagewise import StagewisePolicy
 from server.core.stations import Stations
 from server.core.tickets import Preview, Request, Ticket
 from server.core.work import Work
-from tests.server.core.desk import COSTS, DECODE, ENCODE, GUIDED, HIGH, LOW, LOW_SIZE, SCHEDULES, SHOW, Desk, names
+from tests.server.core.desk import (
+    CARD,
+    COSTS,
+    DECODE,
+    ENCODE,
+    GUIDED,
+    HIGH,
+    LOW,
+    LOW_SIZE,
+    SCHEDULES,
+    SHOW,
+    Desk,
+    names,
+)
 
 _numbers = itertools.count()
 
@@ -164,6 +179,47 @@ def test_nobody_who_asks_little_waits_behind_a_key_that_asks_for_much() -> None:
     places = [desk.made.index(f"modest {number}") - before for number in range(4)]
     assert max(places) < 14, "its share would be every other picture"
     assert len(desk.made) == 44
+
+
+class Both(Desk):
+    """A model of pictures and one of films, whose batches take three times as long, on one device."""
+
+    def __init__(self) -> None:
+        films = {replace(key, model="films"): {w: 3 * s for w, s in widths.items()} for key, widths in COSTS.items()}
+        super().__init__({**COSTS, **films})
+        cards = [CARD, replace(CARD, place="films", media="video")]
+        self.loop = Loop(cards, self.costs, make_policy("stagewise", self.costs), self.said.append)
+
+    def film(self, name: str) -> None:
+        """Queue a film."""
+        self.submit(name, model="films", frames_per_second=8)
+
+
+def test_a_picture_does_not_wait_for_the_films_that_have_waited_long() -> None:
+    desk = Both()
+    for number in range(12):
+        desk.film(f"film {number}")
+    for _ in range(8):
+        desk.step()
+    desk.submit("picture")
+    kinds = [desk.step().key.model for _ in range(6)]
+    assert "picture" in desk.made and kinds == [""] * 6
+
+
+def test_films_have_half_of_a_device_that_pictures_would_fill() -> None:
+    desk = Both()
+    for number in range(6):
+        desk.film(f"film {number}")
+    spent = {"": 0.0, "films": 0.0}
+    asked = 0
+    while sum(name.startswith("film") for name in desk.made) < 6:
+        while sum(ticket.request.work.model == "" for ticket in desk.loop.stations.waiting()) < 8:
+            asked += 1
+            desk.submit(f"picture {asked}")
+        before = desk.now
+        batch = desk.step()
+        spent[batch.key.model] += desk.now - before
+    assert spent["films"] == pytest.approx(spent[""], rel=0.35)
 
 
 def test_shares_fade_and_are_bounded() -> None:
