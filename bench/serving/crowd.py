@@ -8,13 +8,13 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.serving.measures import percentile
 from bench.serving.outcomes import Outcome, whole_rate
-from bench.serving.servers import Server, start_ours
+from bench.serving.servers import Server, plain, start_ours
 from bench.serving.traces import make_trace
 
 _ALONE, _AFTER = 24, 96  # pictures, one at a time
@@ -60,12 +60,11 @@ def run_crowd(settings: CrowdSettings, say: Callable[[str], None] = lambda _: No
         newcomers = [(late + o.sent, o.latency) for o in server.play(make_trace(settings.mix, 1.0, _AFTER, 4), 1)]
     finally:
         server.end()
-    told_settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
     usual = percentile(alone, 0.5)
     return {
         "format": 1,
         "kind": "crowd",
-        "settings": told_settings,
+        "settings": plain(settings),
         "alone": usual,
         "capacity": capacity,
         "sent": len(outcomes),

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.serving.measures import bootstrap
-from bench.serving.servers import start_ours
+from bench.serving.servers import plain, start_ours
 from bench.serving.traces import make_trace
 
 WAITING: Mapping[str, Mapping[str, str]] = {
@@ -73,8 +73,7 @@ def run_neighbour(settings: NeighbourSettings, say: Callable[[str], None] = lamb
     finally:
         for server in servers.values():
             server.end()
-    told_settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    return {"format": 1, "kind": "neighbour", "settings": told_settings, "medians": medians}
+    return {"format": 1, "kind": "neighbour", "settings": plain(settings), "medians": medians}
 
 
 def neighbour_markdown(content: Mapping[str, Any]) -> str:

@@ -10,14 +10,14 @@ import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench.serving.measures import bootstrap, percentile
 from bench.serving.outcomes import Outcome, whole_rate
-from bench.serving.servers import OURS, ROOT, Server, free_port, start_ours
+from bench.serving.servers import OURS, ROOT, Server, free_port, plain, start_ours
 from bench.serving.traces import make_trace
 from server.front.engine import waiting_policy
 
@@ -83,7 +83,7 @@ def run_rivals(settings: RivalSettings, say: Callable[[str], None] = lambda _: N
         ours.end()
         if theirs is not None:
             theirs.end()
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    told = plain(settings)
     del told["packages"]
     return {"format": 1, "kind": "rivals", "settings": told, "sweep": sweep, "rival": best, "loads": _compared(rounds)}
 

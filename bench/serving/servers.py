@@ -13,7 +13,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bench.serving.outcomes import Outcome
 from bench.serving.traces import Ask
@@ -109,3 +111,8 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Return a bench's settings, a dataclass, as its report holds them: paths are text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
