@@ -50,13 +50,13 @@ class NeighbourSettings:
 def run_neighbour(settings: NeighbourSettings, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Measure it; see :func:`neighbour_markdown`."""
     told = {"measure_teacher": "false", "serve_teacher": "false", "log_level": "error", "watchdog_seconds": "1000000"}
-    plain = {name: value for name, value in os.environ.items() if name not in _KNOBS}
+    environment = {name: value for name, value in os.environ.items() if name not in _KNOBS}
     servers = {}
     medians: dict[str, dict[str, list[float]]] = {str(n): {name: [] for name in WAITING} for n in settings.neighbours}
     try:
         for name, how in WAITING.items():
             say(f"starting {name}")
-            servers[name] = start_ours(settings.checkpoint, settings.engines, {**plain, **how}, **told)
+            servers[name] = start_ours(settings.checkpoint, settings.engines, {**environment, **how}, **told)
             servers[name].wait_until_ready()
             servers[name].stand_still()
         for number in range(settings.rounds):
