@@ -21,15 +21,16 @@ def command(
     data: Annotated[Path, typer.Option(help="Picture cache, as `rmd data` makes it.")] = Path("data"),
     out: Annotated[Path, typer.Option(help="Folder of the report (of the PNG files).")] = Path("benchmarks/quality"),
     cache: Annotated[Path, typer.Option(help="A stopped run goes on from here.")] = Path("runs/evaluate"),
-    rows: Annotated[str, typer.Option(help="teacher, student-<schedule>, naive-<schedule>; comma-separated.")] = (
-        "teacher,student-2+2,naive-2+2,naive-0+4"
-    ),
+    rows: Annotated[str, typer.Option(help="teacher, student-<schedule>, naive-<schedule>; comma-separated.")] = "",
     sets: Annotated[
         str,
-        typer.Option(help="unseen_pair, unseen_concept; or train, to choose among checkpoints without the test sets."),
-    ] = "unseen_pair,unseen_concept",
+        typer.Option(
+            help="unseen_pair, unseen_concept, of films unseen_motion; or train, to choose among checkpoints "
+            "without the test sets."
+        ),
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Sampling seeds, comma-separated; the teacher takes the first.")] = "0,1,2",
-    limit: Annotated[int, typer.Option(min=4, help="Pictures of each set.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=4, help="Of each set; by default 512 pictures, 64 films.")] = None,
     skip: Annotated[
         int, typer.Option(min=0, help="Leave out the first so many: apart from a table of that limit.")
     ] = 0,
@@ -58,7 +59,9 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from training.evaluate.run import EvaluationSettings, evaluate
+    from training.evaluate.models import EvaluationSettings
+    from training.evaluate.run import evaluate
+    from training.evaluate.sheets import draw_sheets
 
     if compile and engines is not None:
         raise ValueError("--compile is for eager networks: leave it out, or leave out --engines")
@@ -95,16 +98,14 @@ def command(
         def show(what: str, share: float) -> None:
             bar.update(task, description=what, completed=min(1.0, share))
 
-        if sheets:
-            from training.evaluate.sheets import draw_sheets
-
+        if not sheets:
+            report = evaluate(settings, show)["report"]
+            written = [out / f"{report}.json", out / f"{report}.md"]
+        else:
             folder = Path("docs") if out == Path("benchmarks/quality") else out
             if hero_split not in ("unseen_pair", "unseen_concept", "train"):
                 raise ValueError(f"--hero-split {hero_split!r} is not unseen_pair, unseen_concept or train")
             written = draw_sheets(settings, folder, show, hero_split)  # type: ignore[arg-type]
-        else:
-            evaluate(settings, show)
-            written = [out / "quality.json", out / "quality.md"]
     for path in written:
         console.print(str(path))
 

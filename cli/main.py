@@ -21,7 +21,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-film-teacher": ("cli.train_film_teacher", "Train the embedded film teacher."),
     "distill": ("cli.distill", "Distil a teacher into a few-step cascade."),
     "evaluate": ("cli.evaluate", "Measure a checkpoint on held-out pictures."),
-    "evaluate-films": ("cli.evaluate_films", "Measure a film checkpoint on held-out films."),
     "generate": ("cli.generate", "Draw one prompt, or a file of them."),
     "build": ("cli.build", "Compile a checkpoint into engines."),
     "engines": ("cli.engines", "List, verify, measure and prune built engines."),

@@ -17,9 +17,14 @@ from torch import Tensor
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` atomically, making the folder."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` atomically, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 

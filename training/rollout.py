@@ -28,6 +28,9 @@ class X0Backbone(Protocol):
     schedule: NoiseSchedule
     device: torch.device
 
+    @property
+    def takes_frame_numbers(self) -> bool: ...
+
     def latent_shape(self, size: Size) -> tuple[int, ...]: ...
 
     def predict_x0(

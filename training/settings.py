@@ -73,6 +73,9 @@ class DistillSettings(BaseSettings):
     stage_weights: tuple[float, ...] | None = Field(None, description="w_stage, low stage first; 1 by default")
     score_noise_intensity: float | None = Field(None, ge=0, le=1, description="the cascade's own by default")
     transition_noise_intensity: float | None = Field(None, ge=0, le=1, description="in roll-outs; the cascade's own")
+    score_frames: int | None = Field(
+        None, ge=2, description="so many frames of a film, drawn anew each time, are what teacher and fake score see"
+    )
     score_noise_everywhere: bool = Field(False, description="predicted noise also where the stage has the full side")
     gan_weight: float = Field(0.0, ge=0, description="DMD2's GAN loss on the fake network's tokens")
     mmd_weight: float = Field(0.0, ge=0, description="SwD's patch loss on the fake network's tokens")
@@ -145,6 +148,8 @@ class DistillSettings(BaseSettings):
             raise ValueError(f"gan_weight is DMD2's loss, and method {self.method!r} has none: set it to 0")
         if self.mmd_weight and self.method != "swd":
             raise ValueError(f"mmd_weight is SwD's loss, and method {self.method!r} has none: set it to 0")
+        if self.score_frames is not None and self.method not in ("rmd", "tdm"):
+            raise ValueError(f"score_frames: method {self.method!r} has a further loss, on whole films; leave it out")
         if self.rollout == "pipelined" and self.method == "swd":
             raise ValueError("rollout=pipelined: SwD draws each step's states from clean samples, not from roll-outs")
         return self

@@ -106,6 +106,7 @@ class Backbone(ABC):
     latent_channels: ClassVar[int]
     spatial_compression: ClassVar[int] = 8
     frames_per_second: ClassVar[int] = 16
+    takes_frame_numbers: ClassVar[bool] = False  # whether the denoiser can be told which frames of a film it sees
 
     teacher_steps: int
     teacher_guidance: float

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.embedded import EmbeddedBackbone, EmbeddedDecoder
+from rmd.backbones.wrappers import FilmDenoiser
 from rmd.size import Size
 
 
@@ -32,6 +33,7 @@ class EmbeddedVideoBackbone(EmbeddedBackbone):
     profile: ClassVar[str] = "embedded-video"
     media: ClassVar[Literal["image", "video"]] = "video"
     frames_per_second: ClassVar[int] = 8
+    takes_frame_numbers: ClassVar[bool] = True
     components: ClassVar[Mapping[str, str]] = {
         **EmbeddedBackbone.components,
         "transformer": "rmd.backbones.film_transformer:FilmTransformer",
@@ -40,6 +42,8 @@ class EmbeddedVideoBackbone(EmbeddedBackbone):
     def wrap(self, raw: Mapping[str, Any]) -> dict[str, nn.Module]:
         """See :meth:`DiffusersBackbone.wrap`; components that ``raw`` lacks are left out."""
         modules = super().wrap(raw)
+        if "transformer" in raw:
+            modules["denoiser"] = FilmDenoiser(raw["transformer"])
         if "vae" in raw:
             modules["decoder"] = FilmDecoder(raw["vae"])
         return modules

@@ -91,8 +91,8 @@ class FilmTransformer(SD3Transformer2DModel):  # type: ignore[misc]
             encoder_hidden_states: (B, L, D) text.
             pooled_projections: (B, P) pooled text.
             return_dict: whether to wrap the result as diffusers does.
-            frame_numbers: (T,) which frames of a film these are, int64; the first T when None. Training shows some
-                of them only.
+            frame_numbers: (T,) or (B, T) which frames of a film these are, int64; the first T when None. Training
+                shows some of them only.
 
         Raises:
             ValueError: more frames than ``max_frames``.
@@ -105,7 +105,7 @@ class FilmTransformer(SD3Transformer2DModel):  # type: ignore[misc]
         tokens = tokens.reshape(batch, frames, tokens.shape[1], tokens.shape[2])
         if frames > 1:
             rows = self.temporal_embed[:frames] if frame_numbers is None else self.temporal_embed[frame_numbers]
-            tokens = tokens + rows[:, None].to(tokens.dtype)
+            tokens = tokens + rows.unsqueeze(-2).to(tokens.dtype)
         tokens = tokens.flatten(1, 2)
         condition = self.time_text_embed(timestep, pooled_projections)
         text = self.context_embedder(encoder_hidden_states)

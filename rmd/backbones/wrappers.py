@@ -40,6 +40,41 @@ class SD3Denoiser(nn.Module):
         return output
 
 
+class FilmDenoiser(nn.Module):
+    """``FilmTransformer`` as a velocity predictor."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        frame_numbers: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of shape (B, C, T, H, W).
+
+        Args:
+            latents: (B, C, T, H, W).
+            timestep: (B,) float32, 1000 t.
+            encoder_hidden_states: (B, L, D) text.
+            pooled_projections: (B, P) pooled text.
+            frame_numbers: (B, T) int64, which frames of the film these are; the first T when None.
+        """
+        output: Tensor = self.transformer(
+            hidden_states=latents,
+            timestep=timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            frame_numbers=frame_numbers,
+            return_dict=False,
+        )[0]
+        return output
+
+
 class UNetDenoiser(nn.Module):
     """``UNet2DConditionModel`` with SDXL's text and time conditions, as a noise predictor."""
 

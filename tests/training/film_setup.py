@@ -29,6 +29,6 @@ def many_pictures(concepts: int = 24) -> PictureSet:
 
 
 def film_bytes(pictures: PictureSet, spec: FilmSpec) -> NDArray[np.uint8]:
-    """(3, 9, SIDE, SIDE) uint8."""
-    film: NDArray[np.uint8] = to_bytes(render_films([spec], pictures.rgba, (SIDE,))[0])[0].numpy()
+    """(9, SIDE, SIDE, 3) uint8."""
+    film: NDArray[np.uint8] = to_bytes(render_films([spec], pictures.rgba, (SIDE,))[0])[0]
     return film

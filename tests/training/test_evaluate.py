@@ -39,9 +39,10 @@ from training.evaluate.metrics import (
     recall_at,
     recall_ratio,
 )
+from training.evaluate.models import EvaluationSettings, Models
 from training.evaluate.report import markdown
 from training.evaluate.rows import PictureCache, generate
-from training.evaluate.run import EvaluationSettings, Models, evaluate
+from training.evaluate.run import evaluate
 from training.evaluate.sets import SETS, held_out_set, measured_indices, other_style_pictures, same_style_mix
 from training.evaluate.sheets import chosen, contact_sheet, draw_sheets
 
@@ -395,7 +396,7 @@ def test_checkpoints_can_be_compared_on_training_pictures(checkpoint: Path, data
 
 
 def test_unknown_rows_and_sets_are_named(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    for sets in ((), ("valid",), ("train", "train")):
+    for sets in (("valid",), ("train", "train"), ("unseen_motion",)):
         with pytest.raises(ValueError, match="give some of unseen_pair, unseen_concept, train, each once"):
             evaluate(_settings(checkpoint, data, tmp_path, sets=sets))
     with pytest.raises(ValueError, match=r"unknown row 'student-9\+9'"):

@@ -19,7 +19,6 @@ from training import film_latents, velocity
 from training.data.films import FilmSource
 from training.film_latents import FilmData, FilmEncoder, captions_of, shard_file, write_shards
 from training.film_run import FilmRun
-from training.film_sheets import draw_films, film_sampling, write_filmstrips
 from training.film_teacher import FilmTrainer, initial_film_transformer
 
 SIDES = (48, 32)
@@ -164,18 +163,3 @@ def test_a_stopped_run_goes_on_and_exports_a_checkpoint(
     beside = second.export(model.parent / "film")  # beside the model whose components it shares
     assert (beside / "vae").is_symlink()
     shutil.rmtree(beside)
-
-
-def test_filmstrips_show_every_frame(cache: Path, model: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    from rmd.size import Size
-
-    backbone = EmbeddedVideoBackbone.load(write_tiny_folder("embedded-video", tmp_path / "v"), dtype=torch.float32)
-    films = draw_films(backbone, film_sampling(backbone, Size(32, 32, 5), 2), ["a", "b", "c"], batch=2)
-    assert films.shape == (3, 3, 5, 32, 32)
-    alone = draw_films(backbone, film_sampling(backbone, Size(32, 32, 5), 2), ["c"], seed=2)
-    assert (films[2].int() - alone[0].int()).abs().max() <= 1
-    write_filmstrips(tmp_path / "sheet.png", films, ["a", "b", "ç日"])
-    sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.width >= 2 * 5 * 32 and sheet.height >= 2 * 32

@@ -13,7 +13,7 @@ from training.data.captions import GROUNDS
 from training.data.dataset import PictureSet
 from training.data.films import FilmSource, FilmSpec, film_caption, is_held_motion, render_films
 from training.data.motions import CROSSING, MOTIONS, SPEEDS, X, Y, path
-from training.evaluate.films import film_set, measure_films
+from training.evaluate.films import ends, film_set, lasting_things, read_films, single_things, training_frames
 from training.evaluate.motion import read_motion, track
 
 
@@ -117,11 +117,11 @@ OPPOSITES = {
 @pytest.mark.parametrize(("motion", "opposite"), OPPOSITES.items())
 def test_a_film_played_backwards_reads_as_the_opposite(pictures: PictureSet, motion: str, opposite: str) -> None:
     film = film_bytes(pictures, spec(motion))
-    assert read_motion(np.ascontiguousarray(film[:, ::-1])) == opposite
+    assert read_motion(np.ascontiguousarray(film[::-1])) == opposite
 
 
 def test_an_empty_film_shows_nothing() -> None:
-    assert read_motion(np.full((3, 9, 32, 32), 200, np.uint8)) == "nothing"
+    assert read_motion(np.full((9, 32, 32, 3), 200, np.uint8)) == "nothing"
 
 
 def test_displacement_is_the_paths_own(pictures: PictureSet) -> None:
@@ -135,9 +135,62 @@ def test_displacement_is_the_paths_own(pictures: PictureSet) -> None:
 def test_originals_score_full_marks_and_shuffled_ones_do_not(pictures: PictureSet) -> None:
     test = film_set(pictures, "unseen_concept", 24, SIDE)
     assert test.readable >= 0.97
-    figures = measure_films(test.originals, test)
-    assert figures["motion"] == 1.0 and figures["displacement"] < 6 and figures["flicker"] < 1
-    others = measure_films(test.originals.roll(1, 0), test)
-    assert others["motion"] < 0.4
-    noisy = test.originals.float() + 30 * torch.randn(test.originals.shape, generator=torch.Generator().manual_seed(0))
-    assert measure_films(noisy.clamp(0, 255).byte(), test)["flicker"] > 5
+    found = read_films(test.originals, test)
+    assert found.right.all() and max(found.way_off) < 6 and np.median(found.flicker) < 1
+    others = read_films(np.roll(test.originals, 1, 0), test)
+    assert others.right.double().mean() < 0.4
+    noise = 30 * np.random.default_rng(0).standard_normal(test.originals.shape)
+    noisy = (test.originals + noise).clip(0, 255).astype(np.uint8)
+    assert np.median(read_films(noisy, test).flicker) > 5
+    hits = [tuple(map(int, text.split(" of "))) for text in found.by_motion(test).values()]
+    assert sum(right for right, _ in hits) == sum(total for _, total in hits) == 24
+
+
+def test_a_smaller_set_is_a_prefix_and_a_skipped_one_goes_on(pictures: PictureSet) -> None:
+    whole, first = film_set(pictures, "unseen_motion", 6, SIDE), film_set(pictures, "unseen_motion", 4, SIDE)
+    rest = film_set(pictures, "unseen_motion", 2, SIDE, skip=4)
+    assert first.specs + rest.specs == whole.specs
+    assert first.seeds(3) + rest.seeds(3) == whole.seeds(3) != whole.seeds(4)
+    assert [whole.concepts[place] for place in whole.targets] == [
+        pictures.records[spec.pictures[0]].base_hexcode for spec in whole.specs
+    ]
+    part = whole.part([3, 1])
+    assert part.specs == [whole.specs[3], whole.specs[1]] and part.concepts == whole.concepts
+    assert part.targets == (whole.targets[3], whole.targets[1])
+
+
+def test_test_films_leave_out_twins_and_what_is_never_measured(pictures: PictureSet) -> None:
+    records = list(pictures.records)
+    held = next(i for i, record in enumerate(records) if record.split == "unseen_pair")
+    known = next(i for i, record in enumerate(records) if record.split == "train")
+    twin = f"{records[known].base_hexcode}-200d-2640-fe0f"
+    records[held] = replace(records[held], base_hexcode=twin)
+    records[known + 1] = replace(records[known + 1], training_only=True)
+    changed = PictureSet(records, pictures.rgba)
+
+    def shown(split: str) -> set[int]:
+        return {spec.pictures[0] for spec in film_set(changed, split, 40, SIDE).specs}  # type: ignore[arg-type]
+
+    assert held not in shown("unseen_pair") and known + 1 not in shown("unseen_motion")
+    alone = PictureSet([records[held], records[known]], pictures.rgba[[held, known]])
+    with pytest.raises(ValueError, match="has a twin in training"):
+        film_set(alone, "unseen_pair", 1, SIDE)
+
+
+def test_frames_of_training_films_show_one_thing_of_the_training_pictures(pictures: PictureSet) -> None:
+    frames, rows = training_frames(pictures, 40, 48)
+    assert frames.shape == (40, 48, 48, 3)
+    assert {pictures.records[row].split for row in rows} == {"train"}
+
+
+def test_the_thing_is_cut_out_wherever_and_however_large_it_is(pictures: PictureSet) -> None:
+    test = film_set(pictures, "unseen_concept", 40, SIDE)
+    growing = [p for p in lasting_things(test) if test.specs[p].motion in ("growing", "shrinking", "right", "up left")]
+    assert growing and set(growing) < set(single_things(test)) <= set(range(40))
+    first, last = ends(test.originals, growing)
+    whole = test.originals[growing]
+    # Bare frames differ by where the thing is; cut out, first and last are one picture but for the sampling.
+    apart = np.abs(whole[:, 0].astype(float) - whole[:, -1]).mean()
+    assert np.abs(first.astype(float) - last).mean() < 0.25 * apart
+    empty = np.full((1, 9, 32, 32, 3), 200, np.uint8)
+    assert np.array_equal(ends(empty, [0])[0], empty[:, 0])

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rmd.backbones.embedded_video import EmbeddedVideoBackbone
+from rmd.backbones.tiny import tiny_config
+from rmd.cascade import Cascade
+from rmd.noise_schedule import RectifiedFlow
 from rmd.sampler import advance, needs_noise
+from rmd.size import Size
 from tests.training.distil_setup import (
     FULL,
     LOW,
@@ -19,8 +24,10 @@ from tests.training.distil_setup import (
     settings_for,
     tiny_backbone,
 )
+from training.methods import METHODS as METHOD_CLASSES
 from training.methods.base import DistillationMethod, Matched, tau_intervals
 from training.networks import Networks
+from training.prompts import PromptSet
 from training.randomness import Randomness
 from training.rollout import Rollout, State
 
@@ -249,3 +256,64 @@ def test_a_pipelined_batch_smaller_than_the_cascade_is_refused() -> None:
 def test_stage_weights_must_fit_the_stages() -> None:
     with pytest.raises(ValueError, match="stage_weights has 3 values"):
         make_method(settings_for(stage_weights=(1.0, 1.0, 1.0)))
+
+
+FILM_LOW, FILM = Size(32, 32, 5), Size(48, 48, 5)
+
+
+def film_method(frames: int | None) -> tuple[DistillationMethod, Networks]:
+    backbone = EmbeddedVideoBackbone.from_config(tiny_config("embedded-video"), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    text = {
+        "encoder_hidden_states": torch.randn(4, 24, 32, generator=generator),
+        "pooled_projections": torch.randn(4, 32, generator=generator),
+    }
+    given, none = ({name: value[rows] for name, value in text.items()} for rows in (slice(3), slice(3, 4)))
+    cascade = Cascade.from_thresholds("tiny", RectifiedFlow(), (FILM_LOW, FILM), [1000, 750, 500, 250], (-1.5,))
+    settings = settings_for("rmd", score_frames=frames, shared_score_sample=True, rollout="pipelined")
+    rows = PromptSet(["one", "two", "three"], given, none)
+    networks = Networks.build(backbone, settings)
+    nudge(networks.student)
+    return METHOD_CLASSES["rmd"](backbone, cascade, settings, rows, 2.0), networks
+
+
+def test_scores_see_some_frames_of_a_film_and_are_told_which() -> None:
+    method, networks = film_method(3)
+    random = Randomness(1)
+    (matched,) = matched_of(method, networks, random)
+    matched.y.retain_grad()
+    seen: list[list[list[int]]] = []
+    for network in (networks.teacher, networks.fake):
+        network.register_forward_pre_hook(
+            lambda _m, _a, kwargs: seen.append(kwargs["frame_numbers"].tolist()), with_kwargs=True
+        )
+    sample = method.score_sample(matched, random)
+    assert sample.x.shape[2] == 3 and sample.size == Size(48, 48, 3) and sample.frames is not None
+    loss, _ = method.generator_loss(matched, networks.teacher, networks.fake, sample)
+    loss.backward()  # type: ignore[no-untyped-call]
+    (chosen,) = {tuple(row) for call in seen for row in call}
+    assert chosen == tuple(sample.frames[0].tolist()) == tuple(sorted(set(chosen)))
+    touched = matched.y.grad.abs().sum((0, 1, 3, 4)) > 0  # type: ignore[union-attr]
+    assert touched.nonzero().flatten().tolist() == list(chosen)
+    method.critic_loss(matched, networks.fake, random, sample).backward()  # type: ignore[no-untyped-call]
+    assert gradients(networks.fake)
+    others = {tuple(method.score_sample(matched, random).frames[0].tolist()) for _ in range(20)}  # type: ignore[index]
+    assert len(others) > 3
+
+
+def test_as_many_frames_as_there_are_is_the_whole_film() -> None:
+    losses = []
+    for frames in (None, 5):
+        method, networks = film_method(frames)
+        random = Randomness(1)
+        (matched,) = matched_of(method, networks, random)
+        sample = method.score_sample(matched, random)
+        losses.append(float(method.generator_loss(matched, networks.teacher, networks.fake, sample)[0].detach()))
+    assert losses[0] == losses[1]
+
+
+def test_score_frames_is_for_film_networks_that_can_be_told() -> None:
+    with pytest.raises(ValueError, match="cannot be told which frames"):
+        make_method(settings_for("rmd", score_frames=3))
+    with pytest.raises(ValueError, match="has a further loss, on whole films"):
+        settings_for("dmd2", score_frames=3)

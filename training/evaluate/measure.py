@@ -38,7 +38,8 @@ class RowResult:
         metrics: name -> estimate.
         by_seed: name -> one value a sampling seed.
         ranks: name of the retrieval -> ranks (N,), one a seed; for ratios, not written out.
-        concepts: (N,) the concept of each picture; likewise.
+        concepts: name of the retrieval -> (N,) the concept of each picture; likewise.
+        details: whatever else goes into the report's JSON.
         note: what else to know.
     """
 
@@ -48,7 +49,8 @@ class RowResult:
     metrics: dict[str, Estimate] = field(default_factory=dict)
     by_seed: dict[str, list[float]] = field(default_factory=dict)
     ranks: dict[str, list[Tensor]] = field(default_factory=dict)
-    concepts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    concepts: dict[str, Tensor] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class RowResult:
             "evaluations": self.evaluations,
             "metrics": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
             "by_seed": self.by_seed,
+            **self.details,
             "note": self.note,
         }
 
@@ -137,7 +140,7 @@ class SetMeasurer:
         return scores.scatter_reduce(1, columns, similarity, "amax")
 
     def _retrieve(self, result: RowResult, name: str, ranks: list[Tensor], concepts: Tensor) -> None:
-        result.ranks[name], result.concepts = ranks, concepts
+        result.ranks[name], result.concepts[name] = ranks, concepts
         for k in RECALLS:
             result.metrics[f"{name}_r{k}"] = recall(ranks, k, concepts)
             result.by_seed[f"{name}_r{k}"] = [recall_at(k, seed) for seed in ranks]

@@ -16,7 +16,7 @@ from training.data.motions import CROSSING
 
 Array = NDArray[np.float64]
 
-_FOREGROUND = 0.1
+FOREGROUND = 0.1
 """Largest channel's difference from the ground, of 1, above which a pixel belongs to the thing."""
 _MOVED = 0.12
 _GROWN = math.log(1.2)
@@ -52,20 +52,25 @@ class Track:
         return way
 
 
+def apart_from_ground(film: NDArray[np.uint8]) -> tuple[Array, Array]:
+    """The frames in [0, 1], (T, H, W, 3), and each pixel's largest difference from the ground's colour, (T, H, W)."""
+    frames = film.astype(np.float64) / 255
+    return frames, np.abs(frames - _ground(frames)).max(-1)
+
+
 def track(film: NDArray[np.uint8]) -> Track | None:
     """Follows the thing through a film; None where there is nothing but ground.
 
     Args:
-        film: (3, T, H, W) uint8.
+        film: (T, H, W, 3) uint8.
     """
-    frames = film.transpose(1, 2, 3, 0).astype(np.float64) / 255
-    difference = np.abs(frames - _ground(frames)).max(-1)
-    mask = difference > _FOREGROUND
+    frames, difference = apart_from_ground(film)
+    mask = difference > FOREGROUND
     area = mask.mean((1, 2))
     seen = np.flatnonzero(area > 0.002)
     if len(seen) < 2:
         return None
-    side = film.shape[-1]
+    side = film.shape[-2]
     axis = (np.arange(side) + 0.5) / side
     weight = np.where(mask, difference, 0.0)
     total = weight.sum((1, 2)).clip(1e-9)
@@ -84,7 +89,7 @@ def read_motion(film: NDArray[np.uint8]) -> str:
     """The motion's name, a key of ``MOTIONS``; "nothing" where there is only ground.
 
     Args:
-        film: (3, T, H, W) uint8.
+        film: (T, H, W, 3) uint8.
     """
     found = track(film)
     return "nothing" if found is None else motion_of(found)

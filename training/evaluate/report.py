@@ -16,7 +16,7 @@ from rmd.machine import device_name
 from training.evaluate.measure import RowResult
 from training.evaluate.metrics import Estimate, recall_ratio
 from training.evaluate.sets import TITLES
-from training.files import write_json
+from training.files import write_json, write_text
 
 FORMAT = 1
 _COLUMNS = (
@@ -69,10 +69,11 @@ def ratios(rows: Sequence[RowResult], reference: str = "teacher") -> dict[str, d
     for row in rows:
         if row is base or row.evaluations is None:
             continue
-        for name in ("text", "picture"):
-            estimate = recall_ratio(row.ranks[name], base.ranks[name], 5, base.concepts)
+        for name, concepts in base.concepts.items():
+            k = 1 if name == "motion" else 5
+            estimate = recall_ratio(row.ranks[name], base.ranks[name], k, concepts)
             if estimate is not None:
-                found.setdefault(row.key, {})[f"{name}_r5"] = estimate.to_dict()
+                found.setdefault(row.key, {})["motion" if k == 1 else f"{name}_r{k}"] = estimate.to_dict()
     return found
 
 
@@ -102,9 +103,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
     """Write ``quality.json`` and ``quality.md`` into ``folder``; returns their paths."""
     paths = folder / "quality.json", folder / "quality.md"
     write_json(paths[0], {"format": FORMAT, **report})
-    scratch = paths[1].with_name(".quality.md.partial")
-    scratch.write_text(markdown(report), encoding="utf-8")
-    os.replace(scratch, paths[1])
+    write_text(paths[1], markdown(report))
     return paths
 
 
@@ -115,7 +114,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "# Quality on the held-out sets",
         "",
         f"Written by `{report['command']}` on {device['name']} ({device['cpus']} CPUs). Sampling seeds "
-        f"{', '.join(map(str, settings['seeds']))}; the teacher once. {_versions(report['versions'])}",
+        f"{', '.join(map(str, settings['seeds']))}; the teacher once. {versions_line(report['versions'])}",
         "",
         f"Features are EfficientNet-Lite0's, computed in {report['features']['dtype']}. {_READING}",
     ]
@@ -137,20 +136,27 @@ def _set_lines(entry: Mapping[str, Any]) -> list[str]:
         "|---|---:|" + "---:|" * len(_COLUMNS),
     ]
     for row in entry["rows"]:
-        cells = [_cell(row["metrics"].get(name), digits) for name, _, digits in _COLUMNS]
+        cells = [cell(row["metrics"].get(name), digits) for name, _, digits in _COLUMNS]
         lines.append(f"| {row['title']} | {row['evaluations'] or ''} | " + " | ".join(cells) + " |")
-    floor = [_cell(entry["floor"].get(name), digits) for name, _, digits in _COLUMNS]
+    floor = [cell(entry["floor"].get(name), digits) for name, _, digits in _COLUMNS]
     lines.append("| real against real (as many training pictures of the same styles) | | " + " | ".join(floor) + " |")
+    return [*lines, *over_teacher_lines(entry)]
+
+
+def over_teacher_lines(entry: Mapping[str, Any]) -> list[str]:
+    """A sentence a row on what it keeps of the teacher."""
+    lines: list[str] = []
     for key, values in entry["over_teacher"].items():
         shown = ", ".join(
-            f"{name.replace('_r5', '')} {value['value']:.2f} ± {value['deviation']:.2f}"
+            f"{name.replace('_r5', ' R@5')} {value['value']:.2f} ± {value['deviation']:.2f}"
             for name, value in values.items()
         )
-        lines += ["", f"R@5 of {key} over the teacher's: {shown}."]
+        lines += ["", f"{key} over the teacher: {shown}."]
     return lines
 
 
-def _cell(estimate: Mapping[str, Any] | None, digits: int) -> str:
+def cell(estimate: Mapping[str, Any] | None, digits: int) -> str:
+    """An estimate as it stands in a table."""
     if estimate is None:
         return ""
     value = f"{estimate['value']:.{digits}f}"
@@ -159,5 +165,6 @@ def _cell(estimate: Mapping[str, Any] | None, digits: int) -> str:
     return f"{value} ± {estimate['deviation']:.{digits}f}"
 
 
-def _versions(versions: Mapping[str, str]) -> str:
+def versions_line(versions: Mapping[str, str]) -> str:
+    """Packages and versions in a sentence."""
     return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."

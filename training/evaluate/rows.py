@@ -48,9 +48,6 @@ class Row:
         return self.cascade.num_steps * (1 if self.cascade.guidance_scale == 1.0 else 2)
 
 
-DEFAULT_ROWS = ("teacher", "student-2+2", "naive-2+2", "naive-0+4")
-
-
 def build_rows(
     keys: Sequence[str],
     cascades: Mapping[str, Cascade],
@@ -127,8 +124,8 @@ class PictureCache:
 
 
 def to_uint8(pixels: Tensor) -> Pictures:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
-    array: Pictures = (pixels.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8; films (B, 3, T, H, W) -> (B, T, H, W, 3)."""
+    array: Pictures = (pixels.clamp(0, 1) * 255 + 0.5).to(torch.uint8).movedim(1, -1).contiguous().cpu().numpy()
     return array
 
 
@@ -143,7 +140,7 @@ def generate(
     batch: int = 64,
     progress: Progress = lambda _count: None,
 ) -> Pictures:
-    """Pictures of ``prompts`` through ``cascade``.
+    """Pictures or films of ``prompts`` through ``cascade``.
 
     Args:
         weights: digest of the backbone's denoiser: part of the cache's key.
@@ -152,7 +149,7 @@ def generate(
         progress: called with the number of pictures of each finished batch.
 
     Returns:
-        (N, H, W, 3) uint8.
+        (N, H, W, 3) uint8; films (N, T, H, W, 3).
     """
     parts: list[Pictures] = []
     for start in range(0, len(prompts), batch):
@@ -162,7 +159,7 @@ def generate(
         )
         pictures = cache.load(path)
         if pictures is None:
-            pictures = to_uint8(_sample(backbone, cascade, texts, chunk)[0])
+            pictures = to_uint8(_sample(backbone, cascade, texts, chunk, first=False)[0])
             cache.save(path, pictures)
         parts.append(pictures)
         progress(len(texts))
@@ -173,11 +170,13 @@ def generate_with_first_stage(
     backbone: Backbone, cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int]
 ) -> tuple[Pictures, Pictures]:
     """Finished pictures, and the first stage's last prediction decoded at its own size; not cached."""
-    pictures, first = _sample(backbone, cascade, list(prompts), list(seeds))
+    pictures, first = _sample(backbone, cascade, list(prompts), list(seeds), first=True)
     return to_uint8(pictures), to_uint8(first)
 
 
-def _sample(backbone: Backbone, cascade: Cascade, prompts: list[str], seeds: list[int]) -> tuple[Tensor, Tensor]:
+def _sample(
+    backbone: Backbone, cascade: Cascade, prompts: list[str], seeds: list[int], first: bool
+) -> tuple[Tensor, Tensor]:
     conditioning = backbone.encode_prompts(prompts)
     uncond = None if cascade.guidance_scale == 1.0 else backbone.encode_unconditional(len(prompts))
     last_of_first = len(cascade.stages[0].steps) - 1
@@ -190,7 +189,7 @@ def _sample(backbone: Backbone, cascade: Cascade, prompts: list[str], seeds: lis
     with torch.inference_mode():
         latents = sample(backbone, cascade, conditioning, seeds, uncond, keep)
         pictures = backbone.decode(latents, cascade.full_size)
-        if cascade.stages[0].size == cascade.full_size:
+        if not first or cascade.stages[0].size == cascade.full_size:
             return pictures, pictures
         return pictures, backbone.decode(kept[0], cascade.stages[0].size)
 

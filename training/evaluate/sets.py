@@ -68,18 +68,22 @@ def measured_indices(pictures: PictureSet, name: Split) -> list[int]:
     return [i for i in pictures.indices(name) if not pictures.records[i].training_only]
 
 
+def without_twins(pictures: PictureSet, name: Split) -> list[int]:
+    """Positions of a test set's pictures: those measured that have no twin in training, as "woman swimming" is nearly
+    the "man swimming" of the same style."""
+    trained = {_drawing(pictures.records[i]) for i in measured_indices(pictures, "train")}
+    return [i for i in measured_indices(pictures, name) if _drawing(pictures.records[i]) not in trained]
+
+
 def held_out_set(pictures: PictureSet, name: Split, limit: int = LARGEST_SET, skip: int = 0) -> HeldOutSet:
     """``limit`` pictures of a split in hash order, after the first ``skip``.
 
-    A test set leaves out what has a twin in training: "woman swimming" is nearly the "man swimming" of the same style.
+    A test set leaves out what has a twin in training.
 
     Raises:
         ValueError: the split has fewer than two concepts within the limit.
     """
-    chosen = measured_indices(pictures, name)
-    if name in TEST_SETS:
-        trained = {_drawing(pictures.records[i]) for i in measured_indices(pictures, "train")}
-        chosen = [i for i in chosen if _drawing(pictures.records[i]) not in trained]
+    chosen = without_twins(pictures, name) if name in TEST_SETS else measured_indices(pictures, name)
     indices = hash_order(pictures, chosen, "test")[skip : skip + limit]
     records = tuple(pictures.records[i] for i in indices)
     text_of = {record.base_hexcode: concept_text(record) for record in records}

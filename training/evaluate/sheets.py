@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,10 +12,12 @@ from rmd.cascade import Cascade
 from training.data.captions import GROUNDS
 from training.data.dataset import PictureSet
 from training.data.split import Split, unit_hash
+from training.evaluate.film_sheets import draw_film_sheets, save_png
 from training.evaluate.metrics import unit_rows
+from training.evaluate.models import EvaluationSettings, Models
 from training.evaluate.rows import PictureCache, Pictures, build_rows, generate, generate_with_first_stage
-from training.evaluate.run import EvaluationSettings, FeatureStore, Models
 from training.evaluate.sets import HeldOutSet, composites, held_out_set
+from training.evaluate.store import FeatureStore
 
 SHEET_PROMPTS = 24
 COLUMNS = 8
@@ -110,16 +111,6 @@ def picture_grid(pictures: Sequence[Pictures], columns: int = COLUMNS, gap: int 
     return grid
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically, with a palette where 256 colours do not show: sheets live in git."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    # Dithering, which hides the palette in soft gradients, happens only against a palette that is given.
-    palette = image.quantize(256, method=Image.Quantize.MEDIANCUT)
-    image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(scratch, format="PNG", optimize=True)
-    os.replace(scratch, path)
-
-
 def draw_sheets(
     settings: EvaluationSettings,
     folder: Path = Path("docs"),
@@ -127,7 +118,7 @@ def draw_sheets(
     hero_split: Split = "unseen_pair",
     hero_rows: int = 3,
 ) -> list[Path]:
-    """Draw both contact sheets and the picture grid of README.
+    """Draw both contact sheets and the picture grid of README; of films, their strips and README's animation.
 
     Each prompt has a column: the nearest training picture to the student's sample (in EfficientNet-Lite0 features),
     the held-out original, the teacher, the student, the student's first stage at its own size, and the naive cascade.
@@ -142,6 +133,8 @@ def draw_sheets(
         the written files.
     """
     models = Models(settings)
+    if models.media == "video":
+        return draw_film_sheets(models, folder, report)
     pictures = PictureSet.load(settings.data)
     cache = PictureCache(settings.cache)
     store = FeatureStore(cache, settings, report)

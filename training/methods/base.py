@@ -58,13 +58,19 @@ class ScoreSample:
     """A noised `y`: what teacher and fake score see.
 
     Attributes:
+        size: in pixels and frames.
+        y: `matched.y`, or of a film the frames that are compared; carries the student's gradient.
         x: `alpha y + sigma eps_mix`, detached.
         tau: (B,) times on the teacher's axis, float64.
+        frames: (B, T) numbers of the frames in `y`; all of them when None.
         fake: the fake score's x0 prediction with its own gradient, once it was made.
     """
 
+    size: Size
+    y: Tensor
     x: Tensor
     tau: Tensor
+    frames: Tensor | None = None
     fake: Tensor | None = None
 
 
@@ -143,13 +149,18 @@ class DistillationMethod(abc.ABC):
 
     def score_sample(self, matched: Matched, random: Randomness) -> ScoreSample:
         """Noise `y` to times drawn from each sample's interval, with the score's noise law (Eq. 10)."""
-        y = matched.y.detach()
+        y, predicted, size, frames = matched.y, matched.eps, matched.size, None
+        count = self.settings.score_frames
+        if count is not None and count < y.shape[2]:
+            chosen = random.uniform(y.shape[2]).argsort()[:count].sort().values
+            y, predicted, size = y[:, :, chosen], predicted[:, :, chosen], replace(size, num_frames=count)
+            frames = chosen.expand(len(y), -1)
         low, high = self.intervals[matched.steps].to(y.device).unbind(1)
         tau = low + (high - low) * random.uniform(len(matched.steps))
         intensity = self._score_intensity(matched).to(y.device)
         noise = random.normal(y.shape)
-        eps = noise if not bool(intensity.any()) else mix_noise(matched.eps, noise, intensity)
-        return ScoreSample(self.backbone.schedule.add_noise(y, eps, tau), tau)
+        eps = noise if not bool(intensity.any()) else mix_noise(predicted, noise, intensity)
+        return ScoreSample(size, y, self.backbone.schedule.add_noise(y.detach(), eps, tau), tau, frames)
 
     def _score_intensity(self, matched: Matched) -> Tensor:
         """`a` of each sample: the cascade's where a stage lies below the matched side, else 0 unless asked for."""
@@ -171,20 +182,23 @@ class DistillationMethod(abc.ABC):
         Returns:
             the loss, and figures to log: mean |d| and the loss of each step.
         """
-        conditioning = self.prompts.conditioning(matched.rows)
-        uncond = self.prompts.unconditional(len(matched.rows)) if self.guidance_scale != 1.0 else None
+        frames = {} if sample.frames is None else {"frame_numbers": sample.frames}
+        conditioning = {**self.prompts.conditioning(matched.rows), **frames}
+        uncond = None
+        if self.guidance_scale != 1.0:
+            uncond = {**self.prompts.unconditional(len(matched.rows)), **frames}
         with torch.no_grad(), scoring_attention():
             real = self.backbone.guided_x0(
-                sample.x, sample.tau, conditioning, uncond, self.guidance_scale, matched.size, denoiser=teacher
+                sample.x, sample.tau, conditioning, uncond, self.guidance_scale, sample.size, denoiser=teacher
             )
         with torch.set_grad_enabled(self.settings.shared_score_sample):
-            predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, matched.size, denoiser=fake)
+            predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
         if self.settings.shared_score_sample:
             sample.fake = predicted
-        d = dmd_direction(matched.y, real, predicted.detach())
+        d = dmd_direction(sample.y, real, predicted.detach())
         losses = self._generator_metric(d)
         if self.settings.normalise:
-            losses = losses / normaliser(matched.y, real)
+            losses = losses / normaliser(sample.y, real)
         weighted = losses * self._sample_weights(matched).to(losses)
         figures = {"direction": float(d.detach().abs().mean())}
         for step in torch.unique(matched.steps).tolist():
@@ -203,8 +217,10 @@ class DistillationMethod(abc.ABC):
         predicted = sample.fake
         if predicted is None:
             conditioning = self.prompts.conditioning(matched.rows)
-            predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, matched.size, denoiser=fake)
-        return fake_score_loss(predicted, matched.y, self._fake_weights(matched, sample.tau))
+            if sample.frames is not None:
+                conditioning["frame_numbers"] = sample.frames
+            predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
+        return fake_score_loss(predicted, sample.y, self._fake_weights(matched, sample.tau))
 
     def warm_start_loss(
         self,
@@ -288,6 +304,8 @@ class DistillationMethod(abc.ABC):
                 f"rollout=pipelined holds a sample at each of the {steps} steps: batch_size {size} would never train "
                 f"the last ones; give {steps} or more, or rollout=fresh"
             )
+        if self.settings.score_frames is not None and not self.backbone.takes_frame_numbers:
+            raise ValueError("score_frames: this backbone's network cannot be told which frames it sees; leave it out")
         weights = self.settings.stage_weights
         if weights is not None and len(weights) != len(self.cascade.stages):
             raise ValueError(
