@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +13,8 @@ from cli.numbers import buckets_option, use_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
-    from rmd.backbones.base import Backbone
-    from rmd.cascade import Cascade
-
-TEACHER = "teacher"
+    from rmd.pipeline import CascadePipeline
 
 
 def command(
@@ -33,12 +29,7 @@ def command(
     buckets: Annotated[str | None, typer.Option(help="With --engines: as they were built, such as 1,2,4.")] = None,
     backend: Annotated[str, typer.Option(help="With --engines: which backend's; without: eager.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="bfloat16, float16, float32, auto (the device's own). Default: auto with engines, else float32."
-        ),
-    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, auto: what the device is fast in.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; with --engines as they were built.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts drawn together.", min=1)] = 4,
     sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet instead of one file a prompt.")] = False,
@@ -50,35 +41,53 @@ def command(
     names = list(dict.fromkeys(schedule or [])) or [""]
     if backend not in ("auto", "eager") and engines is None:
         raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
-    runs = _open(checkpoint, names, engines, backend, device, dtype, buckets_option(buckets))
-    single = sheet or (len(texts) == 1 and len(runs) == 1)
-    video = runs[0][1].media == "video" and not sheet
+    from rmd.pipeline import CascadePipeline
+
+    pipe = CascadePipeline.from_pretrained(
+        checkpoint,
+        torch_dtype=dtype,
+        device=device,
+        engines=None if backend == "eager" else engines,
+        backend=backend,
+        buckets=buckets_option(buckets),
+    )
+    names = [name or pipe.checkpoint.default for name in names]
+    for name in names:
+        pipe.cascade(name)  # refuses what is not there before anything is drawn
+    single = sheet or (len(texts) == 1 and len(names) == 1)
+    video = pipe.backbone.media == "video" and not sheet
     _check_out(out, single, ".mp4" if video else ".png")
 
-    from cli.pictures import contact_sheet, to_pictures, write_mp4, write_png
+    from cli.pictures import contact_sheet, write_mp4, write_png
 
     rows: list[list[Image]] = [[] for _ in texts]
-    for label, backbone, cascade in runs:
+    for label in names:
         for first in range(0, len(texts), batch):
-            part = texts[first : first + batch]
-            seeds = range(seed + first, seed + first + len(part))
-            for number, item in enumerate(_draw(backbone, cascade, part, seeds), start=first):
+            for number, item in enumerate(_draw(pipe, label, texts[first : first + batch], seed + first), start=first):
                 if sheet:
-                    rows[number].append(to_pictures(item[None])[0])
+                    rows[number].append(item[len(item) // 2])
                     continue
                 # Written at once: what is drawn is not lost if the run is stopped, nor kept in memory.
-                heading = f"-{label}" if len(runs) > 1 else ""
+                heading = f"-{label}" if len(names) > 1 else ""
                 name = f"{number:04d}-{_slug(texts[number])}{heading}{'.mp4' if video else '.png'}"
                 path = out if single and out.suffix else out / name
                 if video:
-                    write_mp4(item, path, backbone.frames_per_second)
+                    write_mp4(item, path, pipe.backbone.frames_per_second)
                 else:
-                    write_png(to_pictures(item[None])[0], path)
+                    write_png(item[0], path)
                 typer.echo(str(path))
     if sheet:
         path = out if out.suffix else out / "sheet.png"
-        write_png(contact_sheet(rows, texts, [label for label, _, _ in runs]), path)
+        write_png(contact_sheet(rows, texts, names), path)
         typer.echo(str(path))
+
+
+def _draw(pipe: CascadePipeline, schedule: str, texts: Sequence[str], seed: int) -> list[list[Image]]:
+    """Each prompt's frames; of a picture, the one."""
+    drawn = pipe(texts, schedule=schedule, seed=seed)
+    assert not isinstance(drawn, tuple)
+    frames: list[list[Image]] = drawn.frames or [[picture] for picture in drawn.images]
+    return frames
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -102,65 +111,6 @@ def _check_out(out: Path, single: bool, suffix: str) -> None:
     if not out.suffix and out.is_file():
         raise ValueError(f"--out {out} is a file: give a {suffix} name, or a folder")
     (out.parent if single and out.suffix else out).mkdir(parents=True, exist_ok=True)  # before anything is drawn
-
-
-def _open(
-    path: Path,
-    names: Sequence[str],
-    engines: Path | None,
-    backend: str,
-    device: str,
-    dtype: str | None,
-    buckets: tuple[int, ...] | None,
-) -> list[tuple[str, Backbone, Cascade]]:
-    """Heading, backbone and cascade of each schedule; the students' schedules share one backbone."""
-    from rmd.backbones.registry import get_backbone
-    from rmd.checkpoint import CheckpointFolder
-    from rmd.dtypes import dtype_name, parse_dtype
-
-    store = None if backend == "eager" else engines
-    kind = parse_dtype(dtype or ("float32" if store is None else "auto"), device)
-    folder = CheckpointFolder.read(path)
-    names = [name or folder.default for name in names]
-    for name in names:
-        if name not in folder.cascades and name != TEACHER:
-            raise ValueError(f"--schedule {name!r} is not in {path}: {', '.join([*folder.cascades, TEACHER])}")
-    loaded: dict[Path, Backbone] = {}
-
-    def load(weights: Path) -> Backbone:
-        if weights not in loaded:
-            backbone = get_backbone(folder.backbone_name).load(
-                weights, dtype=kind, device=device, weights=store is None
-            )
-            if store is not None:
-                from engines.runner import EngineExecutor
-
-                source = None if weights == path else weights  # the teacher runs in the student's engines
-                backbone.executor = EngineExecutor.open(
-                    path, store, backend, device, dtype=dtype_name(kind), buckets=buckets, weights_from=source
-                )
-            loaded[weights] = backbone
-        return loaded[weights]
-
-    runs: list[tuple[str, Backbone, Cascade]] = []
-    for name in names:
-        if name != TEACHER:
-            runs.append((name, load(path), folder.cascades[name]))
-            continue
-        cascade = folder.teacher_cascade
-        if cascade is None or folder.teacher_path is None or not folder.teacher_path.is_dir():
-            raise ValueError(f"{path} names no teacher that is at hand (cascade.json, teacher.folder)")
-        runs.append((name, load(folder.teacher_path), cascade))
-    return runs
-
-
-def _draw(backbone: Backbone, cascade: Cascade, texts: Sequence[str], seeds: range) -> Iterator[Tensor]:
-    from rmd.sampler import sample
-
-    conditioning = backbone.encode_prompts(texts)
-    uncond = backbone.encode_unconditional(len(texts)) if cascade.guidance_scale != 1.0 else None
-    latents = sample(backbone, cascade, conditioning, list(seeds), uncond=uncond)
-    yield from backbone.decode(latents, cascade.full_size).cpu()
 
 
 def _slug(text: str) -> str:

@@ -7,21 +7,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
-from torch import Tensor
 
-from server.device.pixels import to_pixels
 from server.front.media import encode_film
 
 CAPTION_HEIGHT = 16
 _CHARACTER_WIDTH = 6
-
-
-def to_pictures(decoded: Tensor) -> list[Image.Image]:
-    """Pictures (B, 3, H, W), or films (B, 3, T, H, W) by their middle frame, floats in [0, 1]."""
-    if decoded.ndim == 5:
-        decoded = decoded[:, :, decoded.shape[2] // 2]
-    return [Image.fromarray(pixels) for pixels in to_pixels(decoded)]
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
@@ -29,9 +21,9 @@ def write_png(picture: Image.Image, path: Path) -> None:
     _replace(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
-def write_mp4(film: Tensor, path: Path, frames_per_second: int) -> None:
-    """Writes one film (3, T, H, W), floats in [0, 1], as H.264 in MP4. Height and width must be even."""
-    content = encode_film(to_pixels(film[None])[0], frames_per_second)
+def write_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: int) -> None:
+    """Writes one film as H.264 in MP4. Height and width must be even."""
+    content = encode_film(np.stack([np.asarray(frame) for frame in frames]), frames_per_second)
     _replace(path, lambda temporary: temporary.write_bytes(content))
 
 

@@ -193,6 +193,7 @@ def sample(
     seeds: Sequence[int],
     uncond: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, Step, Tensor], None] | None = None,
+    on_state: Callable[[int, Step, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Run a cascade from noise to clean latents (Algorithm 2).
 
@@ -201,6 +202,7 @@ def sample(
         seeds: one a sample.
         uncond: the encoded empty prompt, of the same batch; needed when the cascade's guidance scale is not 1.
         on_step: called after each step with its index, the step and its `x0_hat`.
+        on_state: called after it with the state that follows; it may return another one to go on with.
 
     Returns:
         latents (B, *latent_shape(cascade.full_size)), float32.
@@ -228,4 +230,6 @@ def sample(
             following = cascade.steps[index + 1].size
             noise = step_noise(backbone.latent_shape(following), seeds, index, device)
         x = advance(cascade, index, x, x0_hat, backbone.schedule, backbone.latent_shape, noise)
+        if on_state is not None and (changed := on_state(index, step, x)) is not None:
+            x = changed
     return x

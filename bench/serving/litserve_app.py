@@ -18,9 +18,9 @@ import litserve
 import torch
 from fastapi import Request
 
+from rmd.pixels import to_pixels
 from rmd.sampler import sample
 from server.device.loading import load_model
-from server.device.pixels import to_pixels
 from server.device.settings import EngineSettings
 from server.front.media import encode_picture
 from server.start.settings import ServerSettings

@@ -164,6 +164,17 @@ class Backbone(ABC):
     ) -> Self:
         """The same networks with random weights; on the ``meta`` device no memory is taken. Has no tokenizer."""
 
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the networks.
+
+        Raises:
+            BackboneError: this torch cannot use the device.
+        """
+        self.device = usable_device(device)
+        for module in self._modules.values():
+            module.to(self.device)
+        return self
+
     # ---- what a family defines ----------------------------------------------------------------------------------
 
     @abstractmethod

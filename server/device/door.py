@@ -7,8 +7,8 @@ import os
 import numpy as np
 import zmq
 
+from rmd.pixels import Pixels
 from server.core.messages import Began, Command, Ended, Message, pack, unpack_command
-from server.device.pixels import Pixels
 from server.device.settings import RECORD
 
 _PARENT_SECONDS = 1.0

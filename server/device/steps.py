@@ -17,12 +17,12 @@ from torch import Tensor
 from rmd.backbones.base import Backbone, Conditioning
 from rmd.backbones.family import DiffusersBackbone
 from rmd.cascade import Step
+from rmd.pixels import Pixels, to_pixels
 from rmd.sampler import advance_batch, initial_noise, needs_noise, noise_intensity, step_noise
 from rmd.size import Size
 from server.core.stations import StationKey
 from server.core.tickets import Picture, Request, Ticket
 from server.device.model import DeviceModel
-from server.device.pixels import Pixels, to_pixels
 from server.device.prompts import EncodedText, PromptCache
 
 T = TypeVar("T")

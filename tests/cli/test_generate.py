@@ -9,13 +9,13 @@ from pathlib import Path
 
 import av
 import pytest
-import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
+from rmd.dtypes import native_dtype
 from rmd.sampler import sample
 
 
@@ -35,7 +35,7 @@ def test_one_prompt_is_the_offline_sampler(folder: Path, tmp_path: Path) -> None
     result = _run("a red fox", "--checkpoint", folder, "--seed", "5", "--out", out)
     assert result.exit_code == 0, result.output
     assert result.output.strip() == str(out)
-    backbone, checkpoint = load_checkpoint(folder, dtype=torch.float32)
+    backbone, checkpoint = load_checkpoint(folder, dtype=native_dtype("cpu"))
     cascade = checkpoint.default_cascade
     latents = sample(backbone, cascade, backbone.encode_prompts(["a red fox"]), [5])
     expected = backbone.decode(latents, cascade.full_size)[0].mul(255).round().byte().permute(1, 2, 0)
@@ -104,7 +104,7 @@ def test_film(tmp_path: Path) -> None:
         ([], "give either one prompt"),
         (["fox", "--prompts", "x.txt"], "give either one prompt"),
         (["--prompts", "absent.txt"], "absent.txt does not exist"),
-        (["fox", "--schedule", "9+9"], r"--schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
+        (["fox", "--schedule", "9+9"], r"schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
         (["fox", "--dtype", "int8"], "dtype 'int8': use auto, bfloat16"),
         (["fox", "--backend", "inductor"], "needs --engines FOLDER"),
         (["fox", "--out", "fox.jpg"], "this makes a .png file"),

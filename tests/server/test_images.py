@@ -90,8 +90,8 @@ def test_every_schedule_draws_its_own_picture_reproducibly(house: House, schedul
 
 def test_the_server_draws_what_the_offline_sampler_draws(house: House) -> None:
     """The scheduler only reorders work: latents go through the same steps as in rmd.sampler.sample."""
+    from rmd.pixels import to_pixels
     from rmd.sampler import sample
-    from server.device.pixels import to_pixels
 
     for name in ("2+2", "teacher"):
         backbone, cascade = house.model.backbone, house.model.card.schedules[name].cascade

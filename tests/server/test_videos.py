@@ -13,9 +13,9 @@ import openai
 import pytest
 from PIL import Image
 
+from rmd.pixels import to_pixels
 from rmd.sampler import sample
 from server.device.model import DeviceModel
-from server.device.pixels import to_pixels
 from server.front.media import encode_film
 from server.front.service import Service, State
 from server.start.films import open_jobs

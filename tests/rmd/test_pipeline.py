@@ -1,0 +1,196 @@
+"""CascadePipeline on tiny folders: the offline sampler's pictures, in the manners of diffusers' pipelines."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import rmd
+from rmd.backbones.registry import load_checkpoint
+from rmd.backbones.tiny import write_tiny_folder
+from rmd.dtypes import native_dtype
+from rmd.pipeline import CascadeOutput, CascadePipeline
+from rmd.pixels import to_pixels
+from rmd.sampler import sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = write_tiny_folder("sd3", tmp_path_factory.mktemp("tiny") / "sd3")
+    record = json.loads((made / "cascade.json").read_text())
+    record["teacher"]["steps"] = 3
+    (made / "cascade.json").write_text(json.dumps(record))
+    return made
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> CascadePipeline:
+    return CascadePipeline.from_pretrained(folder)
+
+
+def drawn(pipe: CascadePipeline, *arguments: Any, **named: Any) -> CascadeOutput:
+    output = pipe(*arguments, **named)
+    assert isinstance(output, CascadeOutput)
+    return output
+
+
+def test_pictures_are_the_offline_samplers_in_the_devices_own_dtype(folder: Path, pipe: CascadePipeline) -> None:
+    assert rmd.CascadePipeline is CascadePipeline and pipe.dtype == native_dtype("cpu")
+    backbone, checkpoint = load_checkpoint(folder, dtype=native_dtype("cpu"))
+    cascade = checkpoint.default_cascade
+    latents = sample(backbone, cascade, backbone.encode_prompts(["a fox", "a ship"]), [5, 6])
+    expected = to_pixels(backbone.decode(latents, cascade.full_size))
+    output = drawn(pipe, ["a fox", "a ship"], seed=5)
+    assert output.seeds == [5, 6] and output.frames is None
+    for picture, pixels in zip(output.images, expected, strict=True):
+        assert isinstance(picture, Image.Image) and np.array_equal(np.asarray(picture), pixels)
+
+
+def test_output_types_hold_the_same_picture(pipe: CascadePipeline) -> None:
+    (picture,) = drawn(pipe, "a fox", seed=5).images
+    floats = drawn(pipe, "a fox", seed=5, output_type="np").images
+    tensor = drawn(pipe, "a fox", seed=5, output_type="pt").images
+    latents = drawn(pipe, "a fox", seed=5, output_type="latent").images
+    height, width = np.asarray(picture).shape[:2]
+    assert floats.shape == (1, height, width, 3) and tensor.shape == (1, 3, height, width)
+    assert np.array_equal((floats[0] * 255).round().astype(np.uint8), np.asarray(picture))
+    assert np.array_equal(tensor.numpy().transpose(0, 2, 3, 1), floats)
+    assert tuple(latents.shape[1:]) == pipe.backbone.latent_shape(pipe.cascade().full_size)
+    images, seeds = pipe("a fox", seed=5, return_dict=False)  # type: ignore[misc]
+    assert seeds == [5] and np.array_equal(np.asarray(images[0]), np.asarray(picture))
+
+
+def test_several_of_a_prompt_and_parts_of_a_batch(pipe: CascadePipeline) -> None:
+    together = drawn(pipe, ["a fox", "a ship"], seed=3, num_images_per_prompt=2, output_type="pt")
+    assert together.seeds == [3, 4, 5, 6]
+    apart = drawn(pipe, ["a fox", "a ship"], seed=3, num_images_per_prompt=2, output_type="pt", batch_size=1)
+    assert (together.images - apart.images).abs().mean() <= 1 / 255
+    again = drawn(pipe, ["a ship", "a fox"], seed=[5, 3], output_type="pt")
+    assert (again.images - together.images[[2, 0]]).abs().mean() <= 1 / 255
+
+
+def test_generators_give_seeds(pipe: CascadePipeline) -> None:
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(1)
+
+    first = drawn(pipe, "a fox", generator=generator(), output_type="pt")
+    same = drawn(pipe, "a fox", generator=[generator()], output_type="pt")
+    assert first.seeds == same.seeds and torch.equal(first.images, same.images)
+    one = generator()
+    assert drawn(pipe, "a fox", generator=one).seeds != drawn(pipe, "a fox", generator=one).seeds
+    assert drawn(pipe, "a fox").seeds != drawn(pipe, "a fox").seeds, "random where nothing is given"
+
+
+def test_a_callback_sees_every_step_and_may_change_the_state(pipe: CascadePipeline) -> None:
+    seen: list[tuple[int, float, tuple[int, ...]]] = []
+
+    def look(_pipe: CascadePipeline, index: int, timestep: float, state: dict[str, Tensor]) -> None:
+        seen.append((index, timestep, tuple(state["pred_original_sample"].shape[2:])))
+
+    plain = drawn(pipe, "a fox", seed=5, output_type="latent").images
+    watched = drawn(pipe, "a fox", seed=5, output_type="latent", callback_on_step_end=look).images
+    assert torch.equal(plain, watched)
+    cascade = pipe.cascade()
+    shapes = [pipe.backbone.latent_shape(step.size)[1:] for step in cascade.steps]
+    assert seen == [
+        (i, float(s.timestep), shape) for i, (s, shape) in enumerate(zip(cascade.steps, shapes, strict=True))
+    ]
+
+    def blank(_pipe: CascadePipeline, index: int, _t: float, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"latents": torch.zeros_like(state["latents"])} if index == cascade.num_steps - 1 else {}
+
+    assert not drawn(pipe, "a fox", seed=5, output_type="latent", callback_on_step_end=blank).images.any()
+
+
+def test_schedules_and_the_teacher(pipe: CascadePipeline) -> None:
+    assert pipe.schedules == ("2+2", "0+4", "teacher")
+    pictures = [np.asarray(drawn(pipe, "a fox", seed=5, schedule=name).images[0]) for name in pipe.schedules]
+    assert all(not np.array_equal(a, b) for a, b in pairwise(pictures))
+    steps: list[int] = []
+    pipe("a fox", schedule="teacher", callback_on_step_end=lambda _p, index, _t, _s: steps.append(index))
+    assert steps == [0, 1, 2]
+
+
+def test_films_come_as_frames(tmp_path: Path) -> None:
+    films = CascadePipeline.from_pretrained(write_tiny_folder("embedded-video", tmp_path / "v"))
+    size = films.cascade().full_size
+    output = drawn(films, ["a", "b"], seed=1)
+    assert output.images is None and [len(film) for film in output.frames] == [size.num_frames] * 2
+    assert output.frames[0][0].size == (size.width, size.height)
+    array = drawn(films, "a", seed=1, output_type="np").frames
+    tensor = drawn(films, "a", seed=1, output_type="pt").frames
+    assert array.shape == (1, size.num_frames, size.height, size.width, 3)
+    assert np.array_equal(tensor.numpy().transpose(0, 1, 3, 4, 2), array)
+
+
+def test_offloading_and_moving_change_no_picture(folder: Path, pipe: CascadePipeline) -> None:
+    expected = np.asarray(drawn(pipe, "a fox", seed=5).images[0])
+    other = CascadePipeline.from_pretrained(folder)
+    other.enable_model_cpu_offload("cpu")
+    assert np.array_equal(np.asarray(drawn(other, "a fox", seed=5).images[0]), expected)
+    drawn(other, "a fox", seed=5, schedule="teacher")
+    assert other.to("cpu").device == torch.device("cpu")
+    with pytest.raises(TypeError, match="from_pretrained"):
+        other.to(torch.float16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        ({"prompt": " "}, ValueError, "the prompt is empty"),
+        ({"prompt": []}, ValueError, "the prompt is empty"),
+        ({"schedule": "9+9"}, ValueError, r"schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
+        ({"seed": [1, 2]}, ValueError, "2 seeds or generators for 1 pictures"),
+        ({"seed": -1}, ValueError, "seed -1 is below 0"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
+        ({"output_type": "gif"}, ValueError, "is not pil, np, pt or latent"),
+        ({"num_inference_steps": 4}, TypeError, "a cascade's steps are its schedule's"),
+        ({"eta": 4}, TypeError, "takes no 'eta'"),
+    ],
+)
+def test_bad_input(pipe: CascadePipeline, named: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pipe(**{"prompt": "a fox", **named})
+
+
+def test_importing_it_pulls_in_no_server_and_no_compiler() -> None:
+    code = (
+        "import sys; from rmd import CascadePipeline; "
+        "print(sorted({name.split('.')[0] for name in sys.modules} "
+        "& {'fastapi', 'uvicorn', 'server', 'engines', 'training', 'torch_tensorrt', 'zmq'}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_engines_are_found_by_their_entry_point(folder: Path, tmp_path: Path) -> None:
+    from engines.errors import EngineError
+
+    with pytest.raises(EngineError, match="rmd build"):
+        CascadePipeline.from_pretrained(folder, engines=tmp_path, backend="inductor")
+
+
+def test_the_pages_example_runs(tmp_path: Path) -> None:
+    """As it is printed, in one interpreter, on the model in the box."""
+    root = Path(rmd.__file__).parent.parent
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "python.md").read_text(), re.DOTALL)
+    (tmp_path / "models").symlink_to(root / "models")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[7, 8, 9, 10]" in done.stdout and "('2+2'," in done.stdout and "256x256 at" in done.stdout
+    with Image.open(tmp_path / "apple.png") as apple:
+        red, green, _ = np.asarray(apple.convert("RGB"))[100:200, 80:180].reshape(-1, 3).mean(0)
+        assert apple.size == (256, 256) and red > 2 * green
