@@ -31,6 +31,8 @@ COPY --from=build /opt/rmd /opt/rmd
 WORKDIR /app
 COPY models/embedded models/embedded
 COPY models/embedded-teacher models/embedded-teacher
+COPY models/embedded-video models/embedded-video
+COPY models/embedded-video-teacher models/embedded-video-teacher
 COPY LICENSE NOTICE ./
 ENV PATH=/opt/rmd/bin:$PATH \
     PYTHONUNBUFFERED=1 \

