@@ -178,6 +178,10 @@ def exported_cascades(teacher: Teacher, trained: Cascade) -> dict[str, Cascade]:
             ),
             transition_noise_intensity=trained.transition_noise_intensity,
             noise_upsampling=trained.noise_upsampling,
+            x0_upsampling=trained.x0_upsampling,
+            step_noise_intensity=trained.step_noise_intensity,
+            initial_noise_scale=trained.initial_noise_scale,
+            final_timestep=trained.final_timestep,
             score_noise_intensity=trained.score_noise_intensity,
             training_noise_intensity=trained.training_noise_intensity,
         )
