@@ -27,10 +27,13 @@ def show(
     schedule: Annotated[str | None, typer.Option(help="Steps per stage, such as 1+3, 0+4 or 1+1+2.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a cascade's steps: stage, mapped and teacher's timestep, size, logSNR.
+    """Show a cascade's steps: stage, mapped and teacher's timestep, size, logSNR, noise intensity.
 
-    logSNR is the backbone's own at the teacher's timestep: what the thresholds are compared with.
+    logSNR is the backbone's own at the teacher's timestep: what the thresholds are compared with. The noise intensity a
+    is that of the move to the next step: 1 is deterministic, 0 fresh noise. A public student's source, files and
+    licence follow.
     """
+    from cli.presets import origin
     from rmd.presets import preset as named
     from rmd.presets import preset_noise_schedule
 
@@ -44,9 +47,11 @@ def show(
     if json:
         import json as json_module
 
-        typer.echo(json_module.dumps({"steps": rows}))
+        typer.echo(json_module.dumps({"steps": rows, **origin(preset)}))
         return
     _print_table(cascade, rows)
+    for name, value in origin(preset).items():
+        typer.echo(f"{name}: {value}")
 
 
 @app.command()
@@ -54,7 +59,11 @@ def write(
     folder: Annotated[Path, typer.Argument(help="A diffusers folder, such as a public few-step student's.")],
     preset: Annotated[str, typer.Option(help="Its cascade, such as sdxl-turbo or sdxl-lightning.")],
 ) -> None:
-    """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it."""
+    """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it.
+
+    A folder whose files contradict the preset (another base, another parametrisation) is refused.
+    """
+    from rmd.backbones.student_fit import check_student
     from rmd.checkpoint import CASCADE_FILE, check_weights, write_cascade_json
     from rmd.presets import preset as named
     from rmd.presets import preset_backbone
@@ -65,6 +74,7 @@ def write(
         raise ValueError(f"{folder / CASCADE_FILE} is there already; remove it to write another")
     cascade = named(preset)
     check_weights(folder)
+    check_student(preset, folder)
     written = write_cascade_json(
         folder,
         backbone=preset_backbone(preset),
@@ -129,6 +139,8 @@ def _timesteps(text: str) -> list[int]:
 
 
 def _rows(cascade: Cascade, schedule: NoiseSchedule) -> list[dict[str, Any]]:
+    from rmd.sampler import noise_intensity
+
     return [
         {
             "stage": step.stage,
@@ -137,8 +149,9 @@ def _rows(cascade: Cascade, schedule: NoiseSchedule) -> list[dict[str, Any]]:
             "width": step.size.width,
             "height": step.size.height,
             "logsnr": None if step.teacher_timestep == 1000 else schedule.log_snr(step.teacher_timestep / 1000),
+            "noise_intensity": None if index + 1 == cascade.num_steps else noise_intensity(cascade, index),
         }
-        for step in cascade.steps
+        for index, step in enumerate(cascade.steps)
     ]
 
 
@@ -147,11 +160,13 @@ def _print_table(cascade: Cascade, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{cascade.name} {cascade.schedule_name}, map {cascade.resolution_map}")
-    for column in ("stage", "timestep", "teacher's", "size", "logSNR"):
+    for column in ("stage", "timestep", "teacher's", "size", "logSNR", "a"):
         table.add_column(column, justify="right")
     for step, row in zip(cascade.steps, rows, strict=True):
         log_snr = "-inf" if row["logsnr"] is None else f"{row['logsnr']:.3f}"
-        table.add_row(str(step.stage), str(step.timestep), str(step.teacher_timestep), str(step.size), log_snr)
+        intensity = "" if row["noise_intensity"] is None else f"{row['noise_intensity']:.4g}"
+        times = f"{step.timestep:.6g}", f"{step.teacher_timestep:.6g}"
+        table.add_row(str(step.stage), *times, str(step.size), log_snr, intensity)
     console = Console()
     console.print(table)
     for stage in cascade.stages:

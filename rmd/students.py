@@ -1,7 +1,7 @@
 """Students that others distilled and published: steps, noise rule, guidance, source and licence, as data.
 
-`rmd.presets` turns an entry into a cascade; `rmd.student_fit` says whether a folder's files contradict it. Steps and
-rules are those of each publication's own instructions, held against diffusers' schedulers and pipelines in
+`rmd.presets` turns an entry into a cascade; `rmd.backbones.student_fit` says whether a folder's files contradict it.
+Steps and rules are those of each publication's own instructions, held against diffusers' schedulers and pipelines in
 tests/oracles/test_students.py. A licence with a question mark is not confirmed: read the repository's.
 """
 
@@ -30,7 +30,7 @@ class StepList:
             spacing, rCM).
         final_timestep: see `rmd.cascade.Cascade`.
         prediction: what the network gives: "epsilon", "velocity" or "sample" (x0 itself).
-        base: the model that it was distilled from, see `rmd.student_fit.BASES`; None for any of the backbone.
+        base: the model that it was distilled from, see `rmd.backbones.student_fit`; None for any of the backbone.
         source: repository of the weights; empty where none are needed.
         files: which of its files, and how they are published.
         licence: of the weights; empty where it is not known.
