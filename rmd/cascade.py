@@ -106,6 +106,8 @@ class Cascade:
         thresholds: the logSNR thresholds it was cut by, or None for an explicit list.
         stage_boundaries: teacher times in (0, 1) between the stages, decreasing; None stands for the first teacher
             time of each next stage.
+        note: what whoever uses it has to know, such as that the weights were not distilled for it; said wherever the
+            schedule is named.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field.
@@ -128,6 +130,7 @@ class Cascade:
     guidance_scale: float = 1.0
     thresholds: tuple[float, ...] | None = None
     stage_boundaries: tuple[float, ...] | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.step_noise_intensity, list):

@@ -54,6 +54,10 @@ def text(value: Any) -> str:
     return value
 
 
+def _any_text(value: Any) -> str:
+    return "" if value == "" else text(value)
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """A JSON object."""
     if not isinstance(value, Mapping):
@@ -98,6 +102,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "final_timestep": _number_or_none,
     "thresholds": _numbers,
     "stage_boundaries": _numbers,
+    "note": _any_text,
 }
 
 

@@ -12,8 +12,15 @@ from rmd.profiles import PROFILES, BackboneProfile
 from rmd.students import NOT_SUPPORTED, STEP_LISTS, StepList
 from rmd.timesteps import thresholds_for_counts
 
+NOT_DISTILLED = "not distilled for this schedule"
 
-def _parse_split(split: str) -> list[int]:
+
+def parse_split(split: str) -> list[int]:
+    """Steps per stage of a schedule's name, zeros left out: "0+4" is [4].
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         counts = [int(part) for part in split.split("+")]
     except ValueError:
@@ -31,7 +38,7 @@ def _from_profile(
 ) -> Cascade:
     noise_schedule = profile.noise_schedule()
     split = schedule or profile.default_split
-    counts = _parse_split(split)
+    counts = parse_split(split)
     teacher_timesteps = profile.teacher_timesteps(sum(counts))
     if thresholds is None:
         printed = profile.thresholds.get("+".join(map(str, counts)))
@@ -63,7 +70,7 @@ def _from_step_list(
 ) -> Cascade:
     if thresholds is not None or schedule is not None:
         raise ValueError(f"preset {name!r} is an explicit list of steps: it takes no thresholds and no schedule")
-    noise_schedule = PROFILES[_family(entry.backbone)].noise_schedule()
+    noise_schedule = PROFILES[family_of(entry.backbone)].noise_schedule()
     return Cascade.from_steps(
         name,
         entry.timesteps,
@@ -78,13 +85,14 @@ def _from_step_list(
         x0_upsampling=entry.x0_upsampling,
         initial_noise_scale=noise_schedule.sigma(entry.timesteps[0] / 1000) if entry.starts_at_sigma else 1.0,
         final_timestep=entry.final_timestep,
+        note="" if entry.source else f"{NOT_DISTILLED}: the base's own weights",
     )
 
 
 _BACKBONES = {"wan": "wan-14b"}  # of the two of that profile, the one with its sizes
 
 
-def _family(backbone: str) -> str:
+def family_of(backbone: str) -> str:
     """The key in `PROFILES` of a backbone of the registry."""
     return "wan" if backbone.startswith("wan-") else backbone
 
@@ -139,4 +147,4 @@ def preset_noise_schedule(name: str) -> NoiseSchedule:
     Raises:
         ValueError: an unknown name, or one that is not supported.
     """
-    return PROFILES[_family(preset_backbone(name))].noise_schedule()
+    return PROFILES[family_of(preset_backbone(name))].noise_schedule()

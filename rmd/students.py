@@ -17,7 +17,7 @@ from rmd.timesteps import euler_timesteps, shift_time, uniform_teacher_timesteps
 
 @dataclass(frozen=True)
 class StepList:
-    """An explicit list of steps: a public student's, or high-low-high sampling's.
+    """An explicit list of steps: a public student's, or of sampling at several sizes without training.
 
     Attributes:
         backbone: its name in the registry.
@@ -268,16 +268,31 @@ _WAN = {
     ),
 }  # fmt: skip
 
-# High-low-high: layout and detail at the full side, the middle of the trajectory at half of it. No training, so the
-# teacher's guidance stays, and the noise that crosses sides is renormalised, or the teacher would see too little of it.
-_BOTTLENECK = StepList(
-    "sd3", uniform_teacher_timesteps(12, 3.0), _sides(1024) * 3 + _sides(512) * 5 + _sides(1024) * 4,
-    resolution_map="shift", guidance_scale=4.5, flow_shift=3.0, noise_upsampling="renormalised",
-    transition_noise_intensity=0.2, prediction="velocity",
-    note="no student: Bottleneck Sampling with the base's own weights",
-)  # fmt: skip
+# ---- Without training -----------------------------------------------------------------------------------------------
 
-STEP_LISTS: Mapping[str, StepList] = {**_SDXL, **_PIXART, **_SD3, **_WAN, "bottleneck": _BOTTLENECK}
+
+def _training_free(sizes: tuple[Size, ...], note: str) -> StepList:
+    """The teacher's guidance stays, and the noise that crosses sides is mostly fresh and renormalised, or the teacher
+    would see too little of it."""
+    return StepList(
+        "sd3", uniform_teacher_timesteps(len(sizes), 3.0), sizes,
+        resolution_map="shift", guidance_scale=4.5, flow_shift=3.0, noise_upsampling="renormalised",
+        transition_noise_intensity=0.2, prediction="velocity", note=note,
+    )  # fmt: skip
+
+
+_TRAINING_FREE = {
+    # High-low-high: layout and detail at the full side, the middle of the trajectory at half of it.
+    "bottleneck": _training_free(
+        _sides(1024) * 3 + _sides(512) * 5 + _sides(1024) * 4,
+        "no student: Bottleneck Sampling with the base's own weights",
+    ),
+    "progressive": _training_free(
+        _sides(512) * 6 + _sides(1024) * 6, "no student: progressive resolution with the base's own weights"
+    ),
+}
+
+STEP_LISTS: Mapping[str, StepList] = {**_SDXL, **_PIXART, **_SD3, **_WAN, **_TRAINING_FREE}
 
 _MULTISTEP = "published with a multistep solver, which looks back at earlier steps; every step here stands alone"
 

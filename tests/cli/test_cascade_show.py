@@ -16,6 +16,7 @@ from cli.main import app as main
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
 from rmd.checkpoint import CheckpointFolder, write_cascade_json
+from rmd.naive import naive_cascade
 from rmd.presets import preset
 from rmd.size import Size
 
@@ -158,3 +159,19 @@ def test_a_folder_that_contradicts_a_preset_is_refused_and_left_as_it_is(tmp_pat
     output = backbone.predict_output(x, t, conditioning, size)
     assert torch.equal(backbone.predict_x0(x, t, conditioning, size), output)
     assert checkpoint.default_cascade == preset("sdxl-lightning-1")
+
+
+def test_a_naive_cascade_is_written_and_says_what_it_is(tmp_path: Path) -> None:
+    folder = write_tiny_folder("sdxl", tmp_path / "dmd2")
+    (folder / "cascade.json").unlink()
+    arguments = ["write", str(folder), "--preset", "dmd2-sdxl", "--naive"]
+    assert "--naive needs --schedule" in str(CliRunner().invoke(app, arguments).exception)
+    written = CliRunner().invoke(app, [*arguments, "--schedule", "2+2"])
+    assert written.exit_code == 0 and "not distilled for this schedule" in written.stdout
+    checkpoint = CheckpointFolder.read(folder)
+    assert checkpoint.default == "2+2" and checkpoint.default_cascade == naive_cascade("dmd2-sdxl", "2+2")
+    assert checkpoint.distillation["method"] == "none" and "not distilled" in checkpoint.distillation["note"]
+    shown = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive"])
+    assert "not distilled for this schedule" in shown.stdout
+    wrong = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive", "--map", "none"])
+    assert "--naive takes no" in str(wrong.exception)

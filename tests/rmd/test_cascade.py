@@ -185,6 +185,7 @@ def test_students_run_unguided_but_for_those_published_with_guidance() -> None:
     guided = {name: preset(name).guidance_scale for name in PRESETS if preset(name).guidance_scale != 1.0}
     assert guided == {
         "bottleneck": 4.5,
+        "progressive": 4.5,
         "hyper-sdxl-8-cfg": 5.0,
         "pcm-sdxl-4-cfg": 7.5,
         "pcm-sd3": 1.2,
