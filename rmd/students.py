@@ -145,7 +145,6 @@ _SDXL = {
         (399,), "tianweiy/DMD2", "dmd2_sdxl_1step_unet_fp16.bin (whole UNet, pickled: convert it)", _NON_COMMERCIAL,
         note="told timestep 399, from unit noise",
     ),
-    # LCM's LoRA, merged. Its whole UNets take their guidance as an input.
     "lcm-sdxl": _sdxl(
         _GRID_4, "latent-consistency/lcm-lora-sdxl", "pytorch_lora_weights.safetensors", "openrail++",
         noise_rule="fresh", note="guidance up to 2 works too",
@@ -153,6 +152,10 @@ _SDXL = {
     "lcm-sdxl-8": _sdxl(
         _GRID_8, "latent-consistency/lcm-lora-sdxl", "pytorch_lora_weights.safetensors", "openrail++",
         noise_rule="fresh", note="guidance up to 2 works too",
+    ),
+    "lcm-sdxl-unet": _sdxl(
+        _GRID_4, "latent-consistency/lcm-sdxl", "whole UNet", "openrail++", noise_rule="fresh",
+        note="takes its guidance as an input: fold one guidance in first (rmd.backbones.guidance_fold)",
     ),
     "tcd-sdxl": _sdxl(
         _GRID_4, "h1t/TCD-SDXL-LoRA", "pytorch_lora_weights.safetensors", "", noise_rule="tcd", eta=0.3,
@@ -309,7 +312,6 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "flash-sd3": "jasperai/flash-sd3: a scheduler of its own (FlashFlowMatchEuler), which diffusers lacks",
     "hyper-sdxl-12-cfg": "ByteDance/Hyper-SD: 12 steps do not divide the table, and diffusers' DDIM leads each step to "
     "another entry than the one that the next stands at",
-    "lcm-sdxl-unet": "latent-consistency/lcm-sdxl: the UNet takes its guidance as an input; use its LoRA (lcm-sdxl)",
     "sd3.5-turbo": "called by the model it fits: sd3.5-large-turbo, or sd3.5-medium-turbo for TensorArt's medium",
 }
 """Names of published students that cannot be sampled as published -> why."""

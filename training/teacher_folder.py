@@ -101,6 +101,11 @@ def training_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     Raises:
         ValueError: no such preset or schedule.
     """
+    # What is about to be distilled for it needs no note that it was not.
+    return replace(_wanted_cascade(teacher, settings), note="")
+
+
+def _wanted_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     if settings.preset is not None:
         return preset(settings.preset, schedule=settings.schedule, resolution_map=settings.resolution_map)
     base = _cascade_named(teacher, settings, settings.schedule)
@@ -132,7 +137,7 @@ def _cascade_named(teacher: Teacher, settings: DistillSettings, schedule: str | 
 
 
 def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:
-    """As many steps as `base`, at evenly spaced sides from its low to its full size."""
+    """As many steps as `base`, at evenly spaced sides from its low to its full size, enlarged as SwD does: bicubic."""
     low, full = base.steps[0].size, base.full_size
     count = base.num_steps
     sizes = []
@@ -152,6 +157,7 @@ def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:
         flow_shift=base.flow_shift,
         step_noise_intensity=0.0,
         transition_noise_intensity=0.0,
+        x0_upsampling="bicubic",
     )
 
 

@@ -6,6 +6,8 @@ state after every step. Equal means to 1e-4 of the larger of 1 and the reference
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +27,15 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     TCDScheduler,
+    UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
-from rmd.backbones.base import Backbone
+from rmd.backbones.base import Backbone, BackboneError
+from rmd.backbones.guidance_fold import fold_guidance
 from rmd.backbones.registry import get_backbone
+from rmd.backbones.student_fit import check_student
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.cascade import Cascade
 from rmd.noise_rules import step_noise_intensities
@@ -169,9 +175,53 @@ def test_sdxl_students_are_the_stock_pipeline(tiny: Callable[[str], Loaded], nam
     check_pipeline(loaded, pipeline, at_sizes(cascade, [Size(64, 64)] * cascade.num_steps), euler, **options)
 
 
-def test_one_step_lightning_gives_x0_as_its_scheduler_says(tmp_path: Path) -> None:
-    import json
+@pytest.mark.parametrize("guidance", [1.0, 8.0])
+def test_lcms_whole_unet_with_one_guidance_folded_in_is_the_stock_pipeline_with_it_as_an_input(
+    tmp_path: Path, guidance: float
+) -> None:
+    given = write_tiny_folder("sdxl", tmp_path / "given")
+    config = {**json.loads((given / "unet" / "config.json").read_text()), "time_cond_proj_dim": 24}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        unet = UNet2DConditionModel.from_config(config)
+    unet.save_pretrained(given / "unet")
+    folded = tmp_path / "folded"
+    shutil.copytree(given, folded)
+    weights, plain = fold_guidance(unet.state_dict(), dict(unet.config), guidance)
+    save_file(weights, folded / "unet" / "diffusion_pytorch_model.safetensors")
+    (folded / "unet" / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"'lcm-sdxl-unet' does not fit .*fold one guidance in first"):
+        check_student("lcm-sdxl-unet", given)
+    check_student("lcm-sdxl-unet", folded)
 
+    pipeline = StableDiffusionXLPipeline.from_pretrained(given, torch_dtype=torch.float32)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    loaded = folded, get_backbone("sdxl").load(folded, dtype=torch.float32)
+    cascade = at_sizes(preset("lcm-sdxl-unet"), [Size(64, 64)] * 4)
+    check_pipeline(loaded, pipeline, cascade, num_inference_steps=4, guidance_scale=guidance)
+    if guidance == 8.0:
+        with pytest.raises(AssertionError, match="after step 0"):
+            check_pipeline(loaded, pipeline, cascade, num_inference_steps=4, guidance_scale=2.0)
+
+
+def test_folding_a_guidance_refuses_what_has_none() -> None:
+    layer = {"time_embedding.linear_1.weight": torch.ones(4, 3), "time_embedding.linear_1.bias": torch.zeros(4)}
+    with pytest.raises(BackboneError, match="takes no guidance as an input"):
+        fold_guidance(layer, {"time_cond_proj_dim": None}, 8.0)
+    with pytest.raises(BackboneError, match=r"lacks the weight 'time_embedding.cond_proj.weight'"):
+        fold_guidance(layer, {"time_cond_proj_dim": 8}, 8.0)
+    with pytest.raises(BackboneError, match="has shape"):
+        fold_guidance({**layer, "time_embedding.cond_proj.weight": torch.ones(2, 8)}, {"time_cond_proj_dim": 8}, 8.0)
+    half = {**layer, "time_embedding.cond_proj.weight": torch.ones(3, 8)}
+    half["time_embedding.linear_1.bias"] = torch.zeros(4, dtype=torch.float16)
+    weights, config = fold_guidance(half, {"time_cond_proj_dim": 8, "other": 1}, 1.0)
+    assert config == {"time_cond_proj_dim": None, "other": 1} and "time_embedding.cond_proj.weight" not in weights
+    # w = 0: four sines of 0 and four cosines of 1, three times over.
+    assert weights["time_embedding.linear_1.bias"].tolist() == [12.0] * 4
+    assert weights["time_embedding.linear_1.bias"].dtype == torch.float16
+
+
+def test_one_step_lightning_gives_x0_as_its_scheduler_says(tmp_path: Path) -> None:
     folder = write_tiny_folder("sdxl", tmp_path / "x0")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "sample"}))
@@ -297,7 +347,7 @@ def test_wans_step_distilled_students_are_flow_match_lcms(
 
 
 def test_every_student_has_its_oracle() -> None:
-    with_pipeline = set(SDXL) | {"sdxl-lightning-1", "pixart-lcm", "flash-pixart", "pixart-dmd"}
+    with_pipeline = set(SDXL) | {"lcm-sdxl-unet", "sdxl-lightning-1", "pixart-lcm", "flash-pixart", "pixart-dmd"}
     with_pipeline |= {
         "sd3.5-large-turbo",
         "sd3.5-medium-turbo",
