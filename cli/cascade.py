@@ -25,36 +25,50 @@ def show(
     thresholds: Annotated[str | None, typer.Option(help="logSNR thresholds, ascending: -6,-2.5")] = None,
     resolution_map: Annotated[str | None, typer.Option("--map", help="shift, logsnr, none or inverse.")] = None,
     schedule: Annotated[str | None, typer.Option(help="Steps per stage, such as 1+3, 0+4 or 1+1+2.")] = None,
+    naive: Annotated[bool, typer.Option("--naive", help="A public student's first steps at smaller sides.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a cascade's steps: stage, mapped and teacher's timestep, size, logSNR.
+    """Show a cascade's steps: stage, mapped and teacher's timestep, size, logSNR, noise intensity.
 
-    logSNR is the backbone's own at the teacher's timestep: what the thresholds are compared with.
+    logSNR is the backbone's own at the teacher's timestep: what the thresholds are compared with. The noise intensity a
+    is that of the move to the next step: 1 is deterministic, 0 fresh noise. A public student's source, files and
+    licence follow.
     """
+    from cli.presets import origin
     from rmd.presets import preset as named
     from rmd.presets import preset_noise_schedule
 
-    cascade = named(
-        preset,
-        thresholds=_numbers(thresholds, "--thresholds", "-6,-2.5"),
-        resolution_map=resolution_map,
-        schedule=schedule,
-    )
+    if naive:
+        cascade = _naive(preset, schedule, thresholds or resolution_map)
+    else:
+        cuts = _numbers(thresholds, "--thresholds", "-6,-2.5")
+        cascade = named(preset, thresholds=cuts, resolution_map=resolution_map, schedule=schedule)
     rows = _rows(cascade, preset_noise_schedule(preset))
     if json:
         import json as json_module
 
-        typer.echo(json_module.dumps({"steps": rows}))
+        typer.echo(json_module.dumps({"steps": rows, **origin(preset)}))
         return
     _print_table(cascade, rows)
+    for name, value in origin(preset).items():
+        typer.echo(f"{name}: {value}")
 
 
 @app.command()
 def write(
     folder: Annotated[Path, typer.Argument(help="A diffusers folder, such as a public few-step student's.")],
     preset: Annotated[str, typer.Option(help="Its cascade, such as sdxl-turbo or sdxl-lightning.")],
+    schedule: Annotated[
+        str | None, typer.Option(help="Steps per stage, such as 2+2; with --naive for a student.")
+    ] = None,
+    naive: Annotated[bool, typer.Option("--naive", help="A public student's first steps at smaller sides.")] = False,
 ) -> None:
-    """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it."""
+    """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it.
+
+    A folder whose files contradict the preset (another base, another parametrisation) is refused. `--naive` is a
+    cascade without training: the file and whatever serves it say so.
+    """
+    from rmd.backbones.student_fit import check_student
     from rmd.checkpoint import CASCADE_FILE, check_weights, write_cascade_json
     from rmd.presets import preset as named
     from rmd.presets import preset_backbone
@@ -63,15 +77,17 @@ def write(
         raise ValueError(f"{folder} has no model_index.json; give a diffusers folder")
     if (folder / CASCADE_FILE).exists():
         raise ValueError(f"{folder / CASCADE_FILE} is there already; remove it to write another")
-    cascade = named(preset)
+    cascade = _naive(preset, schedule) if naive else named(preset, schedule=schedule)
     check_weights(folder)
+    check_student(preset, folder)
     written = write_cascade_json(
         folder,
         backbone=preset_backbone(preset),
         cascades={cascade.schedule_name: cascade},
         default=cascade.schedule_name,
+        distillation={"method": "none", "note": cascade.note} if cascade.note else {},
     )
-    typer.echo(str(written))
+    typer.echo(f"{written}: {cascade.note}" if cascade.note else str(written))
 
 
 @app.command()
@@ -112,6 +128,16 @@ def retime(
     typer.echo(f"{written}: {name} at {', '.join(str(step.timestep) for step in moved.steps)}")
 
 
+def _naive(preset: str, schedule: str | None, cut: str | None = None) -> Cascade:
+    from rmd.naive import naive_cascade
+
+    if schedule is None:
+        raise ValueError("--naive needs --schedule, steps per stage such as 2+2")
+    if cut is not None:
+        raise ValueError("--naive takes no --thresholds and no --map")
+    return naive_cascade(preset, schedule)
+
+
 def _numbers(text: str | None, option: str, such_as: str) -> list[float] | None:
     if text is None:
         return None
@@ -129,6 +155,8 @@ def _timesteps(text: str) -> list[int]:
 
 
 def _rows(cascade: Cascade, schedule: NoiseSchedule) -> list[dict[str, Any]]:
+    from rmd.sampler import noise_intensity
+
     return [
         {
             "stage": step.stage,
@@ -137,8 +165,9 @@ def _rows(cascade: Cascade, schedule: NoiseSchedule) -> list[dict[str, Any]]:
             "width": step.size.width,
             "height": step.size.height,
             "logsnr": None if step.teacher_timestep == 1000 else schedule.log_snr(step.teacher_timestep / 1000),
+            "noise_intensity": None if index + 1 == cascade.num_steps else noise_intensity(cascade, index),
         }
-        for step in cascade.steps
+        for index, step in enumerate(cascade.steps)
     ]
 
 
@@ -147,13 +176,17 @@ def _print_table(cascade: Cascade, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{cascade.name} {cascade.schedule_name}, map {cascade.resolution_map}")
-    for column in ("stage", "timestep", "teacher's", "size", "logSNR"):
+    for column in ("stage", "timestep", "teacher's", "size", "logSNR", "a"):
         table.add_column(column, justify="right")
     for step, row in zip(cascade.steps, rows, strict=True):
         log_snr = "-inf" if row["logsnr"] is None else f"{row['logsnr']:.3f}"
-        table.add_row(str(step.stage), str(step.timestep), str(step.teacher_timestep), str(step.size), log_snr)
+        intensity = "" if row["noise_intensity"] is None else f"{row['noise_intensity']:.4g}"
+        times = f"{step.timestep:.6g}", f"{step.teacher_timestep:.6g}"
+        table.add_row(str(step.stage), *times, str(step.size), log_snr, intensity)
     console = Console()
     console.print(table)
+    if cascade.note:
+        console.print(cascade.note)
     for stage in cascade.stages:
         low, high = stage.teacher_interval
         console.print(f"stage {stage.index}: matched on the teacher's axis from {low:.3f} to {high:.3f}")

@@ -53,7 +53,9 @@ def command(
     )
     names = [name or pipe.checkpoint.default for name in names]
     for name in names:
-        pipe.cascade(name)  # refuses what is not there before anything is drawn
+        # Refuses what is not there before anything is drawn.
+        if note := pipe.cascade(name).note:
+            typer.echo(f"schedule {name}: {note}", err=True)
     single = sheet or (len(texts) == 1 and len(names) == 1)
     video = pipe.backbone.media == "video" and not sheet
     _check_out(out, single, ".mp4" if video else ".png")

@@ -15,6 +15,7 @@ from typer.main import get_command
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "cascade": ("cli.cascade", "Show a cascade's steps."),
+    "presets": ("cli.presets", "List the presets: backbones' cascades and public students, with their sources."),
     "backbones": ("cli.backbones", "List the backbones."),
     "data": ("cli.data", "Fetch the embedded model's training pictures."),
     "train-teacher": ("cli.train_teacher", "Train the embedded autoencoder and teacher."),

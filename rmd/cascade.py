@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rmd.fields import check_cascade, field_of, integer, read_cascade_fields
+from rmd.fields import check_cascade, field_of, integer, number, read_cascade_fields
 from rmd.size import Size
 from rmd.timesteps import assign_stages, map_timestep, uniform_teacher_timesteps
 
@@ -29,15 +29,22 @@ class Step:
 
     Attributes:
         stage: index of the stage it belongs to.
-        timestep: 0 to 1000, mapped to the step's side (Eq. 2): the time the network and the schedule use here.
+        timestep: 0 to 1000, mapped to the step's side (Eq. 2): the time the network and the schedule use here. Some
+            public students stand between whole timesteps (937.5); whole ones are kept as integers.
         teacher_timestep: the same step on the teacher's axis, before the map.
         size: of the picture or film at this step.
     """
 
     stage: int
-    timestep: int
-    teacher_timestep: int
+    timestep: float
+    teacher_timestep: float
     size: Size
+
+    def __post_init__(self) -> None:
+        for name in ("timestep", "teacher_timestep"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value.is_integer():
+                object.__setattr__(self, name, int(value))
 
     @property
     def t(self) -> float:
@@ -53,8 +60,8 @@ class Step:
         """
         return cls(
             stage=field_of(data, "stage", integer, where),
-            timestep=field_of(data, "timestep", integer, where),
-            teacher_timestep=field_of(data, "teacher_timestep", integer, where),
+            timestep=field_of(data, "timestep", number, where),
+            teacher_timestep=field_of(data, "teacher_timestep", number, where),
             size=field_of(data, "size", Size.parse, where),
         )
 
@@ -87,12 +94,20 @@ class Cascade:
         transition_noise_intensity: `a` of Eq. 10 at a change of size, in [0, 1].
         score_noise_intensity: `a` in the noised sample that teacher and fake score see in training.
         training_noise_intensity: `transition_noise_intensity` of training roll-outs.
-        step_noise_intensity: `a` inside a stage: 1 is deterministic (Euler, DDIM), 0 is fresh noise (LCM, DMD2).
+        step_noise_intensity: `a` inside a stage: 1 is deterministic (Euler, DDIM), 0 is fresh noise (LCM, DMD2). One
+            number, or one a transition (`num_steps - 1` of them, as ancestral and TCD sampling need: see
+            `rmd.noise_rules`); at a change of size `transition_noise_intensity` holds instead.
         noise_upsampling: "bilinear", "renormalised" or "nearest_block" (see `rmd.upsampling.upsample_noise`).
+        x0_upsampling: "bilinear" or "bicubic": how the prediction itself is enlarged (see `rmd.upsampling.upsample`).
+        initial_noise_scale: standard deviation of the noise that sampling starts from.
+        final_timestep: where the last step leads to, deterministically; None is the prediction `x0_hat` itself. At 0 a
+            variance preserving table still holds noise (entry 0), and TCD and some DDIM settings stop there.
         guidance_scale: used at inference; 1 means none.
         thresholds: the logSNR thresholds it was cut by, or None for an explicit list.
         stage_boundaries: teacher times in (0, 1) between the stages, decreasing; None stands for the first teacher
             time of each next stage.
+        note: what whoever uses it has to know, such as that the weights were not distilled for it; said wherever the
+            schedule is named.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field.
@@ -105,15 +120,21 @@ class Cascade:
     resolution_map: str = "shift"
     flow_shift: float = 1.0
     transition_noise_intensity: float = 1.0
-    step_noise_intensity: float = 1.0
+    step_noise_intensity: float | tuple[float, ...] = 1.0
     noise_upsampling: str = "bilinear"
+    x0_upsampling: str = "bilinear"
+    initial_noise_scale: float = 1.0
+    final_timestep: float | None = None
     score_noise_intensity: float = 0.2
     training_noise_intensity: float = 0.2
     guidance_scale: float = 1.0
     thresholds: tuple[float, ...] | None = None
     stage_boundaries: tuple[float, ...] | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.step_noise_intensity, list):
+            object.__setattr__(self, "step_noise_intensity", tuple(self.step_noise_intensity))
         check_cascade(self)
 
     @cached_property
@@ -149,9 +170,9 @@ class Cascade:
             }
             for step in self.steps
         ]
-        for key in ("thresholds", "stage_boundaries"):
+        for key in ("thresholds", "stage_boundaries", "step_noise_intensity"):
             value = data[key]
-            data[key] = None if value is None else list(value)
+            data[key] = list(value) if isinstance(value, tuple) else value
         return data
 
     @classmethod
@@ -167,7 +188,7 @@ class Cascade:
     def from_steps(
         cls,
         name: str,
-        teacher_timesteps: Sequence[int],
+        teacher_timesteps: Sequence[float],
         sizes: Sequence[Size],
         *,
         full_size: Size | None = None,

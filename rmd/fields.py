@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rmd.cascade import Cascade
 
 NOISE_UPSAMPLINGS = ("bilinear", "renormalised", "nearest_block")
+X0_UPSAMPLINGS = ("bilinear", "bicubic")
 
 _REQUIRED = ("name", "schedule_name", "steps", "full_size")
 
@@ -53,6 +54,10 @@ def text(value: Any) -> str:
     return value
 
 
+def _any_text(value: Any) -> str:
+    return "" if value == "" else text(value)
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """A JSON object."""
     if not isinstance(value, Mapping):
@@ -66,6 +71,14 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
     if not isinstance(value, list | tuple):
         raise ValueError(f"must be a list of numbers or null, not {value!r}")
     return tuple(number(item) for item in value)
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else number(value)
+
+
+def _number_or_numbers(value: Any) -> float | tuple[float, ...] | None:
+    return _numbers(value) if isinstance(value, list | tuple) else number(value)
 
 
 def _steps(value: Any, read_step: Callable[[Mapping[str, Any], str], Any]) -> tuple[Any, ...]:
@@ -84,8 +97,12 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "full_size": Size.parse,
     "resolution_map": text,
     "noise_upsampling": text,
+    "x0_upsampling": text,
+    "step_noise_intensity": _number_or_numbers,
+    "final_timestep": _number_or_none,
     "thresholds": _numbers,
     "stage_boundaries": _numbers,
+    "note": _any_text,
 }
 
 
@@ -148,15 +165,31 @@ def check_cascade(cascade: Cascade) -> None:
     require(steps[-1].size == cascade.full_size, "full_size", f"must be the last step's size, {steps[-1].size}")
     require(cascade.resolution_map in RESOLUTION_MAPS, "resolution_map", f"must be one of {RESOLUTION_MAPS}")
     require(cascade.noise_upsampling in NOISE_UPSAMPLINGS, "noise_upsampling", f"must be one of {NOISE_UPSAMPLINGS}")
+    require(cascade.x0_upsampling in X0_UPSAMPLINGS, "x0_upsampling", f"must be one of {X0_UPSAMPLINGS}")
+    require(cascade.initial_noise_scale > 0, "initial_noise_scale", "must be above 0")
+    final = cascade.final_timestep
+    require(
+        final is None or 0 <= final < steps[-1].timestep,
+        "final_timestep",
+        f"must be null, or from 0 to below the last step's timestep, {steps[-1].timestep}",
+    )
     require(cascade.flow_shift > 0, "flow_shift", "must be above 0")
     require(cascade.guidance_scale >= 0, "guidance_scale", "must not be negative")
     for name in (
         "transition_noise_intensity",
-        "step_noise_intensity",
         "score_noise_intensity",
         "training_noise_intensity",
     ):
         require(0 <= getattr(cascade, name) <= 1, name, "must be from 0 to 1")
+    intensities = cascade.step_noise_intensity
+    if isinstance(intensities, tuple):
+        require(
+            len(intensities) == len(steps) - 1,
+            "step_noise_intensity",
+            f"must be one number, or one a transition: {len(steps) - 1} of them, not {len(intensities)}",
+        )
+    each = intensities if isinstance(intensities, tuple) else (intensities,)
+    require(all(0 <= a <= 1 for a in each), "step_noise_intensity", "must be from 0 to 1")
     num_stages = steps[-1].stage + 1
     if cascade.thresholds is not None:
         require(len(cascade.thresholds) == num_stages - 1, "thresholds", f"must hold {num_stages - 1} values")

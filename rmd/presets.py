@@ -1,4 +1,4 @@
-"""Named cascades, made from what :mod:`rmd.profiles` lists."""
+"""Named cascades, made from what :mod:`rmd.profiles` and :mod:`rmd.students` list."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from rmd.cascade import Cascade
+from rmd.noise_rules import step_noise_intensities
 from rmd.noise_schedule import NoiseSchedule
-from rmd.profiles import PROFILES, STEP_LISTS, BackboneProfile, StepList
-from rmd.size import Size
+from rmd.profiles import PROFILES, BackboneProfile
+from rmd.students import NOT_SUPPORTED, STEP_LISTS, StepList
 from rmd.timesteps import thresholds_for_counts
 
+NOT_DISTILLED = "not distilled for this schedule"
 
-def _parse_split(split: str) -> list[int]:
+
+def parse_split(split: str) -> list[int]:
+    """Steps per stage of a schedule's name, zeros left out: "0+4" is [4].
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         counts = [int(part) for part in split.split("+")]
     except ValueError:
@@ -30,7 +38,7 @@ def _from_profile(
 ) -> Cascade:
     noise_schedule = profile.noise_schedule()
     split = schedule or profile.default_split
-    counts = _parse_split(split)
+    counts = parse_split(split)
     teacher_timesteps = profile.teacher_timesteps(sum(counts))
     if thresholds is None:
         printed = profile.thresholds.get("+".join(map(str, counts)))
@@ -62,21 +70,32 @@ def _from_step_list(
 ) -> Cascade:
     if thresholds is not None or schedule is not None:
         raise ValueError(f"preset {name!r} is an explicit list of steps: it takes no thresholds and no schedule")
+    noise_schedule = PROFILES[family_of(entry.backbone)].noise_schedule()
     return Cascade.from_steps(
         name,
         entry.timesteps,
-        [Size.square(side) for side in entry.sides],
-        schedule=PROFILES[entry.backbone].noise_schedule(),
+        entry.sizes,
+        schedule=noise_schedule,
         resolution_map=resolution_map or entry.resolution_map,
-        step_noise_intensity=entry.step_noise_intensity,
+        step_noise_intensity=step_noise_intensities(entry.noise_rule, noise_schedule, entry.timesteps, entry.eta),
         transition_noise_intensity=entry.transition_noise_intensity,
         guidance_scale=entry.guidance_scale,
         flow_shift=entry.flow_shift,
         noise_upsampling=entry.noise_upsampling,
+        x0_upsampling=entry.x0_upsampling,
+        initial_noise_scale=noise_schedule.sigma(entry.timesteps[0] / 1000) if entry.starts_at_sigma else 1.0,
+        final_timestep=entry.final_timestep,
+        note="" if entry.source else f"{NOT_DISTILLED}: the base's own weights",
     )
 
 
 _BACKBONES = {"wan": "wan-14b"}  # of the two of that profile, the one with its sizes
+
+
+def family_of(backbone: str) -> str:
+    """The key in `PROFILES` of a backbone of the registry."""
+    return "wan" if backbone.startswith("wan-") else backbone
+
 
 PRESETS: dict[str, Callable[..., Cascade]] = {
     **{name: partial(_from_profile, profile) for name, profile in PROFILES.items()},
@@ -90,7 +109,8 @@ def preset(
     resolution_map: str | None = None,
     schedule: str | None = None,
 ) -> Cascade:
-    """A named cascade: a backbone's (a key of :data:`rmd.profiles.PROFILES`) or a public student's.
+    """A named cascade: a backbone's (a key of :data:`rmd.profiles.PROFILES`) or a public student's
+    (:data:`rmd.students.STEP_LISTS`).
 
     Args:
         thresholds: logSNR thresholds instead of the backbone's own.
@@ -98,33 +118,33 @@ def preset(
         schedule: steps per stage, such as "1+3", "0+4" or "1+1+2"; thresholds given as well win over its split.
 
     Raises:
-        ValueError: an unknown name, or options that do not fit the preset.
+        ValueError: an unknown name, one that is known and not supported, or options that do not fit the preset.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+    _known(name)
     return PRESETS[name](thresholds=thresholds, resolution_map=resolution_map, schedule=schedule)
 
 
-def _profile(name: str) -> BackboneProfile:
+def _known(name: str) -> None:
+    if name in NOT_SUPPORTED:
+        raise ValueError(f"preset {name!r} is not supported: {NOT_SUPPORTED[name]}")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return PROFILES[STEP_LISTS[name].backbone if name in STEP_LISTS else name]
 
 
 def preset_backbone(name: str) -> str:
     """The backbone that a preset is made for, as the registry calls it.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or one that is not supported.
     """
-    profile = _profile(name).name
-    return _BACKBONES.get(profile, profile)
+    _known(name)
+    return STEP_LISTS[name].backbone if name in STEP_LISTS else _BACKBONES.get(name, name)
 
 
 def preset_noise_schedule(name: str) -> NoiseSchedule:
     """The noise schedule of the backbone that a preset is made for.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or one that is not supported.
     """
-    return _profile(name).noise_schedule()
+    return PROFILES[family_of(preset_backbone(name))].noise_schedule()

@@ -1,6 +1,6 @@
-"""What the papers and the public checkpoints print: sizes, thresholds, guidance and explicit step lists, as data.
+"""What the papers print of each backbone: sizes, thresholds, guidance, as data.
 
-`rmd.presets` turns these into cascades.
+`rmd.presets` turns these into cascades; `rmd.students` has the explicit step lists of public students.
 """
 
 from __future__ import annotations
@@ -56,27 +56,6 @@ class BackboneProfile:
     transition_noise_intensity: float = 1.0
     training_noise_intensity: float = 0.2
     score_noise_intensity: float = 0.2
-
-
-@dataclass(frozen=True)
-class StepList:
-    """An explicit list of steps, for students that were distilled elsewhere and for high-low-high sampling.
-
-    Attributes:
-        backbone: key of `PROFILES`.
-        timesteps: the teacher's timesteps, one a step.
-        sides: the square side in pixels, one a step.
-    """
-
-    backbone: str
-    timesteps: tuple[int, ...]
-    sides: tuple[int, ...]
-    step_noise_intensity: float = 1.0
-    transition_noise_intensity: float = 1.0
-    resolution_map: str = "none"
-    guidance_scale: float = 1.0
-    flow_shift: float = 1.0
-    noise_upsampling: str = "bilinear"
 
 
 _SIDES = tuple(Size.square(side) for side in (256, 512, 1024))
@@ -167,46 +146,3 @@ PROFILES: dict[str, BackboneProfile] = {
         score_noise_intensity=0.5,
     ),
 }
-
-# Timesteps under which public students are sampled. A table index such as 999 is kept as
-# it is: on the variance-preserving models timestep i is the table's entry i.
-_TRAILING_4 = (999, 749, 499, 249)
-_LCM_4 = (999, 759, 499, 259)
-
-
-def _single(backbone: str, timesteps: tuple[int, ...], side: int = 1024, **options: float) -> StepList:
-    return StepList(backbone, timesteps, (side,) * len(timesteps), **options)  # type: ignore[arg-type]
-
-
-STEP_LISTS: dict[str, StepList] = {
-    # Adversarial distillation. SDXL-Turbo only in its one-step form: its further steps use an ancestral sampler.
-    "sdxl-turbo": _single("sdxl", (999,), side=512),
-    "sdxl-lightning": _single("sdxl", _TRAILING_4),
-    # SD3.5's scheduler spaces Turbo's sigmas between already shifted ends, hence the last, nearly clean step.
-    "sd3.5-turbo": _single("sd3", (1000, 858, 602, 9), flow_shift=3.0),
-    # Fresh noise between the steps.
-    "dmd2-sdxl": _single("sdxl", _TRAILING_4, step_noise_intensity=0.0),
-    # LCM's LoRA, merged. Its whole UNets take their guidance as an input, which is not supported.
-    "lcm-sdxl": _single("sdxl", _LCM_4, step_noise_intensity=0.0),
-    # TDM: deterministic steps; its SD3 weights are sampled under flow shift 6.
-    "tdm-sdxl": _single("sdxl", _TRAILING_4),
-    "tdm-pixart": _single("pixart", _TRAILING_4),
-    "tdm-sd3": _single("sd3", uniform_teacher_timesteps(4, 6.0), flow_shift=6.0),
-    # SwD, one step a scale, fresh noise at every hand-over: sigmas 1, .8959, .7371, .6022 at latent sides 64 to 128.
-    "swd-sd3": StepList(
-        "sd3", (1000, 896, 737, 602), (512, 640, 768, 1024),
-        step_noise_intensity=0.0, transition_noise_intensity=0.0, flow_shift=3.0,
-    ),
-    "swd-sd3-6": StepList(
-        "sd3", (1000, 945, 896, 790, 737, 602), (256, 384, 512, 640, 768, 1024),
-        step_noise_intensity=0.0, transition_noise_intensity=0.0, flow_shift=3.0,
-    ),
-    # High-low-high: layout and detail at the full side, the middle of the trajectory at half of it. No training, so
-    # the teacher's guidance stays, and the noise that crosses sides is renormalised, or the teacher would see too
-    # little of it.
-    "bottleneck": StepList(
-        "sd3", uniform_teacher_timesteps(12, 3.0), (1024,) * 3 + (512,) * 5 + (1024,) * 4,
-        resolution_map="shift", guidance_scale=4.5, flow_shift=3.0, noise_upsampling="renormalised",
-        transition_noise_intensity=0.2,
-    ),
-}  # fmt: skip

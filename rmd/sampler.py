@@ -78,6 +78,7 @@ def advance_batch(
     intensity: float | Tensor = 1.0,
     noise: Tensor | None = None,
     noise_upsampling: str = "bilinear",
+    x0_upsampling: str = "bilinear",
 ) -> Tensor:
     """Move a batch from its times `t` to `t_next`, given the predicted x0. Items may have different times.
 
@@ -92,6 +93,7 @@ def advance_batch(
         intensity: `a`, one number or (B,).
         noise: `z` at the next step's shape; None only where the intensity is the number 1.
         noise_upsampling: see `rmd.upsampling.upsample_noise`.
+        x0_upsampling: see `rmd.upsampling.upsample`.
 
     Returns:
         float32 (float64 for float64 inputs), at the next step's side.
@@ -104,7 +106,19 @@ def advance_batch(
     eps_hat = schedule.eps_from_x0(x_t, x0_hat, t)
     if target_shape is None or tuple(target_shape) == tuple(x_t.shape[1:]):
         return schedule.add_noise(x0_hat, mix_noise(eps_hat, noise, intensity), t_next)
-    return reinject(x0_hat, eps_hat, schedule, t_next, target_shape, noise, intensity, noise_upsampling)
+    return reinject(x0_hat, eps_hat, schedule, t_next, target_shape, noise, intensity, noise_upsampling, x0_upsampling)
+
+
+def next_time(cascade: Cascade, step_index: int) -> float | None:
+    """The time in [0, 1] that a step leads to; None where it is the last one and ends in its own prediction."""
+    if step_index + 1 < cascade.num_steps:
+        return cascade.steps[step_index + 1].t
+    return None if cascade.final_timestep is None else cascade.final_timestep / 1000
+
+
+def next_size(cascade: Cascade, step_index: int) -> Size:
+    """The size that a step leads to: the next step's, or its own after the last step."""
+    return cascade.steps[min(step_index + 1, cascade.num_steps - 1)].size
 
 
 def noise_intensity(cascade: Cascade, step_index: int, training: bool = False) -> float:
@@ -112,7 +126,8 @@ def noise_intensity(cascade: Cascade, step_index: int, training: bool = False) -
     if step_index + 1 >= cascade.num_steps:
         return 1.0
     if cascade.steps[step_index].size == cascade.steps[step_index + 1].size:
-        return cascade.step_noise_intensity
+        intensity = cascade.step_noise_intensity
+        return intensity[step_index] if isinstance(intensity, tuple) else intensity
     return cascade.training_noise_intensity if training else cascade.transition_noise_intensity
 
 
@@ -132,7 +147,9 @@ def advance(
     *,
     training: bool = False,
 ) -> Tensor:
-    """The next state of a batch that stands at one step of one cascade; after the last step, `x0_hat` itself.
+    """The next state of a batch that stands at one step of one cascade.
+
+    After the last step that is `x0_hat` itself, or the deterministic step to the cascade's `final_timestep`.
 
     Args:
         step_index: of the step that `x0_hat` was predicted at.
@@ -149,19 +166,20 @@ def advance(
     """
     if not 0 <= step_index < cascade.num_steps:
         raise ValueError(f"step {step_index} is not one of the cascade's {cascade.num_steps} steps")
-    if step_index + 1 == cascade.num_steps:
+    t_next = next_time(cascade, step_index)
+    if t_next is None:
         return x0_hat if x0_hat.dtype == torch.float64 else x0_hat.float()
-    step, following = cascade.steps[step_index], cascade.steps[step_index + 1]
     return advance_batch(
         schedule,
         x_t,
         x0_hat,
-        step.t,
-        following.t,
-        target_shape=latent_shape_of(following.size),
+        cascade.steps[step_index].t,
+        t_next,
+        target_shape=latent_shape_of(next_size(cascade, step_index)),
         intensity=noise_intensity(cascade, step_index, training),
         noise=noise,
         noise_upsampling=cascade.noise_upsampling,
+        x0_upsampling=cascade.x0_upsampling,
     )
 
 
@@ -216,7 +234,7 @@ def sample(
     if guided and uncond is None:
         raise ValueError(f"guidance scale {cascade.guidance_scale} needs the unconditional prompt ('uncond')")
     device = backbone.device
-    x = initial_noise(backbone.latent_shape(cascade.steps[0].size), seeds, device)
+    x = initial_noise(backbone.latent_shape(cascade.steps[0].size), seeds, device) * cascade.initial_noise_scale
     for index, step in enumerate(cascade.steps):
         t = torch.full((len(seeds),), step.t, dtype=torch.float64, device=device)
         if guided and uncond is not None:

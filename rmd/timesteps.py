@@ -1,6 +1,6 @@
 """Timesteps: the teacher's steps, the resolution map of Eq. 2 and the stage cut by logSNR.
 
-All times are in [0, 1]; a timestep is an integer, `round(1000 t)`.
+All times are in [0, 1]. A timestep is `1000 t`: an integer in every cascade of ours, not always in public students'.
 """
 
 from __future__ import annotations
@@ -46,15 +46,26 @@ def tabled_teacher_timesteps(num_steps: int, flow_shift: float, sigma_min: float
     return tuple(round(1000 * shift_time(1 - (1 - sigma_min) * entry / 999, flow_shift)) for entry in entries)
 
 
+def euler_timesteps(num_steps: int, flow_shift: float) -> tuple[float, ...]:
+    """The timesteps that diffusers' `FlowMatchEulerDiscreteScheduler(shift).set_timesteps(n)` gives, in float64.
+
+    Evenly spaced between the shifted ends of its table (1 and 1/1000), and then shifted once more: the last step of few
+    is nearly clean (9 under shift 3).
+    """
+    low = shift_time(1 / 1000, flow_shift)
+    spaced = (1 - (1 - low) * k / max(num_steps - 1, 1) for k in range(num_steps))
+    return tuple(1000 * shift_time(t, flow_shift) for t in spaced)
+
+
 def map_timestep(
-    teacher_timestep: int, scale: float, resolution_map: str, schedule: NoiseSchedule | None = None
-) -> int:
+    teacher_timestep: float, scale: float, resolution_map: str, schedule: NoiseSchedule | None = None
+) -> float:
     """The timestep that the network sees at a side `scale = R / r` times smaller than the teacher's (Eq. 2).
 
     The teacher's timestep is already an integer: rounding it first is what gives the printed schedules.
 
     Args:
-        teacher_timestep: 0 to 1000; 1000 (pure noise) maps to itself.
+        teacher_timestep: 0 to 1000; 1000 (pure noise) maps to itself. What is mapped comes back as an integer.
         scale: `R / r`; 1 maps to itself.
         resolution_map: "shift" (the paper's formula on `t / 1000`, for every family), "logsnr" (the exact
             `logSNR(t) - 2 ln s` through the family's own schedule; equal to "shift" on rectified flow), "none", or

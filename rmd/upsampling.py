@@ -3,10 +3,10 @@
 Latents are (B, C, H, W) or, for film, (B, C, T, H, W). A target shape may be (H, W), (T, H, W) or a full latent shape
 (C, H, W) / (C, T, H, W): its last two (three for film) numbers count; (H, W) for film keeps the frames.
 
-`U` is bilinear without corner alignment or antialiasing, frame by frame; where the number of latent frames differs it
-is trilinear. Towards a smaller grid (the way down in high-low-high sampling) `U` is the area mean, since bilinear
-sampling would alias, and noise is always renormalised there: the mean of s x s values has only 1/s of their standard
-deviation, which no intensity could make up for.
+`U` is bilinear (or, for the prediction itself, bicubic) without corner alignment or antialiasing, frame by frame;
+where the number of latent frames differs it is linear over time as well. Towards a smaller grid (the way down in
+high-low-high sampling) `U` is the area mean, since interpolation would alias, and noise is always renormalised there:
+the mean of s x s values has only 1/s of their standard deviation, which no intensity could make up for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmd.fields import NOISE_UPSAMPLINGS
+from rmd.fields import NOISE_UPSAMPLINGS, X0_UPSAMPLINGS
 from rmd.noise_schedule import NoiseSchedule, broadcast_to_samples, to_compute_dtype
 
 
@@ -41,12 +41,16 @@ def _shrinks(x: Tensor, grid: tuple[int, ...]) -> bool:
 
 
 def _resize(x: Tensor, grid: tuple[int, ...], mode: str) -> Tensor:
-    """Interpolate the trailing axes of `x` to `grid` with "bilinear", "nearest-exact" or "area"."""
+    """Interpolate the trailing axes of `x` to `grid` with "bilinear", "bicubic", "nearest-exact" or "area"."""
     if grid == tuple(x.shape[2:]):
         return x
     if x.ndim == 5 and grid[0] == x.shape[2]:
         frames = _resize(x.flatten(1, 2), grid[1:], mode)
         return frames.reshape(*x.shape[:3], *grid[1:])
+    if mode == "bicubic":
+        if x.ndim == 4:
+            return F.interpolate(x, size=grid, mode="bicubic", align_corners=False)
+        return _resize(_resize(x, (x.shape[2], *grid[1:]), "bicubic"), grid, "bilinear")
     if mode == "bilinear":
         return F.interpolate(x, size=grid, mode="trilinear" if x.ndim == 5 else "bilinear", align_corners=False)
     return F.interpolate(x, size=grid, mode=mode)
@@ -92,7 +96,7 @@ def upsample(x: Tensor, target_shape: Sequence[int], mode: str = "bilinear") -> 
     Args:
         x: (B, C, H, W) or (B, C, T, H, W).
         target_shape: see the module's text.
-        mode: "bilinear" (area mean towards a smaller grid), "nearest_block" or "area".
+        mode: "bilinear" or "bicubic" (both the area mean towards a smaller grid), "nearest_block" or "area".
 
     Returns:
         float32, or float64 for a float64 input.
@@ -100,11 +104,11 @@ def upsample(x: Tensor, target_shape: Sequence[int], mode: str = "bilinear") -> 
     Raises:
         ValueError: an unknown mode, or a target that does not fit.
     """
-    if mode not in ("bilinear", "nearest_block", "area"):
-        raise ValueError(f"mode {mode!r} is not one of bilinear, nearest_block, area")
+    if mode not in (*X0_UPSAMPLINGS, "nearest_block", "area"):
+        raise ValueError(f"mode {mode!r} is not one of bilinear, bicubic, nearest_block, area")
     (x,) = to_compute_dtype(x)
     grid = _target_grid(x, target_shape)
-    if mode == "bilinear" and _shrinks(x, grid):
+    if mode in X0_UPSAMPLINGS and _shrinks(x, grid):
         mode = "area"
     return _resize(x, grid, "nearest-exact" if mode == "nearest_block" else mode)
 
@@ -177,6 +181,7 @@ def reinject(
     noise: Tensor | None,
     intensity: float | Tensor,
     noise_upsampling: str = "bilinear",
+    x0_upsampling: str = "bilinear",
 ) -> Tensor:
     """Hand a prediction over to another side (Eq. 4 and 10): `alpha' U(x0_hat) + sigma' (a U(eps_hat) + b z)`.
 
@@ -188,9 +193,10 @@ def reinject(
         noise: `z`, standard normal at the new side; None only where the intensity is the number 1.
         intensity: `a`, one number or (B,).
         noise_upsampling: see `upsample_noise`.
+        x0_upsampling: "bilinear" or "bicubic", see `upsample`.
 
     Returns:
         float32 (float64 for float64 inputs), at the new side.
     """
     eps_mix = mix_noise(upsample_noise(eps_hat, target_shape, noise_upsampling), noise, intensity)
-    return schedule.add_noise(upsample(x0_hat, target_shape), eps_mix, t_next)
+    return schedule.add_noise(upsample(x0_hat, target_shape, x0_upsampling), eps_mix, t_next)

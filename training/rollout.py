@@ -149,7 +149,8 @@ class Rollout:
         first = self.cascade.steps[0]
         rows = self.prompts.draw(self.random, count)
         conditioning = self.prompts.conditioning(rows)
-        state = State(0, self.random.normal((count, *self.backbone.latent_shape(first.size))), rows)
+        noise = self.random.normal((count, *self.backbone.latent_shape(first.size)))
+        state = State(0, noise * self.cascade.initial_noise_scale, rows)
         for index in range(step):
             x0 = self._x0(student, state.x_t, index, conditioning)
             state = self._next(state, x0)

@@ -101,6 +101,11 @@ def training_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     Raises:
         ValueError: no such preset or schedule.
     """
+    # What is about to be distilled for it needs no note that it was not.
+    return replace(_wanted_cascade(teacher, settings), note="")
+
+
+def _wanted_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     if settings.preset is not None:
         return preset(settings.preset, schedule=settings.schedule, resolution_map=settings.resolution_map)
     base = _cascade_named(teacher, settings, settings.schedule)
@@ -132,7 +137,7 @@ def _cascade_named(teacher: Teacher, settings: DistillSettings, schedule: str | 
 
 
 def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:
-    """As many steps as `base`, at evenly spaced sides from its low to its full size."""
+    """As many steps as `base`, at evenly spaced sides from its low to its full size, enlarged as SwD does: bicubic."""
     low, full = base.steps[0].size, base.full_size
     count = base.num_steps
     sizes = []
@@ -152,6 +157,7 @@ def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:
         flow_shift=base.flow_shift,
         step_noise_intensity=0.0,
         transition_noise_intensity=0.0,
+        x0_upsampling="bicubic",
     )
 
 
@@ -178,6 +184,10 @@ def exported_cascades(teacher: Teacher, trained: Cascade) -> dict[str, Cascade]:
             ),
             transition_noise_intensity=trained.transition_noise_intensity,
             noise_upsampling=trained.noise_upsampling,
+            x0_upsampling=trained.x0_upsampling,
+            step_noise_intensity=trained.step_noise_intensity,
+            initial_noise_scale=trained.initial_noise_scale,
+            final_timestep=trained.final_timestep,
             score_noise_intensity=trained.score_noise_intensity,
             training_noise_intensity=trained.training_noise_intensity,
         )

@@ -106,6 +106,7 @@ class Backbone(ABC):
     latent_channels: ClassVar[int]
     spatial_compression: ClassVar[int] = 8
     frames_per_second: ClassVar[int] = 16
+    predicts_x0: bool = False  # the network gives x0 itself, whatever its family predicts (a few public students)
     takes_frame_numbers: ClassVar[bool] = False  # whether the denoiser can be told which frames of a film it sees
 
     teacher_steps: int
@@ -346,6 +347,8 @@ class Backbone(ABC):
         The conversion of ``epsilon`` divides by alpha, as small as 0.006 at the start of PixArt's schedule.
         """
         latents, output = latents.float(), output.float()
+        if self.predicts_x0:
+            return output
         if self.prediction == "epsilon":
             return self.schedule.x0_from_eps(latents, output, t)
         return self.schedule.x0_from_v(latents, output, t)

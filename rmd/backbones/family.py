@@ -54,6 +54,8 @@ class DiffusersBackbone(Backbone):
         self.teacher_guidance = defaults.teacher_guidance
         self.flow_shift = defaults.flow_shift
         self.sizes = defaults.sizes
+        # Told by the scheduler's configuration, as diffusers' pipelines are (SDXL-Lightning's one-step UNet).
+        self.predicts_x0 = self.prediction == "epsilon" and configs["scheduler"].get("prediction_type") == "sample"
         super().__init__(
             schedule=self.schedule_from(configs["scheduler"]), modules=self.wrap(raw), dtype=dtype, device=device
         )
@@ -132,11 +134,11 @@ class DiffusersBackbone(Backbone):
         """The noise schedule that a scheduler's configuration describes.
 
         Raises:
-            BackboneError: another parametrisation than the family's, or an unknown table of betas.
+            BackboneError: another parametrisation than the family's or x0 itself, or an unknown table of betas.
         """
         if cls.prediction == "velocity":
             return RectifiedFlow()
-        if scheduler.get("prediction_type", "epsilon") != "epsilon":
+        if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "sample"):
             raise BackboneError(f"{cls.name} predicts noise; the scheduler says {scheduler['prediction_type']!r}")
         kind = scheduler.get("beta_schedule", "linear")
         betas = float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02))

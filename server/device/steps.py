@@ -18,7 +18,15 @@ from rmd.backbones.base import Backbone, Conditioning
 from rmd.backbones.family import DiffusersBackbone
 from rmd.cascade import Step
 from rmd.pixels import Pixels, to_pixels
-from rmd.sampler import advance_batch, initial_noise, needs_noise, noise_intensity, step_noise
+from rmd.sampler import (
+    advance_batch,
+    initial_noise,
+    needs_noise,
+    next_size,
+    next_time,
+    noise_intensity,
+    step_noise,
+)
 from rmd.size import Size
 from server.core.stations import StationKey
 from server.core.tickets import Picture, Request, Ticket
@@ -149,8 +157,9 @@ def _latents(backbone: Backbone, picture: Picture) -> Tensor:
     if picture.data is not None:
         latents: Tensor = picture.data
         return latents
-    shape = backbone.latent_shape(picture.request.cascade.steps[0].size)
-    return initial_noise(shape, [picture.seed], backbone.device, torch.float32)
+    cascade = picture.request.cascade
+    shape = backbone.latent_shape(cascade.steps[0].size)
+    return initial_noise(shape, [picture.seed], backbone.device, torch.float32) * cascade.initial_noise_scale
 
 
 def _predict(backbone: Backbone, size: Size, pictures: Sequence[Picture], latents: Tensor) -> Tensor:
@@ -180,16 +189,16 @@ def _advance(backbone: Backbone, pictures: Sequence[Picture], latents: Tensor, x
     """Take every picture to its next time and size through the sampler's own step function.
 
     Those that go to the same size share a call, each with its own times and noise intensity; one after its last
-    step keeps its x0 prediction.
+    step keeps its x0 prediction, unless its cascade ends at a time of its own.
     """
     results: list[Tensor] = list(torch.split(x0.float(), 1))
-    groups: dict[tuple[Size, str, bool], list[int]] = {}
+    groups: dict[tuple[Size, str, str, bool], list[int]] = {}
     for i, picture in enumerate(pictures):
         cascade, step = picture.request.cascade, picture.step
-        if step + 1 < cascade.num_steps:
-            key = (cascade.steps[step + 1].size, cascade.noise_upsampling, needs_noise(cascade, step))
-            groups.setdefault(key, []).append(i)
-    for (size, noise_upsampling, noisy), members in groups.items():
+        if next_time(cascade, step) is not None:
+            ways = cascade.noise_upsampling, cascade.x0_upsampling
+            groups.setdefault((next_size(cascade, step), *ways, needs_noise(cascade, step)), []).append(i)
+    for (size, noise_upsampling, x0_upsampling, noisy), members in groups.items():
         cascades = [pictures[i].request.cascade for i in members]
         steps = [pictures[i].step for i in members]
         pairs = list(zip(cascades, steps, strict=True))
@@ -200,11 +209,12 @@ def _advance(backbone: Backbone, pictures: Sequence[Picture], latents: Tensor, x
             latents[members],
             x0[members],
             _numbers([cascade.steps[k].t for cascade, k in pairs], latents),
-            _numbers([cascade.steps[k + 1].t for cascade, k in pairs], latents),
+            _numbers([next_time(cascade, k) or 0.0 for cascade, k in pairs], latents),
             target_shape=shape,
             intensity=_numbers([noise_intensity(cascade, k) for cascade, k in pairs], latents) if noisy else 1.0,
             noise=step_noise(shape, seeds, steps, backbone.device) if noisy else None,
             noise_upsampling=noise_upsampling,
+            x0_upsampling=x0_upsampling,
         )
         for i, row in zip(members, torch.split(state, 1), strict=True):
             results[i] = row

@@ -115,12 +115,13 @@ export class Dial {
     this.drawing.querySelectorAll(".notch").forEach((notch, index) => {
       notch.classList.toggle("chosen", index === this.slider.valueAsNumber);
     });
-    const { expected_seconds: seconds, stages } = this.schedule;
+    const { expected_seconds: seconds, stages, note } = this.schedule;
     const seen = `${passes(this.schedule)} passes`;
     this.drawing.querySelector(".cost").textContent = seconds ? time(seconds) : seen;
     this.drawing.querySelector(".passes").textContent = seconds ? seen : "";
     const steps = stages.map(({ steps: count, size }) => `${count} at ${sizeText(size)}`).join(", then ");
-    this.words.textContent = `Steps: ${steps}.${this.#besideTheTeacher()}`;
+    const remark = note ? ` It is ${note}.` : "";
+    this.words.textContent = `Steps: ${steps}.${this.#besideTheTeacher()}${remark}`;
     const cost = seconds ? `about ${time(seconds)}, ${seen}` : seen;
     this.slider.setAttribute("aria-valuetext", `${this.value}: ${cost}. ${this.words.textContent}`);
     this.onChange();

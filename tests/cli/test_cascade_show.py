@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cli.cascade import app
+from cli.main import app as main
+from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
 from rmd.checkpoint import CheckpointFolder, write_cascade_json
+from rmd.naive import naive_cascade
 from rmd.presets import preset
+from rmd.size import Size
 
 
 def show(*arguments: str) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def test_a_public_students_cascade_is_written_into_its_folder(tmp_path: Path) ->
 def test_json_has_every_field() -> None:
     steps = show("--preset", "sdxl")["steps"]
     assert [list(step) for step in steps] == [
-        ["stage", "timestep", "teacher_timestep", "width", "height", "logsnr"]
+        ["stage", "timestep", "teacher_timestep", "width", "height", "logsnr", "noise_intensity"]
     ] * 4
     assert [(s["stage"], s["timestep"], s["teacher_timestep"], s["width"], s["height"]) for s in steps] == [
         (0, 1000, 1000, 512, 512),
@@ -100,3 +105,73 @@ def test_a_checkpoints_steps_are_moved_and_nothing_else(tmp_path: Path) -> None:
     assert [step.teacher_timestep for step in after.default_cascade.steps] == [1000, 750, 600, 300]
     same = replace(after.default_cascade, steps=before.default_cascade.steps)
     assert replace(after, cascades={**after.cascades, "2+2": same}) == before
+
+
+def test_presets_are_listed_with_their_sources_and_what_is_not_supported() -> None:
+    run = CliRunner()
+    text = run.invoke(main, ["presets"]).stdout
+    for part in (
+        "sdxl-lightning-8: sdxl, 0+8 at 1024x1024",
+        "source: tianweiy/DMD2",
+        "licence: CC BY-NC-SA 4.0: no commercial use",
+        "sd3.5-medium-turbo: sd3, 0+8 at 1024x1024, guidance 1.5",
+        "tdm-sdxl: no weights of TDM for SDXL are published",
+        "another attention",
+    ):
+        assert part in text
+    listed = json.loads(run.invoke(main, ["presets", "--json", "--backbone", "wan-14b"]).stdout)
+    assert [row["name"] for row in listed["presets"]] == ["wan", "lightx2v-wan-14b", "rcm-wan-14b"]
+    assert listed["presets"][1]["timesteps"] == [1000, 937.5, pytest.approx(2500 / 3), 625]
+    wrong = run.invoke(main, ["presets", "--backbone", "flux"])
+    assert "--backbone 'flux' has no presets" in str(wrong.exception)
+
+
+def test_a_students_source_follows_its_steps() -> None:
+    shown = show("--preset", "sdxl-turbo-4")
+    assert shown["source"] == "stabilityai/sdxl-turbo"
+    assert [round(step["noise_intensity"], 3) for step in shown["steps"][:3]] == [0.279, 0.395, 0.43]
+    text = CliRunner().invoke(app, ["show", "--preset", "swd-sd3"]).stdout
+    assert "895.9" in text and "source: yresearch/swd-medium-4-steps" in text
+    assert list(show("--preset", "sdxl")) == ["steps"]
+
+
+def test_a_folder_that_contradicts_a_preset_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    folder = write_tiny_folder("sdxl", tmp_path / "x0")
+    (folder / "cascade.json").unlink()
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    plain = json.loads(scheduler.read_text())
+    for preset_name, prediction, message in (
+        ("sdxl-lightning-1", "epsilon", "predicts 'sample', and the scheduler says \"prediction_type\": 'epsilon'"),
+        ("sdxl-lightning", "sample", "predicts 'epsilon'"),
+        ("sdxl-lightning", "v_prediction", "'v_prediction'"),
+        ("swd-sd3", "epsilon", "needs a SD3Transformer2DModel"),
+        ("tdm-sdxl", "epsilon", "no weights of TDM for SDXL are published"),
+    ):
+        scheduler.write_text(json.dumps({**plain, "prediction_type": prediction}))
+        wrong = CliRunner().invoke(app, ["write", str(folder), "--preset", preset_name])
+        assert isinstance(wrong.exception, ValueError) and message in str(wrong.exception)
+        assert not (folder / "cascade.json").exists()
+    scheduler.write_text(json.dumps({**plain, "prediction_type": "sample"}))
+    assert CliRunner().invoke(app, ["write", str(folder), "--preset", "sdxl-lightning-1"]).exit_code == 0
+    backbone, checkpoint = load_checkpoint(folder, dtype=torch.float32)
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([0.999], dtype=torch.float64)
+    conditioning, size = backbone.encode_prompts(["a red fox"]), Size(64, 64)
+    output = backbone.predict_output(x, t, conditioning, size)
+    assert torch.equal(backbone.predict_x0(x, t, conditioning, size), output)
+    assert checkpoint.default_cascade == preset("sdxl-lightning-1")
+
+
+def test_a_naive_cascade_is_written_and_says_what_it_is(tmp_path: Path) -> None:
+    folder = write_tiny_folder("sdxl", tmp_path / "dmd2")
+    (folder / "cascade.json").unlink()
+    arguments = ["write", str(folder), "--preset", "dmd2-sdxl", "--naive"]
+    assert "--naive needs --schedule" in str(CliRunner().invoke(app, arguments).exception)
+    written = CliRunner().invoke(app, [*arguments, "--schedule", "2+2"])
+    assert written.exit_code == 0 and "not distilled for this schedule" in written.stdout
+    checkpoint = CheckpointFolder.read(folder)
+    assert checkpoint.default == "2+2" and checkpoint.default_cascade == naive_cascade("dmd2-sdxl", "2+2")
+    assert checkpoint.distillation["method"] == "none" and "not distilled" in checkpoint.distillation["note"]
+    shown = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive"])
+    assert "not distilled for this schedule" in shown.stdout
+    wrong = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive", "--map", "none"])
+    assert "--naive takes no" in str(wrong.exception)

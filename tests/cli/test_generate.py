@@ -75,10 +75,12 @@ def test_sheet_of_schedules_and_teacher(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, copy)
     record = json.loads((copy / "cascade.json").read_text())
     record["teacher"]["steps"] = 4
+    record["schedules"]["0+4"]["note"] = "not distilled for this schedule"
     (copy / "cascade.json").write_text(json.dumps(record))
     schedules = ["--schedule", "2+2", "--schedule", "0+4", "--schedule", "teacher"]
     result = _run("--prompts", file, "--checkpoint", copy, *schedules, "--sheet", "--out", out)
     assert result.exit_code == 0, result.output
+    assert "schedule 0+4: not distilled for this schedule" in result.output and "schedule 2+2" not in result.output
     with Image.open(out) as picture:
         assert picture.size == (3 * 68 + 4, 16 + 2 * (64 + 16 + 4) + 4)
         tiles = {picture.crop((4 + 68 * k, 32, 68 + 68 * k, 96)).tobytes() for k in range(3)}

@@ -31,7 +31,7 @@ def latent_shape(size: Size) -> tuple[int, ...]:
     return (4, size.height // 8, size.width // 8)
 
 
-@pytest.mark.parametrize("name", ["sd3", "tdm-sd3"])
+@pytest.mark.parametrize("name", ["sd3", "sd3.5-large-turbo"])
 def test_deterministic_flow_steps_are_eulers(name: str) -> None:
     steps = [step.teacher_timestep for step in preset(name).steps]
     cascade = Cascade.from_steps("flow", steps, [Size.square(64)] * 4)

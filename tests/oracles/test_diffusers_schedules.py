@@ -69,13 +69,17 @@ def test_flow_shift() -> None:
     assert [round(t) for t in scheduler.timesteps.tolist()] == [s.teacher_timestep for s in preset("sd3").steps]
 
 
-def test_turbos_steps_are_its_schedulers() -> None:
+@pytest.mark.parametrize("name", ["sd3.5-large-turbo", "sd3.5-medium-turbo"])
+def test_turbos_steps_are_its_schedulers(name: str) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(4)
-    assert [round(t) for t in scheduler.timesteps.tolist()] == [s.timestep for s in preset("sd3.5-turbo").steps]
+    steps = preset(name).steps
+    scheduler.set_timesteps(len(steps))
+    assert scheduler.timesteps.tolist() == pytest.approx([step.timestep for step in steps], rel=1e-5)
 
 
-def test_lcms_steps_are_its_schedulers() -> None:
+@pytest.mark.parametrize("name", ["lcm-sdxl", "lcm-sdxl-8", "pixart-lcm"])
+def test_lcms_steps_are_its_schedulers(name: str) -> None:
     scheduler = LCMScheduler(original_inference_steps=50)
-    scheduler.set_timesteps(4)
-    assert scheduler.timesteps.tolist() == [s.timestep for s in preset("lcm-sdxl").steps]
+    steps = preset(name).steps
+    scheduler.set_timesteps(len(steps))
+    assert scheduler.timesteps.tolist() == [step.timestep for step in steps]

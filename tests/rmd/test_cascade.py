@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,7 @@ from rmd.cascade import Cascade, teacher_cascade
 from rmd.noise_schedule import RectifiedFlow, VariancePreserving
 from rmd.presets import PRESETS, preset, preset_backbone, preset_noise_schedule
 from rmd.size import Size
+from rmd.students import NOT_SUPPORTED
 from rmd.timesteps import map_timestep, uniform_teacher_timesteps
 
 K256, K512, K1024 = (Size.square(side) for side in (256, 512, 1024))
@@ -153,11 +155,12 @@ def test_a_threshold_beyond_the_table_falls_back_to_the_next_stages_first_step()
 def test_explicit_lists_are_cut_at_the_next_stages_first_teacher_time() -> None:
     cascade = preset("swd-sd3")
     assert [step.size.width // 8 for step in cascade.steps] == [64, 80, 96, 128]
-    assert timesteps(cascade) == [1000, 896, 737, 602]
-    assert [stage.teacher_interval[0] for stage in cascade.stages] == [0.896, 0.737, 0.602, 0.02]
+    assert timesteps(cascade) == [1000, 895.9, 737.1, 602.2]
+    assert [stage.teacher_interval[0] for stage in cascade.stages] == pytest.approx([0.8959, 0.7371, 0.6022, 0.02])
     assert cascade.transition_noise_intensity == 0
+    assert cascade.x0_upsampling == "bicubic"
     assert [step.size.width // 8 for step in preset("swd-sd3-6").steps] == [32, 48, 64, 80, 96, 128]
-    assert timesteps(preset("swd-sd3-6")) == [1000, 945, 896, 790, 737, 602]
+    assert timesteps(preset("swd-sd3-6")) == [1000, 945.4, 895.9, 790.4, 737.1, 602.2]
 
 
 def test_high_low_high() -> None:
@@ -178,8 +181,47 @@ def test_a_stored_cascade_comes_back_equal(name: str) -> None:
     assert preset_noise_schedule(name) is not None
 
 
-def test_students_run_unguided() -> None:
-    assert all(preset(name).guidance_scale == 1.0 for name in PRESETS if name != "bottleneck")
+def test_students_run_unguided_but_for_those_published_with_guidance() -> None:
+    guided = {name: preset(name).guidance_scale for name in PRESETS if preset(name).guidance_scale != 1.0}
+    assert guided == {
+        "bottleneck": 4.5,
+        "progressive": 4.5,
+        "hyper-sdxl-8-cfg": 5.0,
+        "pcm-sdxl-4-cfg": 7.5,
+        "pcm-sd3": 1.2,
+        "pcm-sd3-stochastic": 1.2,
+        "sd3.5-medium-turbo": 1.5,
+    }
+
+
+def test_what_cannot_be_sampled_as_published_is_named_with_its_reason() -> None:
+    for name, reason in NOT_SUPPORTED.items():
+        assert name not in PRESETS and len(reason) > 20
+        for ask in (preset, preset_backbone, preset_noise_schedule):
+            with pytest.raises(ValueError, match=f"preset '{re.escape(name)}' is not supported: {re.escape(reason)}"):
+                ask(name)
+
+
+def test_noise_intensities_are_one_number_or_one_a_transition() -> None:
+    cascade = preset("sdxl-turbo-4")
+    stored = json.loads(json.dumps(cascade.to_dict()))
+    assert [round(a, 4) for a in stored["step_noise_intensity"]] == [0.2793, 0.3951, 0.4298]
+    assert replace(cascade, step_noise_intensity=[0.1, 0.2, 0.3]).step_noise_intensity == (0.1, 0.2, 0.3)  # type: ignore[arg-type]
+    one = Cascade.from_dict({**stored, "step_noise_intensity": 0.5})
+    assert one.step_noise_intensity == 0.5 and json.dumps(one.to_dict()["step_noise_intensity"]) == "0.5"
+    for key in ("x0_upsampling", "initial_noise_scale", "final_timestep", "step_noise_intensity"):
+        del stored[key]  # a file of before: plain Euler to the prediction itself, from unit noise
+    old = Cascade.from_dict(stored)
+    assert (old.step_noise_intensity, old.x0_upsampling, old.initial_noise_scale, old.final_timestep) == (
+        1.0, "bilinear", 1.0, None,
+    )  # fmt: skip
+
+
+def test_whole_timesteps_stay_whole() -> None:
+    steps = preset("lightx2v-wan-14b").to_dict()["steps"]
+    assert json.dumps([step["timestep"] for step in steps[:2]]) == "[1000, 937.5]"
+    again = Cascade.from_dict({**preset("embedded").to_dict()}).steps[0].timestep
+    assert isinstance(again, int)
 
 
 @dataclass(frozen=True)
@@ -217,6 +259,14 @@ def test_teacher_cascade() -> None:
         ({"guidance_scale": "7"}, "'guidance_scale'"),
         ({"guidance_scale": float("nan")}, "'guidance_scale'"),
         ({"step_noise_intensity": 1.5}, "'step_noise_intensity'"),
+        ({"step_noise_intensity": [1, 0.5]}, "one a transition: 3 of them, not 2"),
+        ({"step_noise_intensity": [1, 0.5, 2]}, "'step_noise_intensity': must be from 0 to 1"),
+        ({"step_noise_intensity": [1, "x", 0]}, "'step_noise_intensity'"),
+        ({"step_noise_intensity": None}, "'step_noise_intensity'"),
+        ({"x0_upsampling": "area"}, "'x0_upsampling'"),
+        ({"initial_noise_scale": 0}, "'initial_noise_scale'"),
+        ({"final_timestep": 250}, "'final_timestep'"),
+        ({"final_timestep": "0"}, "'final_timestep'"),
         ({"thresholds": [-2.5, 0]}, "'thresholds'"),
         ({"stage_boundaries": [1.5]}, "'stage_boundaries'"),
         ({"name": ""}, "'name'"),
@@ -233,7 +283,8 @@ def test_wrong_fields_are_named(change: dict[str, Any], message: str) -> None:
     [
         (0, {"timestep": 1001}, r"steps\[0\].timestep"),
         (1, {"timestep": 1000}, r"steps\[1\].timestep"),
-        (1, {"timestep": 856.5}, r"steps\[1\].timestep"),
+        (1, {"timestep": "856.5"}, r"steps\[1\].timestep"),
+        (1, {"timestep": float("nan")}, r"steps\[1\].timestep"),
         (2, {"teacher_timestep": 800}, r"steps\[2\].teacher_timestep"),
         (2, {"stage": 0}, r"steps\[2\].stage"),
         (0, {"stage": 1}, r"steps\[0\].stage"),

@@ -13,7 +13,16 @@ from torch import Tensor
 from rmd.cascade import Cascade
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
 from rmd.presets import preset
-from rmd.sampler import advance, advance_batch, initial_noise, needs_noise, noise_key, sample, step_noise
+from rmd.sampler import (
+    advance,
+    advance_batch,
+    initial_noise,
+    needs_noise,
+    noise_intensity,
+    noise_key,
+    sample,
+    step_noise,
+)
 from rmd.size import Size
 
 SMALL = Size.square(64)
@@ -177,8 +186,38 @@ def test_the_variance_after_a_few_steps_is_the_closed_forms(schedule: NoiseSched
     assert latents.std().item() == pytest.approx(gain * variance**0.5, rel=0.03)
 
 
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), VariancePreserving.scaled_linear()])
+def test_the_variance_follows_a_list_of_intensities_a_scaled_start_and_an_end_before_zero(
+    schedule: NoiseSchedule,
+) -> None:
+    """The same recursion, with another `a` for each transition, and a last, deterministic move to a time of its own."""
+    intensities = (0.2, 0.9, 0.5)
+    cascade = Cascade.from_steps(
+        "few", [1000, 750.5, 500, 250], [SMALL] * 4,
+        step_noise_intensity=intensities, initial_noise_scale=0.8, final_timestep=100,
+    )  # fmt: skip
+    backbone = GaussianBackbone(schedule)
+    variance = 0.8**2
+    ends = [*(step.t for step in cascade.steps[1:]), 0.1]
+    for step, end, intensity in zip(cascade.steps, ends, (*intensities, 1.0), strict=True):
+        alpha, sigma = schedule.alpha(step.t), schedule.sigma(step.t)
+        gain = alpha * backbone.std**2 / (alpha**2 * backbone.std**2 + sigma**2)
+        noise_gain = (1 - alpha * gain) / sigma
+        alpha, sigma = schedule.alpha(end), schedule.sigma(end)
+        kept = alpha * gain + sigma * intensity * noise_gain
+        variance = kept**2 * variance + sigma**2 * (1 - intensity**2)
+    latents = sample(backbone, cascade, prompts(400), list(range(400)))
+    assert latents.std().item() == pytest.approx(variance**0.5, rel=0.03)
+
+
+def test_a_list_of_intensities_is_not_asked_at_a_change_of_size() -> None:
+    cascade = replace(preset("embedded"), step_noise_intensity=(0.1, 0.2, 0.3), transition_noise_intensity=0.7)
+    assert [noise_intensity(cascade, step) for step in range(4)] == [0.1, 0.7, 0.3, 1.0]
+    assert noise_intensity(cascade, 1, training=True) == cascade.training_noise_intensity
+
+
 def test_a_cascade_runs_through_its_sides() -> None:
-    seen: list[tuple[int, int, tuple[int, ...]]] = []
+    seen: list[tuple[int, float, tuple[int, ...]]] = []
     latents = sample(
         GaussianBackbone(),
         preset("embedded"),

@@ -32,6 +32,21 @@ def test_bilinear_is_torchs() -> None:
     assert upsample(x.double(), (8, 9)).dtype == torch.float64
 
 
+def test_bicubic_is_torchs_without_antialiasing_and_the_area_mean_downwards() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    want = F.interpolate(x, size=(8, 9), mode="bicubic", align_corners=False, antialias=False)
+    assert torch.equal(upsample(x, (8, 9), "bicubic"), want)
+    assert torch.equal(upsample(x, (2, 3), "bicubic"), upsample(x, (2, 3)))
+    with pytest.raises(ValueError, match="mode 'lanczos'"):
+        upsample(x, (8, 9), "lanczos")
+    film = torch.randn(2, 3, 5, 4, 6)
+    got = upsample(film, (8, 9), "bicubic")
+    torch.testing.assert_close(got[:, :, 2], upsample(film[:, :, 2], (8, 9), "bicubic"), rtol=0, atol=1e-6)
+    longer = upsample(film, (9, 8, 9), "bicubic")
+    want = F.interpolate(got, size=(9, 8, 9), mode="trilinear", align_corners=False)
+    torch.testing.assert_close(longer, want)
+
+
 def test_film_is_resized_frame_by_frame() -> None:
     x = torch.randn(2, 3, 5, 4, 6)
     got = upsample(x, (8, 12))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 
+from rmd.sampler import sample
 from rmd.size import Size
 from server.core import messages
 from server.core.messages import (
@@ -217,3 +219,32 @@ def test_guided_requests_are_encoded_though_nothing_can_be_kept(model: DeviceMod
         request = Request(work, schedule.cascade, schedule.lane, (0.0,))
         runner.run(StationKey("encode"), request.pictures)
         assert request.conditioning is not None and request.unconditional is not None
+
+
+def test_a_batch_steps_as_the_sampler_does_whatever_its_members_noise(model: DeviceModel) -> None:
+    """A published student's list of intensities, start, U and end, beside a request of the plain schedule."""
+    plain = model.card.schedules["2+2"].cascade
+    listed = replace(
+        plain,
+        steps=tuple(replace(step, timestep=step.timestep - 0.5) for step in plain.steps),
+        step_noise_intensity=(0.3, 0.0, 0.6),
+        transition_noise_intensity=0.2,
+        x0_upsampling="bicubic",
+        initial_noise_scale=0.9,
+        final_timestep=100,
+    )
+    runner = StageRunner(model)
+    works = [Work(id=str(i), prompt="a red fox", schedule="2+2", seeds=(i,)) for i in range(2)]
+    requests = [Request(work, cascade, "student", (0.0,)) for work, cascade in zip(works, (plain, listed), strict=True)]
+    pictures = [picture for request in requests for picture in request.pictures]
+    runner.run(StationKey("encode"), pictures)
+    for step in plain.steps:
+        runner.run(StationKey("denoise", "student", step.size), pictures)
+        for picture in pictures:
+            picture.step += 1
+    conditioning = model.backbone.encode_prompts(["a red fox"])
+    for request, picture in zip(requests, pictures, strict=True):
+        alone = sample(model.backbone, request.cascade, conditioning, [picture.seed])
+        torch.testing.assert_close(picture.data, alone, rtol=0, atol=1e-4)
+    ended = replace(listed, final_timestep=None)
+    assert not torch.allclose(pictures[1].data, sample(model.backbone, ended, conditioning, [1]), atol=1e-2)

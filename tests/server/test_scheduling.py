@@ -74,6 +74,22 @@ def test_fresh_noise_at_the_change_of_size_is_each_requests_own(house: House) ->
         assert abs(before - picture(after)).max() <= 1
 
 
+def test_a_schedule_that_the_weights_were_not_distilled_for_says_so(checkpoint: Path, model: DeviceModel) -> None:
+    from dataclasses import replace
+
+    from server.core.card import Schedule
+
+    plain = model.card.schedules["2+2"].cascade
+    naive = replace(plain, note="not distilled for this schedule", step_noise_intensity=(0.5, 0.0, 0.25))
+    card = replace(model.card, schedules={"2+2": Schedule("2+2", naive, "student"), "0+4": model.card.schedules["0+4"]})
+    with serving(replace(model, card=card), make_settings(checkpoint)) as house:
+        schedules = house.client.get("/v1/models/tiny").json()["rmd"]["schedules"]
+        assert schedules["2+2"]["note"] == "not distilled for this schedule" and "note" not in schedules["0+4"]
+        drawn = picture(house.draw("a", seed=1))
+    with serving(model, make_settings(checkpoint)) as house:
+        assert abs(drawn - picture(house.draw("a", seed=1))).max() > 8, "its list of noise intensities is obeyed"
+
+
 def test_guided_and_unguided_items_share_one_call(checkpoint: Path, model: DeviceModel) -> None:
     """A guided item takes two rows of the same batch as a student's one row, where both use the same weights."""
     from dataclasses import replace

@@ -17,6 +17,7 @@ from cli.main import app
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
+from rmd.presets import preset
 from training import export as export_module
 from training.checkpointing import save_checkpoint
 from training.distil import Distillation
@@ -25,7 +26,7 @@ from training.files import load_tensors
 from training.networks import merged_network
 from training.prompts import encode_prompts, read_prompt_file
 from training.settings import DistillSettings
-from training.teacher_folder import Teacher, training_cascade
+from training.teacher_folder import Teacher, exported_cascades, training_cascade
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,13 @@ def test_each_method_gets_a_cascade_that_fits_it(distillation: Distillation) -> 
     for method in ("rmd", "tdm", "dmd2", "swd"):
         cascade = training_cascade(teacher, DistillSettings(method=method))
         sizes[method] = [step.size.width for step in cascade.steps]
+        assert cascade.x0_upsampling == ("bicubic" if method == "swd" else "bilinear")
     assert sizes == {"rmd": [32, 32, 64, 64], "tdm": [64] * 4, "dmd2": [64] * 4, "swd": [32, 48, 48, 64]}
+    untrained = training_cascade(teacher, DistillSettings(preset="bottleneck"))
+    assert untrained.note == "" and replace(preset("bottleneck"), note="") == untrained
+    listed = replace(teacher.cascades["2+2"], step_noise_intensity=(0.5, 0.0, 0.25), x0_upsampling="bicubic")
+    for name, cascade in exported_cascades(teacher, listed).items():
+        assert cascade.step_noise_intensity == (0.5, 0.0, 0.25) and cascade.x0_upsampling == "bicubic", name
 
 
 def test_prompts_are_cached_and_drawn_as_often_as_they_are_given(distillation: Distillation, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,6 +162,31 @@ def test_fresh_roll_outs_reach_every_step_and_pipelined_batches_hold_all() -> No
     pipelined = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 6, pipelined=True)
     states = pipelined.states(networks.student, range(4))
     assert [(state.step, len(state.rows)) for state in states] == [(0, 2), (1, 2), (2, 1), (3, 1)]
+
+
+def test_roll_outs_take_the_cascades_list_of_intensities_start_and_enlargement() -> None:
+    """The student's own sampler, step for step, with the roll-out's draws."""
+    method, networks, _ = prepared("rmd")
+    cascade = replace(
+        method.cascade, step_noise_intensity=(0.3, 0.0, 0.6), training_noise_intensity=0.2, x0_upsampling="bicubic",
+        initial_noise_scale=0.9,
+    )  # fmt: skip
+    state = Rollout(method.backbone, cascade, prompt_set(), Randomness(3), 2).roll_out(networks.student, 3, 2)
+    draws, backbone = Randomness(3), method.backbone
+    rows = prompt_set().draw(draws, 2)
+    x = 0.9 * draws.normal((2, *backbone.latent_shape(LOW)))
+    for index, (a, b) in enumerate(((0.3, 0.91), (0.2, 0.96), (0.6, 0.64))):
+        step, following = cascade.steps[index : index + 2]
+        t = torch.full((2,), step.t, dtype=torch.float64)
+        with torch.no_grad():
+            x0 = backbone.predict_x0(x, t, prompt_set().conditioning(rows), step.size, denoiser=networks.student)
+        eps = backbone.schedule.eps_from_x0(x, x0, step.t)
+        if step.size != following.size:
+            x0 = torch.nn.functional.interpolate(x0, scale_factor=2, mode="bicubic")
+            eps = torch.nn.functional.interpolate(eps, scale_factor=2, mode="bilinear")
+        noise = draws.normal((2, *backbone.latent_shape(following.size)))
+        x = backbone.schedule.add_noise(x0, a * eps + b**0.5 * noise, following.t)
+    torch.testing.assert_close(state.x_t, x, rtol=0, atol=1e-5)
 
 
 def test_a_pipelined_sample_moves_on_by_its_own_prediction() -> None:

@@ -133,7 +133,8 @@ class DistillationMethod(abc.ABC):
             with torch.no_grad():
                 eps = self.backbone.schedule.eps_from_x0(p.x_t, p.x0.detach(), p.t)
                 eps = upsample_noise(eps, shape, self.cascade.noise_upsampling)
-            groups.setdefault(size, []).append(Matched(size, upsample(p.x0, shape), eps, p.steps, p.rows))
+            y = upsample(p.x0, shape, self.cascade.x0_upsampling)
+            groups.setdefault(size, []).append(Matched(size, y, eps, p.steps, p.rows))
         return [
             Matched(
                 size,
@@ -241,7 +242,7 @@ class DistillationMethod(abc.ABC):
             size = self.matched_size(p.size)
             conditioning = self.prompts.conditioning(p.rows)
             uncond = self.prompts.unconditional(len(p.rows)) if self.guidance_scale != 1.0 else None
-            y = upsample(p.x0, self.backbone.latent_shape(size))
+            y = upsample(p.x0, self.backbone.latent_shape(size), self.cascade.x0_upsampling)
             if size == p.size:
                 x, t = p.x_t, p.t
             else:

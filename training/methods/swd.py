@@ -60,7 +60,7 @@ class SwD(DistillationMethod):
         latents, rows = self.real[0][at].to(rollout.backbone.device), self.real[1][at]
         shape = rollout.backbone.latent_shape(steps[index].size)
         before = rollout.backbone.latent_shape(steps[max(index - 1, 0)].size)
-        clean = upsample(upsample(latents, before), shape)
+        clean = upsample(upsample(latents, before), shape, self.cascade.x0_upsampling)
         self._drawn = {index: upsample(latents, shape)}
         x_t = rollout.backbone.schedule.add_noise(clean, random.normal(clean.shape), steps[index].t)
         return [State(index, x_t, rows)]

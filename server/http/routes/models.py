@@ -28,6 +28,7 @@ def _entry(model: ModelCard, costs: CostTable) -> ModelEntry:
                     "guidance_scale": s.cascade.guidance_scale if s.guided else None,
                     "size": plane(s.cascade.full_size),
                     "expected_seconds": round(_expected_seconds(s, costs, model.place), 6),
+                    **({"note": s.cascade.note} if s.cascade.note else {}),
                 }
                 for name, s in model.schedules.items()
             },
