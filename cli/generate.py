@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.numbers import buckets_option, use_threads
+from cli.options import DecoderOption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +40,7 @@ def command(
             help="bfloat16, float16, float32, auto (the device's own). Default: auto with engines, else float32."
         ),
     ] = None,
+    decoder: DecoderOption = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; with --engines as they were built.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts drawn together.", min=1)] = 4,
     sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet instead of one file a prompt.")] = False,
@@ -50,7 +52,7 @@ def command(
     names = list(dict.fromkeys(schedule or [])) or [""]
     if backend not in ("auto", "eager") and engines is None:
         raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
-    runs = _open(checkpoint, names, engines, backend, device, dtype, buckets_option(buckets))
+    runs = _open(checkpoint, names, engines, backend, device, dtype, buckets_option(buckets), decoder)
     single = sheet or (len(texts) == 1 and len(runs) == 1)
     video = runs[0][1].media == "video" and not sheet
     _check_out(out, single, ".mp4" if video else ".png")
@@ -112,6 +114,7 @@ def _open(
     device: str,
     dtype: str | None,
     buckets: tuple[int, ...] | None,
+    decoder: str | None,
 ) -> list[tuple[str, Backbone, Cascade]]:
     """Heading, backbone and cascade of each schedule; the students' schedules share one backbone."""
     from rmd.backbones.registry import get_backbone
@@ -120,7 +123,7 @@ def _open(
 
     store = None if backend == "eager" else engines
     kind = parse_dtype(dtype or ("float32" if store is None else "auto"), device)
-    folder = CheckpointFolder.read(path)
+    folder = CheckpointFolder.read(path).with_decoder(decoder)
     names = [name or folder.default for name in names]
     for name in names:
         if name not in folder.cascades and name != TEACHER:
@@ -130,15 +133,16 @@ def _open(
     def load(weights: Path) -> Backbone:
         if weights not in loaded:
             backbone = get_backbone(folder.backbone_name).load(
-                weights, dtype=kind, device=device, weights=store is None
+                weights, dtype=kind, device=device, weights=store is None, decoder=folder.decoder_path
             )
             if store is not None:
                 from engines.runner import EngineExecutor
 
                 source = None if weights == path else weights  # the teacher runs in the student's engines
                 backbone.executor = EngineExecutor.open(
-                    path, store, backend, device, dtype=dtype_name(kind), buckets=buckets, weights_from=source
-                )
+                    path, store, backend, device, dtype=dtype_name(kind), buckets=buckets, weights_from=source,
+                    decoder=decoder,
+                )  # fmt: skip
             loaded[weights] = backbone
         return loaded[weights]
 

@@ -69,6 +69,7 @@ class CheckpointFolder:
         distillation: free-form record of how the checkpoint came about.
         decoder: folder of the small decoder that all schedules are decoded with, relative to `path` (or absolute);
             None for the checkpoint's own autoencoder.
+        chosen_decoder: what :meth:`with_decoder` was given in the place of what the checkpoint names, if anything.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class CheckpointFolder:
     teacher: TeacherSpec | None = None
     distillation: dict[str, Any] = field(default_factory=dict)
     decoder: str | None = None
+    chosen_decoder: str | None = None
 
     @property
     def decoder_path(self) -> Path | None:
@@ -97,12 +99,12 @@ class CheckpointFolder:
         if choice is None:
             return self
         if str(choice) == FULL_DECODER:
-            return replace(self, decoder=None)
+            return replace(self, decoder=None, chosen_decoder=FULL_DECODER)
         folder = Path(choice).absolute()
         if not folder.is_dir():
             raise FileNotFoundError(f"the decoder {choice} is not a folder; give one, or '{FULL_DECODER}'")
         check_weights(folder)
-        return replace(self, decoder=str(folder))
+        return replace(self, decoder=str(folder), chosen_decoder=str(folder))
 
     @property
     def default_cascade(self) -> Cascade:
