@@ -38,6 +38,10 @@ def command(
     rate: Annotated[float, typer.Option(min=0, help="AdamW's rate.")] = 2e-3,
     pixel: Annotated[float, typer.Option(min=0, help="Weight of L1 on pixels and on their differences.")] = 1.0,
     perceptual: Annotated[float, typer.Option(min=0, help="Weight of EfficientNet-Lite0 features.")] = 0.0,
+    perceptual_from: Annotated[
+        float,
+        typer.Option(min=0, max=0.99, help="Share of the run before that: on a CPU it costs five times the rest."),
+    ] = 0.0,
     adversarial: Annotated[float, typer.Option(min=0, help="Weight of a patch discriminator.")] = 0.0,
     noise: Annotated[float, typer.Option(min=0, help="Largest noise of the samples' neighbours.")] = 0.15,
     low_share: Annotated[float, typer.Option(min=0, max=1, help="Share of batches at a lower stage's size.")] = 0.25,
@@ -74,6 +78,7 @@ def command(
             rate=rate,
             pixel=pixel,
             perceptual=perceptual,
+            perceptual_from=perceptual_from,
             adversarial=adversarial,
             noise=noise,
             low_share=low_share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Conditioning, usable_device
+from rmd.backbones.base import (
+    Backbone,
+    BackboneError,
+    ComponentConfigs,
+    Conditioning,
+    EagerExecutor,
+    usable_device,
+)
 from rmd.backbones.decoders import TINY, TinyDecoder, read_small_decoder
 from rmd.backbones.folder import DiffusersFolder, load_network
 from rmd.backbones.random_weights import build_random
@@ -97,7 +105,7 @@ class DiffusersBackbone(Backbone):
         source.require(*present, "scheduler")
         raw: dict[str, Any] = {}
         if decoder is not None:
-            raw[SMALL_DECODER] = cls._load_small_decoder(Path(decoder), source, dtype, place, weights)
+            raw[SMALL_DECODER] = cls.load_small_decoder(Path(decoder), source, dtype, place, weights)
         for name in present:
             if name == "vae" and decoder is not None:
                 continue
@@ -111,9 +119,19 @@ class DiffusersBackbone(Backbone):
         return cls(raw, configs=configs, tokenizers=tokenizers, dtype=dtype, device=device)
 
     @classmethod
-    def _load_small_decoder(
-        cls, folder: Path, source: DiffusersFolder, dtype: torch.dtype, device: torch.device, weights: bool
+    def load_small_decoder(
+        cls, folder: Path, source: DiffusersFolder, dtype: torch.dtype, device: torch.device, weights: bool = True
     ) -> Any:
+        """The network of a small decoder's folder.
+
+        Args:
+            folder: the decoder's.
+            source: the folder with the autoencoder whose place it takes.
+            dtype, device, weights: see :meth:`Backbone.load`.
+
+        Raises:
+            BackboneError: it does not fit; see :func:`~rmd.backbones.decoders.read_small_decoder`.
+        """
         config = read_small_decoder(
             folder,
             cls.small_decoder,
@@ -182,6 +200,13 @@ class DiffusersBackbone(Backbone):
         if kind == "linear":
             return VariancePreserving.linear(*betas)
         raise BackboneError(f"{cls.name}: beta_schedule {kind!r} is not supported; known are linear, scaled_linear")
+
+    def with_small_decoder(self, network: Any) -> Self:
+        """The same backbone, its other networks shared, that decodes with a network of class ``small_decoder``."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "decoder": self.wrap_small_decoder(network).eval()}
+        other.executor = EagerExecutor(other._modules)
+        return other
 
     # ---- shapes and examples ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rmd.checkpoint import DECODER_RECORD, CheckpointFolder, write_cascade_json
+from rmd.checkpoint import DECODER_RECORD, CheckpointFolder, read_json, write_cascade_json
 from training.files import save_model, write_json, write_text
 
 FORMAT = 1
@@ -29,6 +29,9 @@ def write_decoder(out: Path, model: Any, checkpoint: CheckpointFolder) -> Path:
     """
     check_decoder_out(out)
     save_model(model, out, torch.bfloat16)
+    config = read_json(out / "config.json")
+    config.pop("block_out_channels", None)  # the class writes it, and warns of it when it reads
+    write_json(out / "config.json", config)
     write_json(out / DECODER_RECORD, _identity(checkpoint))
     return out
 
@@ -80,9 +83,12 @@ def decoder_card(name: str, checkpoint: CheckpointFolder, record: Mapping[str, A
     )
     terms = [f"pixels (L1 of values and of their differences, weight {settings['pixel']:g})"] * bool(settings["pixel"])
     if settings["perceptual"]:
-        terms.append(f"EfficientNet-Lite0 features at five depths (weight {settings['perceptual']:g})")
+        when = f", over the last {1 - settings['perceptual_from']:.0%} of the run" * bool(settings["perceptual_from"])
+        terms.append(f"EfficientNet-Lite0 features at five depths (weight {settings['perceptual']:g}{when})")
     if settings["adversarial"]:
-        terms.append(f"a patch discriminator (weight {settings['adversarial']:g})")
+        when = f", over the last {1 - settings['adversarial_from']:.0%} of the run"
+        terms.append(f"a patch discriminator (weight {settings['adversarial']:g}{when})")
+    listed = "\n".join(f"- {term}" for term in terms)
     caution = (
         "\nThe features are of the network that it was trained on: those two columns flatter it; the dB do not.\n"
         if settings["perceptual"] and any("kid_x1000" in e for e in record["quality"].values())
@@ -93,7 +99,7 @@ def decoder_card(name: str, checkpoint: CheckpointFolder, record: Mapping[str, A
 
 A small decoder for the backbone `{checkpoint.backbone_name}`: an `AutoencoderTiny` of diffusers with
 {record["parameters"]:,} parameters in its decoder ({settings["width"]} channels, blocks {_plain(settings["blocks"])}),
-distilled from the decoder of the autoencoder in `{checkpoint.path.name}` ({record["full_parameters"]:,} parameters).
+distilled from that of the autoencoder in `{checkpoint.path.name}` ({record["full_parameters"]:,} parameters).
 
 It takes latents as the denoiser leaves them. Its encoder was not trained: encode with the full autoencoder. Where
 `out_channels` is not 3, the pixels are packed, and `torch.nn.functional.pixel_shuffle` unpacks them.
@@ -116,7 +122,9 @@ fast ({time["dtype"]}, eager, {time["where"]}).
 
 Without pictures of any data set: on {training["latents"]} samples of the student's ({training["schedule"]}) and their
 noised neighbours, {training["iterations"]} updates of {settings["batch"]} in {training["seconds"]} seconds on
-{", ".join(training["devices"])}. Compared by {" and ".join(terms)}.
+{", ".join(training["devices"])}. Compared by:
+
+{listed}
 
 ```
 rmd generate --checkpoint path/to/{checkpoint.path.name} --decoder path/to/{name} "a prompt"

@@ -151,7 +151,8 @@ class DecoderRun:
             features = load_efficientnet_lite0(default_weights(), self.device)
         except FileNotFoundError:  # the card then has no figures on features
             features = None
-        threads = f"{torch.get_num_threads()} threads of " if self.device.type == "cpu" else ""
+        threads = torch.get_num_threads()
+        cores = f"{threads} thread{'s' if threads > 1 else ''} of " if self.device.type == "cpu" else ""
         record = {
             "settings": settings.model_dump(mode="json"),
             "parameters": sum(p.numel() for p in small.parameters()),
@@ -170,7 +171,7 @@ class DecoderRun:
             "seconds": {
                 **seconds(full, small, self.backbone.latent_shape(largest)),
                 "dtype": dtype_name(self.dtype),
-                "where": f"{threads}{device_name(self.device)}",
+                "where": f"{cores}{device_name(self.device)}",
             },
         }
         write_record(out, self.checkpoint, record)

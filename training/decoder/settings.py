@@ -26,6 +26,7 @@ class DecoderSettings(BaseModel):
     ema_decay: float = Field(0.998, ge=0, lt=1)
     pixel: float = Field(1.0, ge=0, description="weight of L1 on pixels and on their differences")
     perceptual: float = Field(0.0, ge=0, description="weight of EfficientNet-Lite0 features")
+    perceptual_from: float = Field(0.0, ge=0, lt=1, description="share of the run after which they are compared")
     adversarial: float = Field(0.0, ge=0, description="weight of the discriminator's opinion")
     adversarial_from: float = Field(0.4, ge=0, lt=1, description="share of the run after which it is asked")
     noised_share: float = Field(0.5, ge=0, le=1, description="share of latents replaced by a noised neighbour")

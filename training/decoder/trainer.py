@@ -81,9 +81,9 @@ class DecoderTrainer:
             raise ValueError("the perceptual term needs the feature network")
         self.settings, self.run, self.identity = settings, run, dict(identity)
         self.device = torch.device(device)
-        self.teacher = teacher.eval().requires_grad_(False)
-        if self.device.type == "cpu":  # three quarters of the seconds of a picture
-            self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # A copy: channels last halves its time on a CPU, and who measures it later wants it as it is served.
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = None if features is None else features.requires_grad_(False)
         self.latents = dict(latents)
         self.sizes = sorted(self.latents)
@@ -145,7 +145,7 @@ class DecoderTrainer:
 
         if s.pixel:
             add("pixel", s.pixel, reconstruction_loss(drawn, target))
-        if s.perceptual and self.features is not None:
+        if s.perceptual and self.features is not None and self.share_done() >= s.perceptual_from:
             with native_autocast(self.device):
                 add("perceptual", s.perceptual, perceptual_loss(self.features, drawn, target))
         asked = self.discriminator is not None and self.share_done() >= s.adversarial_from
