@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cli.numbers import buckets_option, use_threads, whole_numbers
+from cli.options import DecoderOption
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -45,6 +46,7 @@ def speedup(
     whole_limit: Annotated[float, typer.Option(help="Schedules of fewer seconds are run whole.")] = 20.0,
     minutes: Annotated[float, typer.Option(help="Begin nothing new after this long.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    decoder: DecoderOption = None,
     stock: Annotated[bool, typer.Option(help="Also the teacher in a plain diffusers loop.")] = True,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/speedup"),
 ) -> None:
@@ -58,7 +60,7 @@ def speedup(
     use_threads(threads)
     measured = None if backbone or random_weights else checkpoint
     if engines is None and measured is not None:
-        engines = _engines_at_hand(measured, backend, device, dtype, buckets_option(buckets))
+        engines = _engines_at_hand(measured, backend, device, dtype, buckets_option(buckets), decoder)
     settings = SpeedupSettings(
         backbone=backbone or "embedded",
         checkpoint=measured,
@@ -74,6 +76,7 @@ def speedup(
         whole_limit=whole_limit,
         minutes=minutes,
         threads=threads,
+        decoder=decoder,
         stock=stock,
         out=out,
     )
@@ -287,14 +290,14 @@ def neighbour(
 
 
 def _engines_at_hand(
-    checkpoint: Path, backend: str, device: str, dtype: str, buckets: tuple[int, ...] | None
+    checkpoint: Path, backend: str, device: str, dtype: str, buckets: tuple[int, ...] | None, decoder: str | None
 ) -> Path | None:
     """The usual folder, where it holds all the checkpoint's engines; else None, and the command that builds them."""
     from engines.build import missing_engines, plan_checkpoint
     from engines.store import EngineStore
 
     store = EngineStore("engines-cache")
-    plan = plan_checkpoint(checkpoint, backend, device, dtype, buckets)
+    plan = plan_checkpoint(checkpoint, backend, device, dtype, buckets, decoder)
     if plan.options.backend != "eager" and not missing_engines(plan, store):
         return store.root
     typer.echo(f"without engines, which are not built: {plan.command(store.root)}", err=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.numbers import buckets_option, use_threads
+from cli.options import DecoderOption
 
 
 def command(
@@ -21,6 +22,7 @@ def command(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the device's own.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="Compilers at once (default: as many as fit).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that the CPU engines will run on.")] = None,
+    decoder: DecoderOption = None,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="List the engines and the memory they need, build none.")
     ] = False,
@@ -41,7 +43,7 @@ def command(
     use_threads(threads)
     store = EngineStore(engines)
     if plan_only:
-        plan = plan_checkpoint(checkpoint, backend, device, dtype, sizes)
+        plan = plan_checkpoint(checkpoint, backend, device, dtype, sizes, decoder)
         missing = {engine.spec.key for engine in missing_engines(plan, store)}
         for engine in plan.engines:
             typer.echo(
@@ -62,6 +64,7 @@ def command(
         done = build_checkpoint(
             checkpoint, store, backend, report,
             device=device, dtype=dtype, buckets=sizes, workers=workers, announce=bar.console.print,
+            decoder=decoder,
         )  # fmt: skip
     for manifest in sorted(done.built, key=lambda m: (m.spec.component, m.spec.size or "", m.spec.batch)):
         error = "" if manifest.relative_l2 is None else f"  L2 {manifest.relative_l2:.1e}"

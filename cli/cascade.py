@@ -124,6 +124,7 @@ def retime(
         default=checkpoint.default,
         teacher=checkpoint.teacher,
         distillation=checkpoint.distillation,
+        decoder=checkpoint.decoder,
     )
     typer.echo(f"{written}: {name} at {', '.join(str(step.timestep) for step in moved.steps)}")
 

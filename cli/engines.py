@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cli.options import DecoderOption
+
 app = typer.Typer(
     help="List, verify, measure and prune built engines.",
     no_args_is_help=True,
@@ -96,6 +98,7 @@ def measure(
     dtype: Annotated[str, typer.Option(help="Dtype of the engines; auto: the device's own.")] = "auto",
     buckets: Annotated[str | None, typer.Option(help="Their batch sizes, if they are not the default ones.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, as the engines were built.")] = None,
+    decoder: DecoderOption = None,
 ) -> None:
     """Time the built engines of a checkpoint again, on a machine that is quiet now, and record the latencies.
 
@@ -107,7 +110,7 @@ def measure(
     from engines.store import EngineStore
 
     use_threads(threads)
-    plan = plan_checkpoint(checkpoint, backend, device, dtype, buckets_option(buckets))
+    plan = plan_checkpoint(checkpoint, backend, device, dtype, buckets_option(buckets), decoder)
     measured = measure_built(plan, EngineStore(engines))
     if not measured:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.numbers import whole_numbers
+from cli.options import DecoderOption
 
 if TYPE_CHECKING:
     from rmd.backbones.base import Executor
@@ -48,6 +49,7 @@ def command(
     compile: Annotated[bool, typer.Option("--compile", help="Run the denoiser through torch.compile.")] = False,
     engines: Annotated[Path | None, typer.Option(help="Run in the engines in this folder (rmd build).")] = None,
     backend: Annotated[str, typer.Option(help="With --engines: which backend's.")] = "auto",
+    decoder: DecoderOption = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     hero_split: Annotated[
         str,
@@ -86,8 +88,9 @@ def command(
         batch=batch,
         feature_dtype=features,
         compile=compile,
-        executor=None if engines is None else _engines(checkpoint, engines, backend, device),
-        executor_name="eager" if engines is None else _engines_name(checkpoint, backend, device),
+        executor=None if engines is None else _engines(checkpoint, engines, backend, device, decoder),
+        executor_name="eager" if engines is None else _engines_name(checkpoint, backend, device, decoder),
+        decoder=decoder,
         device=device,
     )
     console = Console()
@@ -114,22 +117,24 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _engines(checkpoint: Path, store: Path, backend: str, device: str) -> Callable[[Path], Executor]:
+def _engines(
+    checkpoint: Path, store: Path, backend: str, device: str, decoder: str | None
+) -> Callable[[Path], Executor]:
     """Loads the checkpoint's engines with a folder's weights; the teacher runs in the student's."""
 
     def load(folder: Path) -> Executor:
         from engines.runner import EngineExecutor
 
         source = None if folder == checkpoint else folder
-        return EngineExecutor.open(checkpoint, store, backend, device, weights_from=source)
+        return EngineExecutor.open(checkpoint, store, backend, device, weights_from=source, decoder=decoder)
 
     return load
 
 
-def _engines_name(checkpoint: Path, backend: str, device: str) -> str:
+def _engines_name(checkpoint: Path, backend: str, device: str, decoder: str | None) -> str:
     """Backend and the engines' keys: pictures by engines that were built differently are not taken from the cache."""
     from engines.planning import CheckpointPlan, EngineOptions
 
-    plan = CheckpointPlan.read(checkpoint, EngineOptions.resolve(backend, device)[0])
+    plan = CheckpointPlan.read(checkpoint, EngineOptions.resolve(backend, device)[0], decoder)
     keys = "".join(engine.spec.key for engine in plan.engines)
     return f"{plan.options.backend} engines {hashlib.sha256(keys.encode()).hexdigest()[:12]}"

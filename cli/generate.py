@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.numbers import buckets_option, use_threads
+from cli.options import DecoderOption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +31,7 @@ def command(
     backend: Annotated[str, typer.Option(help="With --engines: which backend's; without: eager.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, auto: what the device is fast in.")] = "auto",
+    decoder: DecoderOption = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; with --engines as they were built.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts drawn together.", min=1)] = 4,
     sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet instead of one file a prompt.")] = False,
@@ -50,6 +52,7 @@ def command(
         engines=None if backend == "eager" else engines,
         backend=backend,
         buckets=buckets_option(buckets),
+        decoder=decoder,
     )
     names = [name or pipe.checkpoint.default for name in names]
     for name in names:

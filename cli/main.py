@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-teacher": ("cli.train_teacher", "Train the embedded autoencoder and teacher."),
     "train-film-teacher": ("cli.train_film_teacher", "Train the embedded film teacher."),
     "distill": ("cli.distill", "Distil a teacher into a few-step cascade."),
+    "distill-decoder": ("cli.distill_decoder", "Distil a small decoder from a checkpoint's own."),
     "evaluate": ("cli.evaluate", "Measure a checkpoint on held-out pictures."),
     "generate": ("cli.generate", "Draw one prompt, or a file of them."),
     "build": ("cli.build", "Compile a checkpoint into engines."),

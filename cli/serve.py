@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import DecoderOption
+
 
 def command(
     checkpoint: Annotated[
@@ -31,6 +33,7 @@ def command(
     queue_items: Annotated[int | None, typer.Option(help="Pictures admitted at once.")] = None,
     deadline_seconds: Annotated[float | None, typer.Option(help="Longest time from admission to reply.")] = None,
     threads: Annotated[int | None, typer.Option(help="Torch threads.")] = None,
+    decoder: DecoderOption = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve checkpoints over OpenAI's image API, and its video API where a model makes films.
@@ -65,6 +68,7 @@ def command(
         "queue_items": queue_items,
         "deadline_seconds": deadline_seconds,
         "threads": threads,
+        "decoder": decoder,
         "log_level": log_level,
     }
     try:

@@ -42,6 +42,7 @@ class BackgroundBuild:
         niceness: 0 to 19; at 19 it gets next to nothing while the processors are busy with anything else.
         report: told of every step, on a thread of its own.
         announce: given the memory plan as text, on the same thread.
+        decoder: see :func:`~engines.build.build_checkpoint`.
 
     Attributes:
         progress: the last step, None before the first.
@@ -59,6 +60,7 @@ class BackgroundBuild:
         niceness: int = 19,
         report: Report | None = None,
         announce: Callable[[str], None] | None = None,
+        decoder: str | None = None,
     ) -> None:
         self._job = {
             "checkpoint": str(Path(checkpoint).resolve()),
@@ -69,6 +71,7 @@ class BackgroundBuild:
             "buckets": None if buckets is None else list(buckets),
             "threads": threads,
             "niceness": niceness,
+            "decoder": decoder,
         }
         self._device = device.partition(":")[0]
         self._report = report or (lambda _: None)
@@ -199,6 +202,7 @@ def main() -> None:
             buckets=job["buckets"],
             announce=lambda text: tell(announce=text),
             while_serving=True,
+            decoder=job["decoder"],
         )
         for _, error in built.failed:
             tell(failure=failure(error))

@@ -66,6 +66,7 @@ def plan_checkpoint(
     device: str = "cpu",
     dtype: str = "auto",
     buckets: Sequence[int] | None = None,
+    decoder: Path | str | None = None,
 ) -> CheckpointPlan:
     """Every engine that the checkpoint's schedules need, the teacher's size included.
 
@@ -77,7 +78,7 @@ def plan_checkpoint(
     options, note = EngineOptions.resolve(backend, device, dtype, buckets)
     if note:
         log.warning(note)
-    return CheckpointPlan.read(checkpoint, options)
+    return CheckpointPlan.read(checkpoint, options, decoder)
 
 
 def missing_engines(plan: CheckpointPlan, store: EngineStore) -> list[PlannedEngine]:
@@ -130,6 +131,7 @@ def build_checkpoint(
     workers: int | None = None,
     announce: Callable[[str], None] | None = None,
     while_serving: bool = False,
+    decoder: Path | str | None = None,
 ) -> BuildReport:
     """Build what is missing, then measure it with nothing else running.
 
@@ -143,6 +145,7 @@ def build_checkpoint(
         announce: given the memory plan and the choice of backend as text, before anything is built.
         while_serving: for a server that runs meanwhile: those engines first that save it most, none measured (its own
             batches tell what they cost), and one that fails does not stop the others.
+        decoder: a small decoder's folder or "full"; what the checkpoint names when None.
 
     Raises:
         NotEnoughMemory: the engines would not fit the device; nothing was built.
@@ -153,7 +156,7 @@ def build_checkpoint(
     watch = Stopwatch()
     store = store if isinstance(store, EngineStore) else EngineStore(store)
     options, note = EngineOptions.resolve(backend, device, dtype, buckets)
-    plan = CheckpointPlan.read(checkpoint, options)
+    plan = CheckpointPlan.read(checkpoint, options, decoder)
     missing = missing_engines(plan, store)
     count = _workers(plan, len(missing), workers)
     memory = plan.memory(count)

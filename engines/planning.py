@@ -108,9 +108,15 @@ class CheckpointPlan:
         self._workspaces: dict[tuple[str, Size | None], int] = {}
 
     @classmethod
-    def read(cls, folder: Path | str, options: EngineOptions) -> CheckpointPlan:
-        """The plan of a checkpoint folder."""
-        return cls(CheckpointFolder.read(folder), options)
+    def read(cls, folder: Path | str, options: EngineOptions, decoder: Path | str | None = None) -> CheckpointPlan:
+        """The plan of a checkpoint folder.
+
+        Args:
+            folder: the checkpoint's.
+            options: see :class:`EngineOptions`.
+            decoder: see :meth:`~rmd.checkpoint.CheckpointFolder.with_decoder`.
+        """
+        return cls(CheckpointFolder.read(folder).with_decoder(decoder), options)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -257,9 +263,11 @@ class CheckpointPlan:
         buckets = ",".join(str(bucket) for bucket in self.options.buckets)
         # The key of a CPU engine holds the number of threads; another shell may have another default.
         threads = f" --threads {torch.get_num_threads()}" if self.target.device == "cpu" else ""
+        chosen = self.checkpoint.chosen_decoder
+        decoder = "" if chosen is None else f" --decoder {chosen}"
         return (
             f"rmd build --checkpoint {self.checkpoint.path} --engines {store} --backend {self.options.backend} "
-            f"--device {self.options.device} --dtype {self.options.dtype} --buckets {buckets}{threads}"
+            f"--device {self.options.device} --dtype {self.options.dtype} --buckets {buckets}{threads}{decoder}"
         )
 
 
@@ -267,4 +275,6 @@ def load_backbone(checkpoint: CheckpointFolder, options: EngineOptions, weights:
     """The checkpoint's model in the options' dtype on their device; without weights, on the meta device."""
     dtype: torch.dtype = getattr(torch, options.dtype)
     kind = get_backbone(checkpoint.backbone_name)
-    return kind.load(checkpoint.path, dtype=dtype, device=options.device, weights=weights)
+    return kind.load(
+        checkpoint.path, dtype=dtype, device=options.device, weights=weights, decoder=checkpoint.decoder_path
+    )

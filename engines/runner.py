@@ -36,6 +36,7 @@ class EngineExecutor(BucketExecutor):
         self, engines: Mapping[Place, Mapping[int, Engine]], banks: Mapping[str, WeightBank], kind: str, padded: bool
     ) -> None:
         super().__init__(engines, banks, kind, padded)
+        self._decoder: str | None = None  # what was asked for, and is asked for again of other weights
         # What the engines that hold their weights hold now, by component; a digest, None where it is not known.
         self._held = {m.spec.component: m.spec.weights for m in self.manifests() if m.holds_weights}
 
@@ -51,6 +52,7 @@ class EngineExecutor(BucketExecutor):
         buckets: Sequence[int] | None = None,
         weights_from: Path | str | None = None,
         cuda_graphs: bool = True,
+        decoder: Path | str | None = None,
     ) -> EngineExecutor:
         """Load every engine of a checkpoint, warmed up.
 
@@ -62,6 +64,7 @@ class EngineExecutor(BucketExecutor):
             weights_from: another folder of the same architecture, such as the teacher's; engines do not depend on
                 weights that they do not hold, so they serve both. Those that do hold them are refused.
             cuda_graphs: replay each engine as one CUDA graph (on CUDA).
+            decoder: a small decoder's folder or "full"; what the checkpoint names when None.
 
         Raises:
             BackendUnavailable: see :func:`~engines.build.loadable_options`.
@@ -69,7 +72,7 @@ class EngineExecutor(BucketExecutor):
             EngineMismatch, EngineCorrupt: an engine is not for this machine, or damaged, or holds other weights.
         """
         store = store if isinstance(store, EngineStore) else EngineStore(store)
-        folder = CheckpointFolder.read(checkpoint)
+        folder = CheckpointFolder.read(checkpoint).with_decoder(decoder)
         options, note = loadable_options(folder, store, backend, device, dtype, buckets)
         if note:
             log.warning(note)
@@ -77,7 +80,9 @@ class EngineExecutor(BucketExecutor):
             backbone = load_backbone(folder, options)
         else:
             kind = get_backbone(folder.backbone_name)
-            backbone = kind.load(Path(weights_from), dtype=getattr(torch, options.dtype), device=device)
+            backbone = kind.load(
+                Path(weights_from), dtype=getattr(torch, options.dtype), device=device, decoder=folder.decoder_path
+            )
         plan = CheckpointPlan(folder, options, backbone)
         foreign = weights_from is not None and Path(weights_from).resolve() != folder.path.resolve()
         return cls.from_plan(plan, store, cuda_graphs=cuda_graphs, foreign=foreign)
@@ -112,7 +117,9 @@ class EngineExecutor(BucketExecutor):
             place |= loader.load(manifest, needed=not place)
         for name in loader.banks:
             loader.release(name, [manifest for manifest in manifests if manifest.spec.component == name])
-        return cls(engines, loader.banks, plan.options.backend, loader.padded)
+        executor = cls(engines, loader.banks, plan.options.backend, loader.padded)
+        executor._decoder = plan.checkpoint.chosen_decoder
+        return executor
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -132,7 +139,7 @@ class EngineExecutor(BucketExecutor):
             for engine in self._holding(component):
                 engine.check_refit(state)
             self._banks[component].check(state)
-        folder = CheckpointFolder.read(weights) if isinstance(weights, Path | str) else None
+        folder = CheckpointFolder.read(weights).with_decoder(self._decoder) if isinstance(weights, Path | str) else None
         for component, state in states.items():
             if component not in self._held:
                 self._banks[component].refit(state)
@@ -153,7 +160,7 @@ class EngineExecutor(BucketExecutor):
     def _states(self, weights: Path | str | Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         if not isinstance(weights, Path | str):
             return {component: dict(state) for component, state in weights.items()}
-        folder = CheckpointFolder.read(weights)
+        folder = CheckpointFolder.read(weights).with_decoder(self._decoder)
         # Plans whose weights are the folder's already are left alone: text encoders and decoder, nearly always.
         same = {name for name, held in self._held.items() if held is not None and held == _digest(folder, name)}
         # On the CPU: a second model on the device may not fit beside the first.

@@ -42,6 +42,7 @@ def build_in_processes(
     job = json.dumps(
         {
             "checkpoint": str(plan.checkpoint.path.resolve()),
+            "decoder": plan.checkpoint.chosen_decoder,
             "store": str(store.root.resolve()),
             "options": asdict(plan.options),
             "threads": torch.get_num_threads(),
@@ -121,7 +122,7 @@ def main() -> None:
 
     torch.set_num_threads(job["threads"])
     options = EngineOptions(**{**job["options"], "buckets": tuple(job["options"]["buckets"])})
-    checkpoint = CheckpointFolder.read(job["checkpoint"])
+    checkpoint = CheckpointFolder.read(job["checkpoint"]).with_decoder(job["decoder"])
     backbone = load_backbone(checkpoint, options)
     plan = CheckpointPlan(checkpoint, options, backbone)
     store = EngineStore(job["store"])

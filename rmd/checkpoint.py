@@ -11,7 +11,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from rmd.timesteps import uniform_teacher_timesteps
 
 FORMAT = 1
 CASCADE_FILE = "cascade.json"
+FULL_DECODER = "full"
+"""Chosen as decoder: the checkpoint's own autoencoder."""
+DECODER_RECORD = "decoder.json"
+"""Beside a distilled decoder's weights: which autoencoder it stands for."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Where diffusers keeps what the backbones call by role.
 _FOLDERS_BY_ROLE = {"denoiser": ("transformer", "unet"), "decoder": ("vae",)}
@@ -63,6 +67,9 @@ class CheckpointFolder:
         default: name of the schedule that is used unless another is asked for.
         teacher: how the teacher is sampled, or None.
         distillation: free-form record of how the checkpoint came about.
+        decoder: folder of the small decoder that all schedules are decoded with, relative to `path` (or absolute);
+            None for the checkpoint's own autoencoder.
+        chosen_decoder: what :meth:`with_decoder` was given in the place of what the checkpoint names, if anything.
     """
 
     path: Path
@@ -71,6 +78,33 @@ class CheckpointFolder:
     default: str
     teacher: TeacherSpec | None = None
     distillation: dict[str, Any] = field(default_factory=dict)
+    decoder: str | None = None
+    chosen_decoder: str | None = None
+
+    @property
+    def decoder_path(self) -> Path | None:
+        """The small decoder's folder, or None where the checkpoint's own autoencoder decodes."""
+        return None if self.decoder is None else self.path / self.decoder
+
+    def with_decoder(self, choice: Path | str | None) -> CheckpointFolder:
+        """The same checkpoint with another decoder.
+
+        Args:
+            choice: a decoder's folder, "full" for the checkpoint's own autoencoder, or None to leave it as it is.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: its weights are pickled or broken, or there are none.
+        """
+        if choice is None:
+            return self
+        if str(choice) == FULL_DECODER:
+            return replace(self, decoder=None, chosen_decoder=FULL_DECODER)
+        folder = Path(choice).absolute()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"the decoder {choice} is not a folder; give one, or '{FULL_DECODER}'")
+        check_weights(folder)
+        return replace(self, decoder=str(folder), chosen_decoder=str(folder))
 
     @property
     def default_cascade(self) -> Cascade:
@@ -138,14 +172,23 @@ class CheckpointFolder:
         Raises:
             FileNotFoundError: the folder has no such component.
         """
-        for name in _FOLDERS_BY_ROLE.get(component, (component,)):
-            files = sorted((self.path / name).glob("*.safetensors"))
-            if len(files) == 1:
-                return file_digest(files[0])
-            if files:
-                lines = "".join(f"{file.name} {file_digest(file)}\n" for file in files)
-                return hashlib.sha256(lines.encode()).hexdigest()
+        folders = [self.path / name for name in _FOLDERS_BY_ROLE.get(component, (component,))]
+        if component == "decoder" and self.decoder_path is not None:
+            folders = [self.decoder_path]
+        for folder in folders:
+            found = folder_digest(folder)
+            if found is not None:
+                return found
         raise FileNotFoundError(f"{self.path} holds no safetensors weights of component {component!r}")
+
+
+def folder_digest(folder: Path) -> str | None:
+    """sha256 of the weight file in a folder, over names and digests where there are several; None without any."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return file_digest(files[0])
+    lines = "".join(f"{file.name} {file_digest(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest() if files else None
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
@@ -198,6 +241,7 @@ def _parse(data: Any) -> dict[str, Any]:
         "default": default,
         "teacher": None if teacher is None else TeacherSpec.from_dict(field_of(top, "teacher", mapping)),
         "distillation": {} if distillation is None else field_of(top, "distillation", mapping),
+        "decoder": None if top.get("decoder") in (None, FULL_DECODER) else field_of(top, "decoder", text),
     }
 
 
@@ -322,6 +366,7 @@ def write_cascade_json(
     default: str,
     teacher: TeacherSpec | None = None,
     distillation: Mapping[str, Any] | None = None,
+    decoder: str | None = None,
 ) -> Path:
     """Write a folder's `cascade.json` atomically and return its path; the weights at hand are recorded in it.
 
@@ -339,6 +384,8 @@ def write_cascade_json(
         "distillation": dict(distillation or {}),
         "weights": weight_digests(Path(folder)),
     }
+    if decoder is not None:
+        data["decoder"] = decoder
     path = Path(folder) / CASCADE_FILE
     content = json.dumps(data, indent=2, allow_nan=False) + "\n"
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, prefix=".cascade-", delete=False) as file:

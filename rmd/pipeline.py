@@ -80,6 +80,7 @@ class CascadePipeline:
         engines: Path | str | None = None,
         backend: str = "auto",
         buckets: Sequence[int] | None = None,
+        decoder: Path | str | None = None,
     ) -> Self:
         """Reads a checkpoint folder: a diffusers folder with a ``cascade.json``.
 
@@ -88,14 +89,16 @@ class CascadePipeline:
             device: "cpu", "cuda" or "cuda:N".
             engines: run in the engines of this folder, as ``rmd build`` made them, instead of eagerly.
             backend, buckets: with engines: whose, and the batch sizes that they were built for.
+            decoder: a small decoder's folder, or "full"; what the checkpoint names when None.
 
         Raises:
             FileNotFoundError: the folder or a file of it is missing.
             ValueError: the checkpoint is damaged, or its backbone unknown; of engines, they are missing or do not fit.
         """
-        folder = CheckpointFolder.read(checkpoint)
+        folder = CheckpointFolder.read(checkpoint).with_decoder(decoder)
         dtype = parse_dtype(torch_dtype, device) if isinstance(torch_dtype, str) else torch_dtype
         options = {"dtype": dtype, "device": device, "engines": engines, "backend": backend, "buckets": buckets}
+        options["decoder"] = decoder
         return cls(folder, _load(folder, folder.path, options), options)
 
     # ---- what it can do ---------------------------------------------------------------------------------------------
@@ -275,7 +278,11 @@ def _load(checkpoint: CheckpointFolder, weights: Path, options: Mapping[str, Any
     """The backbone with a folder's weights: the checkpoint's own or its teacher's, which runs in the same engines."""
     store = options["engines"]
     backbone = get_backbone(checkpoint.backbone_name).load(
-        weights, dtype=options["dtype"], device=options["device"], weights=store is None
+        weights,
+        dtype=options["dtype"],
+        device=options["device"],
+        weights=store is None,
+        decoder=checkpoint.decoder_path,
     )
     if store is not None:
         backbone.executor = _open_engines(
@@ -286,6 +293,7 @@ def _load(checkpoint: CheckpointFolder, weights: Path, options: Mapping[str, Any
             dtype=dtype_name(options["dtype"]),
             buckets=options["buckets"],
             weights_from=None if weights == checkpoint.path else weights,
+            decoder=options["decoder"],
         )
     return backbone
 

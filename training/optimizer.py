@@ -114,8 +114,12 @@ class MasterAdamW:
             by_name.setdefault(name, {})[field] = value
         for name, master in zip(self.names, self.masters, strict=True):
             if name in by_name:
-                # The counters too: fused AdamW wants them on the weights' device.
-                self.adamw.state[master] = {field: value.to(master).clone() for field, value in by_name[name].items()}
+                # The counters too: fused AdamW wants them on the weights' device. Moments in the weights' own strides
+                # (channels last, say): it walks the memory of all three side by side.
+                self.adamw.state[master] = {
+                    field: torch.empty_like(master if value.shape == master.shape else value.to(master)).copy_(value)
+                    for field, value in by_name[name].items()
+                }
 
 
 class AveragedWeights:

@@ -48,6 +48,7 @@ class Pictures(litserve.LitAPI):  # type: ignore[misc]
             dtype=told.dtype,
             buckets=told.buckets,
             threads=told.threads,
+            decoder=told.decoder,
             serve_teacher=False,
             measure_teacher=False,
             max_batch=told.max_batch,

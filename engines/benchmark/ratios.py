@@ -12,6 +12,7 @@ from rmd.cascade import Cascade
 from rmd.size import Size
 
 MEASURED, SUMMED = "measured", "sum of measured steps"
+DECODE_SMALL = "decode, small"
 STOCK = "diffusers"
 # Published: speed-up over the guided base model on an A100 at 2+2 (Wan 3+3), and of 4 (6) steps at one size.
 PAPER = {
@@ -24,8 +25,8 @@ PAPER = {
 
 @dataclass
 class Measured:
-    """Timings of one run by (variant, batch, what), what being ("step", size, guided), "text", "decode", a schedule's
-    name or "teacher"."""
+    """Timings of one run by (variant, batch, what), what being ("step", size, guided), "text", "decode",
+    :data:`DECODE_SMALL`, a schedule's name or "teacher"."""
 
     timings: dict[tuple[str, int, Any], Timing] = field(default_factory=dict)
     failures: dict[tuple[str, int, Any], str] = field(default_factory=dict)
@@ -62,9 +63,11 @@ def rows_of(
     for batch in batches:
         for variant in (*variants, STOCK):
             decode, decoded_by = _part(measured, variant, batch, "decode")
+            small, small_by = _part(measured, variant, batch, DECODE_SMALL)
             text, encoded_by = _part(measured, variant, batch, "text")
             single = _part(measured, variant, 1, "text")[0] or text
-            borrowed = [what for what, by in (("decode", decoded_by), ("text", encoded_by)) if by not in (variant, "")]
+            parts = (("decode", decoded_by), (DECODE_SMALL, small_by), ("text", encoded_by))
+            borrowed = [what for what, by in parts if by not in (variant, "")]
             for name, cascade in (("teacher", subject.teacher), *subject.students.items()):
                 found = schedule_seconds(measured, variant, batch, name, cascade)
                 if found is None:
@@ -73,6 +76,7 @@ def rows_of(
                 # Guidance also needs the empty prompt, once.
                 words = None if text is None else text + ((single or 0.0) if cascade.guidance_scale != 1.0 else 0.0)
                 total = denoise + (decode or 0.0) + (words or 0.0)
+                with_small = None if small is None else denoise + small + (words or 0.0)
                 rows.append(
                     {
                         "variant": variant,
@@ -88,6 +92,8 @@ def rows_of(
                         "end_to_end_s": total,
                         "decoder_share": None if decode is None else decode / total,
                         "pictures_per_second": batch / total,
+                        "decode_small_s": small,
+                        "end_to_end_small_s": with_small,
                     }
                 )
     return rows
@@ -107,11 +113,14 @@ def speedups(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``denoising_speedup`` and ``end_to_end_speedup``: batch -> schedule -> variant -> {"over_eager_teacher",
-        "over_same_variant_teacher"}; ``cascade_over_single_size``: batch -> variant -> how much faster the default
-        cascade is than as many steps at the full size; ``over_eager``: batch -> variant -> schedule -> ratio.
+        "over_same_variant_teacher"}; ``end_to_end_small_speedup``: the same of the row with the small decoder over
+        the eager teacher with the full one; ``cascade_over_single_size``: batch -> variant -> how much faster the
+        default cascade is than as many steps at the full size; ``over_eager``: batch -> variant -> schedule -> ratio.
     """
     table = {(row["batch"], row["variant"], row["schedule"]): row for row in rows}
-    found: dict[str, Any] = {name: {} for name in ("denoising_speedup", "end_to_end_speedup")}
+    found: dict[str, Any] = {
+        name: {} for name in ("denoising_speedup", "end_to_end_speedup", "end_to_end_small_speedup")
+    }
     found.update({"cascade_over_single_size": {}, "over_eager": {}})
     for (batch, variant, schedule), row in table.items():
         eager = table.get((batch, "eager", "teacher"))
@@ -123,6 +132,10 @@ def speedups(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 if teacher is not None
             }
             found[name].setdefault(str(batch), {}).setdefault(schedule, {})[variant] = entry
+        if eager is not None and row.get("end_to_end_small_s"):
+            ratio = eager["end_to_end_s"] / row["end_to_end_small_s"]
+            entry = {"over_eager_teacher": ratio}
+            found["end_to_end_small_speedup"].setdefault(str(batch), {}).setdefault(schedule, {})[variant] = entry
         pair = {"2+2": "0+4", "3+3": "0+6"}.get(schedule)
         single = table.get((batch, variant, pair)) if pair else None
         if single is not None:

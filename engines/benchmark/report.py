@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engines.benchmark.ratios import DECODE_SMALL
 from rmd.machine import device_name
 
 _PACKAGES = (
@@ -106,6 +107,13 @@ def speedup_markdown(content: Mapping[str, Any]) -> str:
         "teacher* divides the eager teacher's time by the row's; *same variant* by that of the teacher run in the "
         "row's own way. End to end is text encoding, denoising and decoding.",
     ]
+    if content.get("small_decoder"):
+        lines += [
+            "",
+            f"Two decoders: the autoencoder's own, and a small one ({content['small_decoder']}). *With the small one* "
+            "is the row decoded by it, over the eager teacher with its full decoder; what that costs in quality is in "
+            "the small decoder's card.",
+        ]
     if settings["scale"] == "tiny":
         lines += ["", "**A rehearsal with tiny networks: the figures say nothing of the real model.**"]
     for batch in sorted({row["batch"] for row in content["schedules"]}):
@@ -134,10 +142,12 @@ def speedup_markdown(content: Mapping[str, Any]) -> str:
 
 
 def _schedule_table(content: Mapping[str, Any], batch: int) -> list[str]:
+    small = content.get("end_to_end_small_speedup", {}).get(str(batch), {})
     lines = [
         "| run by | schedule | denoising, ms | over the teacher | same variant | end to end, ms | over the teacher | "
-        "same variant | decoder's share | pictures/s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "same variant | decoder's share | pictures/s |"
+        + (" end to end with the small one, ms | over the teacher |" if small else ""),
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|---:|" if small else ""),
     ]
     for row in content["schedules"]:
         if row["batch"] != batch:
@@ -155,11 +165,19 @@ def _schedule_table(content: Mapping[str, Any], batch: int) -> list[str]:
         lines.append(
             f"| {row['variant']} | {row['schedule']} | {1000 * row['denoise_s']:.1f}{estimated} | {denoising[0]} | "
             f"{denoising[1]} | {1000 * row['end_to_end_s']:.1f} | {whole[0]} | {whole[1]} | {share} | "
-            f"{row['pictures_per_second']:.2f} |"
+            f"{row['pictures_per_second']:.2f} |" + (_small_cells(row, small) if small else "")
         )
     if any(row["how"] != "measured" for row in content["schedules"] if row["batch"] == batch):
         lines += ["", "\\* the sum of its measured steps: the whole schedule would take too long to run."]
     return lines
+
+
+def _small_cells(row: Mapping[str, Any], ratios: Mapping[str, Any]) -> str:
+    seconds = row.get("end_to_end_small_s")
+    if seconds is None:
+        return "  |  |"
+    ratio = ratios.get(row["schedule"], {}).get(row["variant"], {})
+    return f" {1000 * seconds:.1f} | {_times(ratio.get('over_eager_teacher'))} |"
 
 
 def _step_table(content: Mapping[str, Any]) -> list[str]:
@@ -167,7 +185,7 @@ def _step_table(content: Mapping[str, Any]) -> list[str]:
     batches = sorted({timing["batch"] for timing in content["timings"]})
     table: dict[tuple[str, str], dict[int, float]] = {}
     for timing in content["timings"]:
-        if timing["what"] in ("text", "decode") or timing["what"].startswith("step "):
+        if timing["what"] in ("text", "decode", DECODE_SMALL) or timing["what"].startswith("step "):
             table.setdefault((timing["variant"], timing["what"]), {})[timing["batch"]] = timing["median_s"]
     lines = [
         "| run by | call | " + " | ".join(f"batch {batch}, ms" for batch in batches) + " | throughput gain |",

@@ -20,7 +20,16 @@ from typing import Any
 import torch
 
 from engines.benchmark.executors import make_executor, variants_for
-from engines.benchmark.ratios import PAPER, STOCK, Measured, rows_of, schedule_seconds, speedups, step_key
+from engines.benchmark.ratios import (
+    DECODE_SMALL,
+    PAPER,
+    STOCK,
+    Measured,
+    rows_of,
+    schedule_seconds,
+    speedups,
+    step_key,
+)
 from engines.benchmark.report import command_line, environment, write_speedup
 from engines.benchmark.subjects import (
     Runner,
@@ -31,6 +40,7 @@ from engines.benchmark.subjects import (
 )
 from engines.benchmark.timing import Timing, time_interleaved
 from rmd.backbones.base import usable_device
+from rmd.checkpoint import FULL_DECODER
 from rmd.dtypes import dtype_name, parse_dtype
 
 
@@ -52,6 +62,7 @@ class SpeedupSettings:
         whole_limit: a schedule is run whole when its steps add up to fewer seconds than this.
         minutes: nothing new is begun after this long; what is missing then is listed in the report.
         threads: of the CPU; None leaves torch's choice.
+        decoder: small decoder beside the full one; what the checkpoint names when None, "full" for none.
         stock: also run the teacher as a diffusers pipeline would.
         out: folder of the report.
     """
@@ -70,6 +81,7 @@ class SpeedupSettings:
     whole_limit: float = 20.0
     minutes: float = 30.0
     threads: int | None = None
+    decoder: str | None = None
     stock: bool = True
     out: Path = Path("benchmarks/speedup")
 
@@ -91,7 +103,7 @@ def run_speedup(settings: SpeedupSettings, progress: Callable[[str], None] = lam
     began = time.monotonic()
     progress("building the networks")
     subject = (
-        checkpoint_subject(settings.checkpoint, dtype, device)
+        checkpoint_subject(settings.checkpoint, dtype, device, settings.decoder)
         if settings.checkpoint
         else random_subject(settings.backbone, settings.scale, dtype, device)
     )
@@ -115,32 +127,51 @@ def _runners(
     runners: dict[str, Runner] = {}
     unavailable: dict[str, str] = {}
     shared: dict[str, Any] = {}
+    small_shared: dict[str, Any] = {}
     for variant in variants_for(device, settings.variants):
         try:
             executor = make_executor(variant, subject.backbone, device, settings.dtype, shared)
         except (ValueError, ImportError) as error:
             unavailable[variant] = str(error)
             continue
-        runners[variant] = Runner(subject, executor)
+        small = None
+        if subject.small is not None:
+            small = make_executor(variant, subject.small, device, settings.dtype, small_shared)
+        runners[variant] = Runner(subject, executor, small_executor=small)
     if settings.engines is not None:
         if settings.checkpoint is None:
             raise ValueError("--engines needs the --checkpoint that they were built for")
-        from engines.runner import EngineExecutor
-
-        executor = EngineExecutor.open(
-            settings.checkpoint,
-            settings.engines,
-            settings.backend,
-            settings.device,
-            dtype=settings.dtype,
-            buckets=settings.buckets,
-        )
         # The teacher has the same architecture: its time through the same engines does not depend on whose weights
         # they hold.
-        runners["engines"] = Runner(subject, executor)
+        runners["engines"] = _engines_runner(settings, settings.checkpoint, settings.engines, subject)
     if not runners:
         raise ValueError("no variant can run here: " + "; ".join(f"{k}: {v}" for k, v in unavailable.items()))
     return runners, unavailable
+
+
+def _engines_runner(settings: SpeedupSettings, checkpoint: Path, store: Path, subject: Subject) -> Runner:
+    """Through built engines, of the full and the small decoder where both are there.
+
+    Raises:
+        EngineMissing: neither is complete.
+    """
+    from engines.errors import EngineMissing
+    from engines.runner import EngineExecutor
+
+    opened: dict[str, Any] = {}
+    missing: EngineMissing | None = None
+    for choice in dict.fromkeys((FULL_DECODER, subject.small_decoder or FULL_DECODER)):
+        try:
+            opened[choice] = EngineExecutor.open(
+                checkpoint, store, settings.backend, settings.device,
+                dtype=settings.dtype, buckets=settings.buckets, decoder=choice,
+            )  # fmt: skip
+        except EngineMissing as error:
+            missing = missing or error
+    if not opened and missing is not None:
+        raise missing
+    small = opened.get(subject.small_decoder)
+    return Runner(subject, opened.get(FULL_DECODER, small), small_executor=small, decodes=FULL_DECODER in opened)
 
 
 def _measure_batch(
@@ -162,8 +193,11 @@ def _measure_batch(
             cases[variant, batch, step_key(size, False)] = runner.step(size, batch, 1.0)
         full = subject.teacher.full_size
         cases[variant, batch, step_key(full, True)] = runner.step(full, batch, guidance)
-        if "decoder" in subject.backbone.component_modules():
+        if "decoder" in subject.backbone.component_modules() and runner.decodes:
             cases[variant, batch, "decode"] = runner.decode(full, batch)
+        small = runner.decode_small(full, batch)
+        if small is not None:
+            cases[variant, batch, DECODE_SMALL] = small
         text = runner.text(batch)
         if text is not None:
             cases[variant, batch, "text"] = text
@@ -184,8 +218,9 @@ def _measure_batch(
         peak = torch.cuda.max_memory_allocated(device) + outside
         measured.timings[STOCK, batch, "peak_bytes"] = Timing.of([float(peak)])
     for runner in runners.values():
-        if hasattr(runner.executor, "release") and device.type == "cuda":
-            runner.executor.release()
+        for executor in (runner.executor, runner.small_executor):
+            if hasattr(executor, "release") and device.type == "cuda":
+                executor.release()
 
 
 def _time(
@@ -237,6 +272,7 @@ def _content(
         "settings": plain,
         "backbone": backbone.name,
         "weights": subject.weights,
+        "small_decoder": subject.small_decoder,
         "parameters": backbone.denoiser_parameters(),
         "component_bytes": parameter_bytes(backbone.component_modules()),
         "tokens": {str(size): backbone.tokens(size) for size in subject.sizes},
@@ -280,6 +316,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--whole-limit", type=float, default=20.0, help="run schedules whole below so many seconds")
     options.add_argument("--minutes", type=float, default=30.0, help="begin nothing new after this long")
     options.add_argument("--threads", type=int)
+    options.add_argument("--decoder", help="small decoder of the checkpoint beside the full one; full: none")
     options.add_argument("--no-stock", action="store_true", help="leave the diffusers loop out")
     options.add_argument("--out", type=Path, default=Path("benchmarks/speedup"))
     return options
@@ -303,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole_limit=chosen.whole_limit,
         minutes=chosen.minutes,
         threads=chosen.threads,
+        decoder=chosen.decoder,
         stock=not chosen.no_stock,
         out=chosen.out,
     )

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from rmd.backbones.base import Backbone, Conditioning, repeat_rows
 from rmd.backbones.configs import published_config
+from rmd.backbones.decoders import TINY, default_shape, small_decoder_config
+from rmd.backbones.family import DiffusersBackbone
+from rmd.backbones.folder import DiffusersFolder
+from rmd.backbones.random_weights import build_random
 from rmd.backbones.registry import get_backbone
 from rmd.backbones.tiny import tiny_config, tiny_sizes
 from rmd.cascade import Cascade, teacher_cascade
+from rmd.checkpoint import FULL_DECODER, CheckpointFolder
 from rmd.profiles import PROFILES
 from rmd.sampler import sample
 from rmd.size import Size
@@ -34,6 +39,8 @@ class Subject:
         students: by split, unguided.
         weights: "random", or the checkpoint's folder.
         note: what is missing, "" otherwise.
+        small: the same backbone with a small decoder; None where there is none.
+        small_decoder: what that is, for the report.
     """
 
     backbone: Backbone
@@ -41,6 +48,8 @@ class Subject:
     students: Mapping[str, Cascade]
     weights: str
     note: str = ""
+    small: Backbone | None = None
+    small_decoder: str = ""
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -74,7 +83,21 @@ def random_subject(name: str, scale: str, dtype: torch.dtype, device: torch.devi
     backbone = kind.from_config(config, dtype, device)
     if scale == "tiny":
         backbone.sizes = tiny_sizes(name)
-    return Subject(backbone, teacher_cascade(backbone), student_cascades(backbone), "random", note)
+    small, label = _random_small(backbone, dtype, device)
+    return Subject(backbone, teacher_cascade(backbone), student_cascades(backbone), "random", note, small, label)
+
+
+def _random_small(backbone: Backbone, dtype: torch.dtype, device: torch.device) -> tuple[Backbone | None, str]:
+    """The backbone with a small decoder of the shape that suits it, and what that is; None for Wan's films."""
+    if not isinstance(backbone, DiffusersBackbone) or backbone.small_decoder != TINY:
+        return None, ""
+    blocks, width = default_shape(backbone.name)
+    config = small_decoder_config(backbone.latent_channels, backbone.spatial_compression, blocks, width)
+    network = build_random(
+        TINY, config, backbone.component_dtype("vae", config | {"force_upcast": False}, dtype), device
+    )
+    shape = ", ".join(map(str, blocks))
+    return backbone.with_small_decoder(network), f"AutoencoderTiny, {width} channels, blocks {shape}, random weights"
 
 
 def student_cascades(backbone: Backbone) -> dict[str, Cascade]:
@@ -96,11 +119,18 @@ def student_cascades(backbone: Backbone) -> dict[str, Cascade]:
     return found
 
 
-def checkpoint_subject(folder: Path, dtype: torch.dtype, device: torch.device) -> Subject:
-    """The student of a checkpoint folder, with its own schedules and its teacher's."""
+def checkpoint_subject(
+    folder: Path, dtype: torch.dtype, device: torch.device, decoder: Path | str | None = None
+) -> Subject:
+    """The student of a checkpoint folder, with its own schedules and its teacher's.
+
+    Args:
+        decoder: the small decoder beside the full one; what the checkpoint names when None.
+    """
     from rmd.backbones.registry import load_checkpoint
 
-    backbone, checkpoint = load_checkpoint(folder, dtype=dtype, device=device)
+    backbone, checkpoint = load_checkpoint(folder, dtype=dtype, device=device, decoder=FULL_DECODER)
+    small_path = CheckpointFolder.read(folder).with_decoder(decoder).decoder_path
     if len(checkpoint.default_cascade.sizes) > 1:
         backbone.sizes = checkpoint.default_cascade.sizes
     teacher = checkpoint.teacher
@@ -109,11 +139,17 @@ def checkpoint_subject(folder: Path, dtype: torch.dtype, device: torch.device) -
         cascade = Cascade.from_dict({**cascade.to_dict(), "guidance_scale": teacher.guidance_scale})
     students = {**student_cascades(backbone), **checkpoint.cascades}
     order = (*IMAGE_SPLITS, *FILM_SPLITS)
+    small = None
+    if small_path is not None and isinstance(backbone, DiffusersBackbone):
+        network = backbone.load_small_decoder(small_path, DiffusersFolder.open(folder), dtype, backbone.device)
+        small = backbone.with_small_decoder(network)
     return Subject(
         backbone,
         cascade,
         {split: students[split] for split in order if split in students},
         str(folder),
+        small=small,
+        small_decoder="" if small_path is None else str(small_path),
     )
 
 
@@ -121,10 +157,25 @@ class Runner:
     """The calls that are timed, of one subject through one executor.
 
     Inputs are made once, outside the timing; the noise of whole schedules is made inside, as in real use.
+
+    Args:
+        subject: what is run.
+        executor: what runs its components.
+        backbone: another than the subject's.
+        small_executor: what runs the small decoder; None where it is not measured.
+        decodes: whether ``executor`` has the full decoder.
     """
 
-    def __init__(self, subject: Subject, executor: Any, backbone: Backbone | None = None) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        executor: Any,
+        backbone: Backbone | None = None,
+        small_executor: Any = None,
+        decodes: bool = True,
+    ) -> None:
         self.subject = subject
+        self.small_executor, self.decodes = small_executor, decodes
         self.backbone = backbone or subject.backbone
         self.executor = executor
 
@@ -157,6 +208,20 @@ class Runner:
         """Latents to pictures or films."""
         latents = torch.randn(batch, *self.backbone.latent_shape(size), device=self.backbone.device)
         return self._with_executor(lambda: self.backbone.decode(latents, size))
+
+    def decode_small(self, size: Size, batch: int) -> Callable[[], Any] | None:
+        """The same through the small decoder; None where there is none."""
+        small = self.subject.small
+        if small is None or self.small_executor is None:
+            return None
+        latents = torch.randn(batch, *small.latent_shape(size), device=small.device)
+
+        def run() -> Any:
+            small.executor = self.small_executor
+            with torch.inference_mode():
+                return small.decode(latents, size)
+
+        return run
 
     def text(self, batch: int) -> Callable[[], Any] | None:
         """Every text encoder on a full-length prompt; None when the backbone has none."""

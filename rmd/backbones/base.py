@@ -145,14 +145,19 @@ class Backbone(ABC):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         weights: bool = True,
+        decoder: Path | str | None = None,
     ) -> Self:
         """Reads a diffusers folder (safetensors only).
 
         ``weights=False`` builds the networks on the meta device: tokenizers, schedules and shapes work, and an executor
         with engines of its own must do the rest, so that no second copy of the weights is held.
 
+        ``decoder`` is the folder of a small decoder (:mod:`rmd.backbones.decoders`) that takes the place of the
+        folder's own autoencoder, whose weights are not loaded then; None keeps the autoencoder.
+
         Raises:
-            BackboneError: not a diffusers folder, a component is missing, or its weights are not safetensors.
+            BackboneError: not a diffusers folder, a component is missing, its weights are not safetensors, or the
+                decoder does not fit.
         """
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from rmd.backbones.base import BackboneError
+from rmd.backbones.decoders import TinyFilmDecoder
 from rmd.backbones.embedded import EmbeddedBackbone, EmbeddedDecoder
 from rmd.backbones.wrappers import FilmDenoiser
 from rmd.size import Size
@@ -47,6 +48,10 @@ class EmbeddedVideoBackbone(EmbeddedBackbone):
         if "vae" in raw:
             modules["decoder"] = FilmDecoder(raw["vae"])
         return modules
+
+    def wrap_small_decoder(self, network: Any) -> nn.Module:
+        """See :meth:`DiffusersBackbone.wrap_small_decoder`."""
+        return TinyFilmDecoder(network)
 
     def validate_size(self, size: Size) -> None:
         """Besides the sides, the temporal table bounds the number of frames."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Conditioning, usable_device
-from rmd.backbones.folder import DiffusersFolder
+from rmd.backbones.base import (
+    Backbone,
+    BackboneError,
+    ComponentConfigs,
+    Conditioning,
+    EagerExecutor,
+    usable_device,
+)
+from rmd.backbones.decoders import TINY, TinyDecoder, read_small_decoder
+from rmd.backbones.folder import DiffusersFolder, load_network
 from rmd.backbones.random_weights import build_random
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
 from rmd.profiles import PROFILES
@@ -19,6 +28,8 @@ from rmd.size import Size
 
 if TYPE_CHECKING:
     from rmd.cascade import Cascade
+
+SMALL_DECODER = "small_decoder"  # among the networks of a backbone, beside the sub-folders' names
 
 
 class DiffusersBackbone(Backbone):
@@ -34,6 +45,8 @@ class DiffusersBackbone(Backbone):
     optional: ClassVar[frozenset[str]] = frozenset()
     """Components that a folder may leave out."""
     denoiser_folder: ClassVar[str] = "transformer"
+    small_decoder: ClassVar[str] = TINY
+    """Class of the small decoders that it takes, as ``module:Class``."""
 
     def __init__(
         self,
@@ -56,15 +69,20 @@ class DiffusersBackbone(Backbone):
         self.sizes = defaults.sizes
         # Told by the scheduler's configuration, as diffusers' pipelines are (SDXL-Lightning's one-step UNet).
         self.predicts_x0 = self.prediction == "epsilon" and configs["scheduler"].get("prediction_type") == "sample"
-        super().__init__(
-            schedule=self.schedule_from(configs["scheduler"]), modules=self.wrap(raw), dtype=dtype, device=device
-        )
+        modules = self.wrap(raw)
+        if SMALL_DECODER in raw:
+            modules["decoder"] = self.wrap_small_decoder(raw[SMALL_DECODER])
+        super().__init__(schedule=self.schedule_from(configs["scheduler"]), modules=modules, dtype=dtype, device=device)
 
     # ---- what a family defines ----------------------------------------------------------------------------------
 
     @abstractmethod
     def wrap(self, raw: Mapping[str, Any]) -> dict[str, nn.Module]:
         """The exportable components over the networks of ``raw`` (see :mod:`rmd.backbones.wrappers`)."""
+
+    def wrap_small_decoder(self, network: Any) -> nn.Module:
+        """The exportable component over a network of class ``small_decoder``."""
+        return TinyDecoder(network)
 
     @abstractmethod
     def text_widths(self) -> dict[str, tuple[int, ...]]:
@@ -80,6 +98,7 @@ class DiffusersBackbone(Backbone):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         weights: bool = True,
+        decoder: Path | str | None = None,
     ) -> Self:
         """See :meth:`Backbone.load`; ``hub:<owner>/<name>[@<revision>]`` is fetched first."""
         place = usable_device(device)
@@ -87,7 +106,11 @@ class DiffusersBackbone(Backbone):
         present = [name for name in cls.components if name not in cls.optional or source.has(name)]
         source.require(*present, "scheduler")
         raw: dict[str, Any] = {}
+        if decoder is not None:
+            raw[SMALL_DECODER] = cls.load_small_decoder(Path(decoder), source, dtype, place, weights)
         for name in present:
+            if name == "vae" and decoder is not None:
+                continue
             wanted_dtype = cls.component_dtype(name, source.config(name), dtype)
             raw[name] = source.load(name, cls.components[name], wanted_dtype, place, weights)
         wanted = [name for name in cls.tokenizers if name.replace("tokenizer", "text_encoder") in present]
@@ -98,6 +121,34 @@ class DiffusersBackbone(Backbone):
         return cls(raw, configs=configs, tokenizers=tokenizers, dtype=dtype, device=device)
 
     @classmethod
+    def load_small_decoder(
+        cls, folder: Path, source: DiffusersFolder, dtype: torch.dtype, device: torch.device, weights: bool = True
+    ) -> Any:
+        """The network of a small decoder's folder.
+
+        Args:
+            folder: the decoder's.
+            source: the folder with the autoencoder whose place it takes.
+            dtype, device, weights: see :meth:`Backbone.load`.
+
+        Raises:
+            BackboneError: it does not fit; see :func:`~rmd.backbones.decoders.read_small_decoder`.
+        """
+        config = read_small_decoder(
+            folder,
+            cls.small_decoder,
+            cls.name,
+            cls.latent_channels,
+            cls.spatial_compression,
+            source.path / "vae",
+            source.config("vae"),
+        )
+        wanted = cls.component_dtype("vae", config, dtype)
+        if not weights:
+            return build_random(cls.small_decoder, config, wanted, torch.device("meta"))
+        return load_network(folder, cls.small_decoder, wanted, device)
+
+    @classmethod
     def from_config(
         cls,
         config: ComponentConfigs,
@@ -106,7 +157,8 @@ class DiffusersBackbone(Backbone):
     ) -> Self:
         """Random weights in place on ``device``; components that ``config`` leaves out are not built.
 
-        A bench that has no transformers, or needs no text, simply leaves the text encoders out.
+        A bench that has no transformers, or needs no text, simply leaves the text encoders out. A further entry
+        ``small_decoder`` puts a network of the class ``small_decoder`` in the place of the autoencoder's decoder.
 
         Raises:
             BackboneError: the denoiser's or the scheduler's configuration is missing.
@@ -120,6 +172,9 @@ class DiffusersBackbone(Backbone):
             for name, target in cls.components.items()
             if name in config
         }
+        if SMALL_DECODER in config:
+            wanted = cls.component_dtype("vae", config[SMALL_DECODER], dtype)
+            raw[SMALL_DECODER] = build_random(cls.small_decoder, config[SMALL_DECODER], wanted, place)
         return cls(raw, configs=config, tokenizers={}, dtype=dtype, device=device)
 
     @classmethod
@@ -147,6 +202,13 @@ class DiffusersBackbone(Backbone):
         if kind == "linear":
             return VariancePreserving.linear(*betas)
         raise BackboneError(f"{cls.name}: beta_schedule {kind!r} is not supported; known are linear, scaled_linear")
+
+    def with_small_decoder(self, network: Any) -> Self:
+        """The same backbone, its other networks shared, that decodes with a network of class ``small_decoder``."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "decoder": self.wrap_small_decoder(network).eval()}
+        other.executor = EagerExecutor(other._modules)
+        return other
 
     # ---- shapes and examples ------------------------------------------------------------------------------------
 

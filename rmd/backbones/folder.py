@@ -49,7 +49,7 @@ class DiffusersFolder:
             raise BackboneError(
                 f"{path} is not a diffusers folder: it has no model_index.json; give what save_pretrained wrote"
             )
-        return cls(path, _read_object(index_file))
+        return cls(path, read_object(index_file))
 
     def has(self, component: str) -> bool:
         """Whether the index names the component (entries of ``[null, null]`` are absent ones)."""
@@ -70,7 +70,7 @@ class DiffusersFolder:
         folder = self.path / component
         for name in ("config.json", "scheduler_config.json"):
             if (folder / name).is_file():
-                return _read_object(folder / name)
+                return read_object(folder / name)
         raise BackboneError(f"{folder} has no config.json")
 
     def load(self, component: str, target: str, dtype: torch.dtype, device: torch.device, weights: bool) -> Any:
@@ -85,32 +85,7 @@ class DiffusersFolder:
         """
         if not weights:
             return build_random(target, self.config(component), dtype, torch.device("meta"))
-        folder = self.path / component
-        variant = self._variant(folder, component)
-        try:
-            for file in sorted(folder.glob("*.safetensors")):
-                check_safetensors(file)
-            for file in filter(is_index, sorted(folder.iterdir())):
-                check_index(file)
-        except (ValueError, FileNotFoundError) as error:
-            raise BackboneError(str(error)) from None
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
-        from_transformers = target.startswith("transformers:")
-        options["dtype" if from_transformers else "torch_dtype"] = dtype
-        if from_transformers:
-            import_module("transformers.utils.logging").disable_progress_bar()
-        try:
-            model, found = resolve(target).from_pretrained(str(folder), output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BackboneError(f"{folder} could not be loaded as {target.split(':')[1]}: {reason}") from error
-        # The libraries only warn, and draw what is missing at random.
-        if missing := sorted(found["missing_keys"]):
-            kind = target.split(":")[1]
-            raise BackboneError(
-                f"{folder} lacks {len(missing)} weights of {kind}, such as {missing[0]!r}: copy it again"
-            )
-        return model.to(device)
+        return load_network(self.path / component, target, dtype, device)
 
     def tokenizer(self, component: str) -> Any:
         """The tokenizer in a sub-folder; code from the folder is never run.
@@ -121,7 +96,7 @@ class DiffusersFolder:
         # The library takes the name of a tokenizer's class from either file.
         for name in ("tokenizer_config.json", "config.json"):
             settings = self.path / component / name
-            if settings.is_file() and "auto_map" in _read_object(settings):
+            if settings.is_file() and "auto_map" in read_object(settings):
                 raise BackboneError(
                     f"{settings} asks for code of its own (auto_map), and code from a folder is never run"
                 )
@@ -131,25 +106,66 @@ class DiffusersFolder:
         except (OSError, ValueError) as error:
             raise BackboneError(f"no tokenizer could be read from {self.path / component}: {error}") from error
 
-    def _variant(self, folder: Path, component: str) -> str | None:
-        """None for plain weight files, or the one variant (such as fp16) that is there; refuses pickled weights."""
-        files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".safetensors"))
-        if not files:
-            pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICKLE_SUFFIXES)
-            if pickles:
-                raise BackboneError(
-                    f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
-                )
-            raise BackboneError(f"{self.path}: the component {component!r} has no *.safetensors weights")
-        stems = {_variant_of(name) for name in files}
-        if "" in stems:
-            return None
-        if len(stems) > 1:
-            raise BackboneError(f"{folder} holds several weight variants ({', '.join(sorted(stems))}); keep one")
-        return stems.pop()
+
+def load_network(folder: Path, target: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Loads one model from a folder of its own.
+
+    Args:
+        folder: with its configuration and weights.
+        target, dtype, device: see :meth:`DiffusersFolder.load`.
+
+    Raises:
+        BackboneError: its weights are missing, broken or no safetensors, or are not that class's.
+    """
+    variant = _variant(folder)
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            check_safetensors(file)
+        for file in filter(is_index, sorted(folder.iterdir())):
+            check_index(file)
+    except (ValueError, FileNotFoundError) as error:
+        raise BackboneError(str(error)) from None
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
+    from_transformers = target.startswith("transformers:")
+    options["dtype" if from_transformers else "torch_dtype"] = dtype
+    if from_transformers:
+        import_module("transformers.utils.logging").disable_progress_bar()
+    try:
+        model, found = resolve(target).from_pretrained(str(folder), output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BackboneError(f"{folder} could not be loaded as {target.split(':')[1]}: {reason}") from error
+    # The libraries only warn, and draw what is missing at random.
+    if missing := sorted(found["missing_keys"]):
+        kind = target.split(":")[1]
+        raise BackboneError(f"{folder} lacks {len(missing)} weights of {kind}, such as {missing[0]!r}: copy it again")
+    return model.to(device)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _variant(folder: Path) -> str | None:
+    """None for plain weight files, or the one variant (such as fp16) that is there; refuses pickled weights."""
+    files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".safetensors"))
+    if not files:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICKLE_SUFFIXES)
+        if pickles:
+            raise BackboneError(
+                f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
+            )
+        raise BackboneError(f"{folder.parent}: the component {folder.name!r} has no *.safetensors weights")
+    stems = {_variant_of(name) for name in files}
+    if "" in stems:
+        return None
+    if len(stems) > 1:
+        raise BackboneError(f"{folder} holds several weight variants ({', '.join(sorted(stems))}); keep one")
+    return stems.pop()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        BackboneError: it is no JSON, or holds something else.
+    """
     try:
         data = read_json(path)
     except ValueError as error:

@@ -63,6 +63,7 @@ def load_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     weights: bool = True,
+    decoder: Path | str | None = None,
 ) -> tuple[Backbone, CheckpointFolder]:
     """Reads a distilled checkpoint folder: its backbone, loaded, and its cascades and teacher.
 
@@ -71,12 +72,15 @@ def load_checkpoint(
         dtype: the dtype of the networks.
         device: where they run.
         weights: False leaves the networks on the meta device (see :meth:`Backbone.load`).
+        decoder: a small decoder's folder or "full"; what the checkpoint names when None.
 
     Raises:
         BackboneError: the checkpoint names an unknown backbone, or its folder cannot be read.
     """
     from rmd.checkpoint import CheckpointFolder
 
-    checkpoint = CheckpointFolder.read(Path(folder))
-    backbone = get_backbone(checkpoint.backbone_name).load(Path(folder), dtype=dtype, device=device, weights=weights)
+    checkpoint = CheckpointFolder.read(Path(folder)).with_decoder(decoder)
+    backbone = get_backbone(checkpoint.backbone_name).load(
+        Path(folder), dtype=dtype, device=device, weights=weights, decoder=checkpoint.decoder_path
+    )
     return backbone, checkpoint

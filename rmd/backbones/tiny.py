@@ -15,6 +15,7 @@ import torch
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.configs import CONFIGURED, published_config
+from rmd.backbones.decoders import TINY, small_decoder_config
 from rmd.backbones.random_weights import resolve
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
@@ -202,6 +203,30 @@ def write_tiny_folder(name: str, folder: Path | str, *, seed: int = 0, dtype: to
         distillation={"method": "none", "note": "random weights, for tests and examples"},
     )
     return folder
+
+
+def write_tiny_decoder(name: str, folder: Path | str, *, seed: int = 0, **changes: Any) -> Path:
+    """Writes a small decoder with random weights that fits the tiny (and the full-size) backbone ``name``.
+
+    Args:
+        name: one of :data:`TINY_BACKBONES`.
+        folder: made if absent.
+        seed: of the random weights.
+        changes: fields of its configuration that are to differ.
+
+    Returns:
+        ``folder``.
+    """
+    cls = get_backbone(name)
+    target: str = cls.small_decoder  # type: ignore[attr-defined]
+    if target == TINY:
+        config = small_decoder_config(cls.latent_channels, cls.spatial_compression, (1, 1, 1, 1), 8)
+    else:
+        config = {**tiny_config(name)["vae"], "base_dim": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _network(target, {**config, **changes}).save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
 
 
 def _network(target: str, config: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rmd.backbones.base import BackboneError, Conditioning
+from rmd.backbones.decoders import WAN
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.wrappers import T5Encoder, VideoDecoder, WanDenoiser
 from rmd.profiles import PROFILES
@@ -37,6 +38,8 @@ class WanBackbone(DiffusersBackbone):
         "text_encoder": "transformers:UMT5EncoderModel",
     }
     tokenizers: ClassVar[Mapping[str, int]] = {"tokenizer": 512}
+    # diffusers has no decoder of the taesd kind for these latents; a narrower one of the same class is the small one.
+    small_decoder: ClassVar[str] = WAN
 
     def wrap(self, raw: Mapping[str, Any]) -> dict[str, nn.Module]:
         """See :meth:`DiffusersBackbone.wrap`."""
@@ -46,6 +49,10 @@ class WanBackbone(DiffusersBackbone):
         if "text_encoder" in raw:
             modules["text_encoder"] = T5Encoder(raw["text_encoder"])
         return modules
+
+    def wrap_small_decoder(self, network: Any) -> nn.Module:
+        """See :meth:`DiffusersBackbone.wrap_small_decoder`."""
+        return VideoDecoder(network)
 
     def validate_size(self, size: Size) -> None:
         """Besides the multiple, the number of frames must be 4 k + 1."""

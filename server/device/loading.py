@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -77,12 +78,12 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
         torch.set_num_threads(settings.threads)
     folder, model_id = settings.checkpoints[index]
     report(0, 4, f"reading {model_id}")
-    checkpoint = CheckpointFolder.read(folder)
+    checkpoint = CheckpointFolder.read(folder).with_decoder(settings.decoder)
     options = _choose_engines(settings, checkpoint)
 
     report(1, 4, f"loading the weights of {model_id}")
     dtype = parse_dtype(settings.dtype, settings.device)
-    backbone = get_backbone(checkpoint.backbone_name).load(checkpoint.path, dtype=dtype, device=settings.device)
+    backbone = _load(checkpoint, checkpoint.path, dtype, settings.device)
     teacher = _load_teacher(settings, checkpoint, dtype)
     lanes, schedules = {STUDENT: backbone}, {n: Schedule(n, c, STUDENT) for n, c in checkpoint.cascades.items()}
     teacher_cascade = checkpoint.teacher_cascade
@@ -141,7 +142,13 @@ def _load_teacher(settings: EngineSettings, checkpoint: CheckpointFolder, dtype:
     if not path.is_dir():
         log.warning("the teacher's folder %s is not here: schedule '%s' is not offered", path.name, TEACHER_SCHEDULE)
         return None
-    return get_backbone(checkpoint.backbone_name).load(path, dtype=dtype, device=settings.device)
+    return _load(checkpoint, path, dtype, settings.device)
+
+
+def _load(checkpoint: CheckpointFolder, folder: Path, dtype: torch.dtype, device: str) -> Backbone:
+    """Load the checkpoint's networks or its teacher's; all schedules of a checkpoint share its decoder."""
+    kind = get_backbone(checkpoint.backbone_name)
+    return kind.load(folder, dtype=dtype, device=device, decoder=checkpoint.decoder_path)
 
 
 def _card(

@@ -26,6 +26,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     buckets: tuple[int, ...] | None
     threads: int | None
+    decoder: str | None = None
     serve_teacher: bool
     measure_teacher: bool
     max_batch: int

@@ -76,6 +76,7 @@ class EngineBuilder:
             settings.threads,
             niceness=_NICENESS,
             report=report,
+            decoder=settings.decoder,
         )
 
     def _run(self) -> None:

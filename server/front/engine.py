@@ -156,6 +156,7 @@ def engine_settings(settings: ServerSettings, device: str, address: str) -> Engi
         dtype=settings.dtype,
         buckets=settings.buckets,
         threads=settings.threads,
+        decoder=settings.decoder,
         serve_teacher=settings.serve_teacher,
         measure_teacher=settings.measure_teacher,
         max_batch=settings.max_batch,

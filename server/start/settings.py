@@ -52,6 +52,9 @@ class ServerSettings(BaseSettings):
         "auto", description="of the networks; auto: the device's own"
     )
     threads: int | None = Field(None, ge=1, description="torch threads of an engine; default: torch's own")
+    decoder: str | None = Field(
+        None, description="a small decoder's folder, or 'full'; default: what the checkpoint names"
+    )
     build_missing: bool = Field(True, description="build missing engines beside serving, at low priority")
     serve_teacher: bool = Field(True, description="offer schedule 'teacher' where its folder is found")
     measure_teacher: bool = Field(True, description="time the teacher's guided step at start and in idle moments")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 import typer
+from diffusers import AutoencoderTiny
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from rmd.backbones.registry import load_checkpoint
-from rmd.backbones.tiny import write_tiny_folder
+from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.dtypes import native_dtype
 from rmd.sampler import sample
 
@@ -98,6 +100,35 @@ def test_film(tmp_path: Path) -> None:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         assert stream.average_rate == 16 and stream.codec_context.name == "h264"
     assert len(frames) == 5 and frames[0].shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "pixart", "sd3", "embedded"])
+def test_every_picture_family_through_a_small_decoder(tmp_path: Path, name: str) -> None:
+    folder = write_tiny_folder(name, tmp_path / name)
+    decoder = write_tiny_decoder(name, tmp_path / "small")
+    drawn = {}
+    for label, options in {"named": [], "small": ["--decoder", decoder], "full": ["--decoder", "full"]}.items():
+        out = tmp_path / f"{label}.png"
+        result = _run("a red fox", "--checkpoint", folder, *options, "--out", out)
+        assert result.exit_code == 0, result.output
+        with Image.open(out) as picture:
+            assert picture.size == (64, 64)
+            drawn[label] = picture.tobytes()
+    assert drawn["named"] == drawn["full"] != drawn["small"]
+    backbone, checkpoint = load_checkpoint(folder, dtype=torch.float32, decoder=decoder)
+    cascade = checkpoint.default_cascade
+    latents = sample(backbone, cascade, backbone.encode_prompts(["a red fox"]), [0])
+    with torch.no_grad():
+        pixels = AutoencoderTiny.from_pretrained(decoder).decode(latents).sample[0] / 2 + 0.5
+    expected = pixels.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).contiguous().numpy().tobytes()
+    assert max(abs(a - b) for a, b in zip(drawn["small"], expected, strict=True)) <= 1
+
+
+def test_a_decoder_of_other_latents_is_named(folder: Path, tmp_path: Path) -> None:
+    decoder = write_tiny_decoder("sdxl", tmp_path / "taesdxl")
+    result = _run("a red fox", "--checkpoint", folder, "--decoder", decoder, "--out", tmp_path / "fox.png")
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == f"the decoder {decoder} does not fit sd3: latent_channels is 4, expected 16"
 
 
 @pytest.mark.parametrize(

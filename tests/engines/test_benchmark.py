@@ -23,7 +23,8 @@ from engines.benchmark.speedup import SpeedupSettings, main, run_speedup
 from engines.benchmark.subjects import Runner, Subject, parameter_bytes, random_subject
 from engines.benchmark.timing import Interleaved, Timing, repeats_for, time_interleaved
 from engines.build import build_checkpoint
-from rmd.backbones.tiny import write_tiny_folder
+from engines.errors import EngineMissing
+from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.cascade import Cascade
 from rmd.sampler import initial_noise
 from rmd.size import Size
@@ -155,6 +156,11 @@ def test_speedups_divide_by_the_eager_and_by_the_own_teacher() -> None:
     assert found["over_eager"]["1"]["engines"]["2+2"] == pytest.approx(2.0)
     stock = found["denoising_speedup"]["1"]["teacher"]["diffusers"]["over_eager_teacher"]
     assert stock == pytest.approx(10 / 12)
+    # With the small decoder, over the eager teacher with the full one.
+    measured.timings["eager", 1, "decode, small"] = _timing(0.01)
+    with_small = speedups(rows_of(subject, measured, ["eager", "engines"], [1]))["end_to_end_small_speedup"]["1"]["2+2"]
+    assert with_small["eager"] == {"over_eager_teacher": pytest.approx(10.35 / (0.5 + 0.01 + 0.05))}
+    assert with_small["engines"] == {"over_eager_teacher": pytest.approx(10.35 / (0.25 + 0.01 + 0.025))}
     share = next(row for row in rows if row["variant"] == "eager" and row["schedule"] == "2+2")["decoder_share"]
     assert share == pytest.approx(0.25 / 0.8)
 
@@ -223,6 +229,13 @@ def test_every_family_is_rehearsed_whole(backbone: str, tmp_path: Path) -> None:
     text = speedup_markdown(content)
     assert "A rehearsal with tiny networks" in text and content["command"] in text
     assert ("The paper's figures" in text) == (backbone in ("sdxl", "pixart", "sd3", "wan-14b"))
+    # Both decoders are printed, where diffusers has a small one for these latents.
+    small = not backbone.startswith("wan")
+    assert ("decode, small" in kinds) == ("end to end with the small one, ms" in text) == small
+    assert (content["small_decoder"] == "") == (not small)
+    for row in content["schedules"]:
+        parts = (row["denoise_s"], row["decode_small_s"], row["text_s"])
+        assert row["end_to_end_small_s"] == (pytest.approx(sum(parts)) if small else None)
 
 
 def test_a_checkpoint_is_measured_with_its_own_schedules_and_teacher(tmp_path: Path) -> None:
@@ -235,6 +248,26 @@ def test_a_checkpoint_is_measured_with_its_own_schedules_and_teacher(tmp_path: P
     assert content["teacher"] == {"steps": 50, "guidance_scale": 3.0}
     assert {row["variant"] for row in content["schedules"]} == {"eager"}
     assert set(content["tokens"]) == {"32x32", "64x64"}
+
+
+def test_a_checkpoints_small_decoder_is_measured_beside_its_full_one(tmp_path: Path) -> None:
+    folder = write_tiny_folder("embedded", tmp_path / "checkpoint")
+    decoder = write_tiny_decoder("embedded", tmp_path / "small")
+    settings: dict[str, Any] = {
+        "checkpoint": folder, "dtype": "float32", "batches": (1,), "repeats": 1, "out": tmp_path, "whole_limit": 0.01,
+        "stock": False, "engines": tmp_path / "store", "backend": "eager", "buckets": (1,),
+    }  # fmt: skip
+    with pytest.raises(EngineMissing):
+        run_speedup(SpeedupSettings(**settings, decoder=str(decoder)))
+    build_checkpoint(folder, tmp_path / "store", "eager", dtype="float32", buckets=(1,), decoder=decoder)
+    content = run_speedup(SpeedupSettings(**settings, decoder=str(decoder)))
+    assert content["small_decoder"] == str(decoder)
+    row = next(row for row in content["schedules"] if row["variant"] == "engines")
+    assert row["from_eager"] == ["decode"]  # engines of the full decoder were not built
+    build_checkpoint(folder, tmp_path / "store", "eager", dtype="float32", buckets=(1,), decoder="full")
+    content = run_speedup(SpeedupSettings(**settings, decoder=str(decoder)))
+    assert all(row["from_eager"] == [] for row in content["schedules"] if row["variant"] == "engines")
+    assert not content["failures"]
 
 
 def test_engines_need_their_checkpoint() -> None:

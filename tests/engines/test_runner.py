@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -36,7 +37,7 @@ from engines.target import package_version
 from engines.weights import WeightBank
 from engines.worker import build_in_processes
 from rmd.backbones.registry import load_checkpoint
-from rmd.backbones.tiny import write_tiny_folder
+from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from rmd.sampler import sample
 from rmd.size import Size
@@ -225,6 +226,29 @@ def test_engines_draw_what_the_network_draws(tiny_checkpoint: Path, eager_store:
     )
     assert torch.allclose(again, expected, atol=1e-4)
     assert torch.allclose(served.decode(again, checkpoint.default_cascade.full_size), pictures, atol=1e-3)
+
+
+def test_engines_of_a_small_decoder_stand_beside_those_of_the_full_one(
+    tiny_checkpoint: Path, eager_store: Path, tmp_path: Path
+) -> None:
+    decoder = write_tiny_decoder("sd3", tmp_path / "small")
+    options: dict[str, Any] = {"dtype": "float32", "buckets": (1, 2)}
+    with pytest.raises(EngineMissing, match=f"--decoder {decoder}"):
+        EngineExecutor.open(tiny_checkpoint, eager_store, "eager", decoder=decoder, **options)
+    store = shutil.copytree(eager_store, tmp_path / "store")
+    built = build_checkpoint(tiny_checkpoint, store, "eager", decoder=decoder, **options)
+    assert {manifest.spec.component for manifest in built.built} == {"decoder"} and built.reused > 0
+    small, _ = load_checkpoint(tiny_checkpoint, dtype=torch.float32, decoder=decoder)
+    full, _ = load_checkpoint(tiny_checkpoint, dtype=torch.float32)
+    latents = torch.randn(1, *small.latent_shape(SIZE))
+    for backbone, choice in ((small, decoder), (full, "full"), (full, None)):
+        executor = EngineExecutor.open(tiny_checkpoint, store, "eager", decoder=choice, **options)
+        found = executor.run("decoder", SIZE, {"latents": latents})
+        assert torch.allclose(found, backbone.run("decoder", SIZE, {"latents": latents}), atol=1e-5)
+    executor = EngineExecutor.open(tiny_checkpoint, store, "eager", decoder=decoder, **options)
+    executor.refit(write_tiny_folder("sd3", tmp_path / "other", seed=1))  # other denoiser, the same small decoder
+    found = executor.run("decoder", SIZE, {"latents": latents})
+    assert torch.allclose(found, small.run("decoder", SIZE, {"latents": latents}), atol=1e-5)
 
 
 def test_a_new_checkpoint_is_taken_without_a_restart(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:

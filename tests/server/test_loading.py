@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from typer.testing import CliRunner
 
 from engines.build import build_checkpoint
 from engines.errors import BackendUnavailable
 from engines.planning import EngineOptions
-from rmd.backbones.tiny import write_tiny_folder
+from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
+from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
 from server.core.stations import STUDENT, TEACHER, StationKey
 from server.device import loading
@@ -188,3 +190,23 @@ def test_rmd_serve_says_what_is_wrong_and_stops(tmp_path: Path, monkeypatch: pyt
     file.write_text("port: [\n")
     wrong = runner.invoke(app, ["serve"])
     assert wrong.exit_code == 2 and "not valid YAML" in wrong.output
+
+
+def test_a_server_decodes_with_the_decoder_that_it_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    name = CheckpointFolder.read(checkpoint).backbone_name
+    decoder = write_tiny_decoder(name, tmp_path / "small")
+    small = load_on_cpu(make_settings(checkpoint, decoder=str(decoder), max_batch=1))
+    full = load_on_cpu(make_settings(checkpoint, decoder="full", max_batch=1))
+    for lane, backbone in small.lanes.items():  # the teacher's pictures come through the same decoder
+        size = max(small.card.sizes)
+        latents = torch.randn(1, *backbone.latent_shape(size))
+        with torch.no_grad():
+            expected = AutoencoderTiny.from_pretrained(decoder).decode(latents).sample.mul(0.5).add(0.5).clamp(0, 1)
+        assert torch.allclose(backbone.decode(latents, size), expected, atol=1e-4)
+        assert not torch.allclose(full.lanes[lane].decode(latents, size), expected, atol=1e-2)
+
+
+def test_a_decoder_that_does_not_fit_says_so_at_the_start(checkpoint: Path, tmp_path: Path) -> None:
+    decoder = write_tiny_decoder("sdxl", tmp_path / "taesd", latent_channels=7)
+    with pytest.raises(ValueError, match=r"taesd does not fit .*: latent_channels is 7, expected"):
+        load_on_cpu(make_settings(checkpoint, decoder=str(decoder)))

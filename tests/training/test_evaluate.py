@@ -14,7 +14,8 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from rmd.backbones.tiny import write_tiny_folder
+from rmd.backbones.decoders import TinyDecoder
+from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.dtypes import dtype_name, native_dtype
 from training.data.dataset import PictureSet, Record
 from training.data.split import twin_of, unit_hash
@@ -451,3 +452,20 @@ def test_sheets_show_hash_chosen_prompts_and_are_png_files(checkpoint: Path, dat
 def test_a_contact_sheet_needs_one_picture_a_prompt() -> None:
     with pytest.raises(ValueError, match="1 pictures for 2 prompts"):
         contact_sheet([("row", np.zeros((1, 8, 8, 3), np.uint8))], ["a", "b"], "title")
+
+
+def test_a_small_decoders_pictures_are_never_taken_for_the_full_ones(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    decoder = write_tiny_decoder("embedded", tmp_path / "small")
+    settings = _settings(checkpoint, data, tmp_path)
+    plain, small = Models(settings), Models(replace(settings, decoder=str(decoder)))
+    assert small.digest("student") != plain.digest("student")  # the key of the cache of pictures
+    assert Models(replace(settings, decoder="full")).digest("student") == plain.digest("student")
+    assert small.provenance()["decoder"] == str(decoder) and plain.provenance()["decoder"] == "full"
+    for weights in ("student", "teacher"):
+        assert isinstance(small.load(weights).component_modules()["decoder"], TinyDecoder)
+    # The ceiling in the table is the full autoencoder's, which alone has an encoder.
+    pixels = torch.rand(1, 3, 64, 64, dtype=plain.dtype)
+    with torch.no_grad():
+        assert torch.equal(small.autoencoder().encode(pixels), plain.autoencoder().encode(pixels))

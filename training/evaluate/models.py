@@ -13,7 +13,7 @@ import torch
 from rmd.backbones.base import Backbone, Executor
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
-from rmd.checkpoint import CASCADE_FILE, CheckpointFolder, TeacherSpec, file_digest
+from rmd.checkpoint import CASCADE_FILE, FULL_DECODER, CheckpointFolder, TeacherSpec, file_digest, folder_digest
 from rmd.dtypes import dtype_name, native_dtype
 from rmd.presets import preset
 from rmd.profiles import PROFILES
@@ -42,6 +42,7 @@ class EvaluationSettings:
         feature_dtype: "float32" or "bfloat16" for EfficientNet-Lite0.
         compile: run the denoiser through torch.compile.
         executor: of a weights folder's networks, such as engines; eager when None.
+        decoder: folder of a small decoder for every row, or "full"; what the checkpoint names when None.
         executor_name: for the report and the cache of pictures.
         device: such as "cpu" or "cuda".
     """
@@ -63,6 +64,7 @@ class EvaluationSettings:
     compile: bool = False
     executor: Callable[[Path], Executor] | None = None
     executor_name: str = "eager"
+    decoder: str | None = None
     device: str = "cpu"
 
 
@@ -73,7 +75,8 @@ class Models:
         self.settings = settings
         folder = settings.checkpoint
         if (folder / CASCADE_FILE).is_file():
-            checkpoint = CheckpointFolder.read(folder)
+            checkpoint = CheckpointFolder.read(folder).with_decoder(settings.decoder)
+            self.decoder = checkpoint.decoder_path
             self.backbone_name = checkpoint.backbone_name
             self.cascades: dict[str, Cascade] = dict(checkpoint.cascades)
             self.default = checkpoint.default
@@ -83,6 +86,7 @@ class Models:
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder} is not a folder; give the path of a checkpoint folder")
             self.backbone_name, self.default = "embedded", "2+2"
+            self.decoder = None if settings.decoder in (None, FULL_DECODER) else Path(str(settings.decoder))
             self.cascades = {}
             self.teacher = _teacher_spec("embedded")
             teacher_folder = folder
@@ -109,6 +113,7 @@ class Models:
         return {
             "settings": {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()},
             "checkpoint": {"folder": str(settings.checkpoint), "weights": self.digest("student")},
+            "decoder": FULL_DECODER if self.decoder is None else str(self.decoder),
             "teacher": {
                 **asdict(self.teacher),
                 "folder": str(self.folder("teacher")),
@@ -136,7 +141,7 @@ class Models:
         """The backbone with those weights, in the device's own dtype."""
         if weights not in self._loaded:
             backbone = get_backbone(self.backbone_name).load(
-                self.folder(weights), dtype=self.dtype, device=self.settings.device
+                self.folder(weights), dtype=self.dtype, device=self.settings.device, decoder=self.decoder
             )
             backbone.sizes = self.cascades[self.default].sizes  # the teacher's own schedule runs at the largest
             if self.settings.compile:
@@ -147,6 +152,15 @@ class Models:
             self._loaded[weights] = backbone
         return self._loaded[weights]
 
+    def autoencoder(self) -> Any:
+        """The embedded models' full autoencoder: a small decoder has no encoder to go with it."""
+        full = self.load("teacher") if self.decoder is None else self._full_teacher()
+        return full.component_modules()["decoder"].vae
+
+    def _full_teacher(self) -> Backbone:
+        kind = get_backbone(self.backbone_name)
+        return kind.load(self.folder("teacher"), dtype=self.dtype, device=self.settings.device)
+
     def digest(self, weights: str) -> str:
         """sha256 over the digests of denoiser's and autoencoder's weight files; with what runs them, and in what."""
         folder = self.folder(weights)
@@ -154,6 +168,8 @@ class Models:
             path for part in ("transformer", "unet", "vae") for path in (folder / part).glob("*.safetensors")
         )
         digest = hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+        if self.decoder is not None:
+            digest = f"{digest} decoder {folder_digest(self.decoder)}"
         how = [self.settings.executor_name] if self.settings.executor is not None else []
         how += [dtype_name(self.dtype)] if self.dtype != torch.bfloat16 else []
         return " ".join([digest, *how])

@@ -122,7 +122,7 @@ def _text_alignment(
 
 
 def _autoencoder_row(models: Models, measurer: SetMeasurer, pictures: PictureSet, store: FeatureStore) -> RowResult:
-    autoencoder = models.load("teacher").component_modules()["decoder"].vae
+    autoencoder = models.autoencoder()
     originals = list(composites(pictures, measurer.test.indices))
     copies = [reconstruct(autoencoder, batch) for batch in originals]
     features = torch.cat([store.of(batch) for batch in copies])

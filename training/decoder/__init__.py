@@ -1,0 +1,1 @@
+"""Small decoders, distilled from a backbone's own autoencoder."""
