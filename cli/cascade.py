@@ -109,6 +109,8 @@ def retime(
     if name not in checkpoint.cascades:
         raise ValueError(f"--schedule {name!r} is not in {folder}: {', '.join(checkpoint.cascades)}")
     old = checkpoint.cascades[name]
+    if isinstance(old.step_noise_intensity, tuple):
+        raise ValueError(f"{folder}: {name}'s noise intensities, one a transition, were made for the times it has")
     moved = Cascade.from_steps(
         old.name,
         _timesteps(timesteps),

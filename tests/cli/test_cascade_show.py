@@ -107,6 +107,14 @@ def test_a_checkpoints_steps_are_moved_and_nothing_else(tmp_path: Path) -> None:
     assert replace(after, cascades={**after.cascades, "2+2": same}) == before
 
 
+def test_a_schedule_whose_noise_was_made_for_its_times_is_not_moved(tmp_path: Path) -> None:
+    folder = write_tiny_folder("sdxl", tmp_path / "turbo")
+    (folder / "cascade.json").unlink()
+    assert CliRunner().invoke(app, ["write", str(folder), "--preset", "sdxl-turbo-4"]).exit_code == 0
+    wrong = CliRunner().invoke(app, ["retime", str(folder), "--timesteps", "999,700,500,250"])
+    assert "noise intensities, one a transition, were made for the times it has" in str(wrong.exception)
+
+
 def test_presets_are_listed_with_their_sources_and_what_is_not_supported() -> None:
     run = CliRunner()
     text = run.invoke(main, ["presets"]).stdout

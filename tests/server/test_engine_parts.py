@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from rmd.presets import preset
 from rmd.sampler import sample
 from rmd.size import Size
 from server.core import messages
+from server.core.card import Schedule
 from server.core.messages import (
     Began,
     Busy,
@@ -93,6 +95,14 @@ def test_messages_arrive_as_they_were_sent(model: DeviceModel) -> None:
         messages.unpack_message(messages.pack(Submit(WORK)))
     with pytest.raises(msgspec.DecodeError):
         messages.unpack_command(b"\x93nonsense")
+
+
+def test_a_published_students_schedule_passes_the_door_unchanged(model: DeviceModel) -> None:
+    schedules = {
+        name: Schedule(name, preset(name), "student") for name in ("sdxl-turbo-4", "lightx2v-wan-14b", "bottleneck")
+    }
+    ready = Ready((replace(model.card, schedules=schedules),), ())
+    assert messages.unpack_message(messages.pack(ready)) == ready
 
 
 def test_pixels_pass_the_door_unchanged() -> None:
