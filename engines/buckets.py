@@ -191,6 +191,8 @@ class BucketExecutor:
             for engine in by_batch.values():
                 engine.unload()
         self._engines.clear()
+        for bank in self._banks.values():
+            bank.close()
         self._banks.clear()
 
     def _place(self, component: str, size: Size | None) -> Place:

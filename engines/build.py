@@ -265,15 +265,17 @@ def build_engine(
     def builder(folder: Path) -> Manifest:
         manifest = compiler.build(module, spec, folder)
         watch = Stopwatch()
-        engine = compiler.load(manifest, folder, WeightBank(module))
-        seconds = watch.seconds
+        bank = WeightBank(module)
         try:
+            engine = compiler.load(manifest, folder, bank)
+            seconds = watch.seconds
             error = worst_relative_l2(engine, module, inputs)
+            engine.unload()
             check_accuracy(spec, error)
         except EngineAccuracyError as inaccurate:
             raise EngineAccuracyError(f"{inaccurate}; it is not published. Use --backend eager") from None
         finally:
-            engine.unload()
+            bank.close()
         return manifest.updated(relative_l2=error, tolerance=tolerance_of(spec), load_seconds=seconds)
 
     return store.build(spec.key, builder)
@@ -314,6 +316,8 @@ def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedE
         manifest = manifest.updated(load_seconds=load_seconds, latency_seconds=latencies)
         store.update(manifest)
         updated.append(manifest)
+    for bank in banks.values():
+        bank.close()
     return updated
 
 

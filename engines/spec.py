@@ -153,7 +153,7 @@ class EngineSpec:
         return found
 
 
-CONVERSION = 1
+CONVERSION = 2
 """Part of every key. Raise it when a compiler's own code (packing, profiles, export) changes what comes out."""
 
 
@@ -182,7 +182,9 @@ def graph_digest(module: nn.Module) -> str:
         if config is not None:
             digest.update(_config_text(config).encode())
     for name, tensor in module.named_parameters(remove_duplicate=False):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode())
+        # Kernels are chosen for strides, and compiled for them.
+        lies = "" if tensor.is_contiguous() else f" strides {tensor.stride()}"
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{lies}\n".encode())
     for name, buffer in module.named_buffers(remove_duplicate=False):
         # Loaders cast buffers, constructors on the meta device do not; the dtype is a part of the spec anyway.
         digest.update(f"{name}{tuple(buffer.shape)}\n".encode())

@@ -36,9 +36,12 @@ def test_a_constant_is_traced_to_its_parameter_and_layout(layout: str) -> None:
     weights = {"a": torch.randn(48, 32), "b": torch.randn(48, 32), "joined": torch.randn(96, 32)}
     block = 16 if layout in ("blocked", "vnni") else 0
     sources = {"joined": Recipe(("x", "y", "z"))}
-    assert find_recipe(lay_out(weights["b"], layout, block), weights, sources) == Recipe(("b",), layout, block)
+    strides = (1, 32) if layout == "transposed" else None
+    assert find_recipe(lay_out(weights["b"], layout, block), weights, sources) == Recipe(
+        ("b",), layout, block, strides=strides
+    )
     assert find_recipe(lay_out(weights["joined"], layout, block), weights, sources) == Recipe(
-        ("x", "y", "z"), layout, block
+        ("x", "y", "z"), layout, block, strides=strides
     )
     assert find_recipe(torch.randn(48, 32), weights, sources) is None
 
@@ -61,6 +64,25 @@ def test_released_parameters_are_no_longer_counted(net: nn.Module) -> None:
     assert bank.module is None
     assert net.get_parameter("up.weight").numel() == net.get_parameter("down.weight").numel() == 0
     assert net.get_parameter("up.bias").numel() == 64
+    assert net.get_buffer("shift").numel() == 0, "position tables are hundreds of megabytes"
+
+
+def test_a_table_whose_crop_is_packed_may_be_left_out_of_new_weights() -> None:
+    """As SD3's positions are: the engines read the middle, and the whole table is dropped."""
+    module = nn.Module()
+    module.linear = nn.Linear(4, 4).requires_grad_(False)
+    module.register_buffer("table", torch.randn(1, 16, 4))
+    crop, other = Recipe(("table",), crop=(2, 2)), torch.randn(1, 16, 4)
+    bank = WeightBank(module)
+    middle = bank.constant(crop)
+    before = middle.clone()
+    bank.release([Recipe(("linear.weight",)), Recipe(("linear.bias",)), crop])
+    assert "table" not in bank.tensors
+    new = {"linear.weight": torch.ones(4, 4), "linear.bias": torch.ones(4)}
+    bank.refit(new)
+    assert torch.equal(middle, before) and torch.equal(module.linear.weight, new["linear.weight"])
+    bank.refit({**new, "table": other})
+    assert torch.equal(middle, crop.make({"table": other}))
 
 
 def test_new_weights_reach_packed_joined_and_plain_constants_in_place(net: nn.Module) -> None:
