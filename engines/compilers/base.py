@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engines.errors import EngineError, EngineInputError
 from engines.manifest import Manifest
+from engines.sources import code_digest
 from engines.spec import EngineSpec, TensorSpec, graph_digest
 from engines.target import Target, package_version
 from engines.weights import WeightBank
@@ -174,6 +175,8 @@ class Compiler(ABC):
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers")
     """Distributions whose versions are part of the key: masks and attention of the text encoders are transformers'."""
+    sources: ClassVar[tuple[str, ...]]
+    """Modules of this project whose code shapes an engine; a digest of them is part of the key."""
 
     @abstractmethod
     def capabilities(self, device: str) -> Capabilities:
@@ -210,6 +213,7 @@ class Compiler(ABC):
             versions={name: package_version(name) for name in self.packages},
             settings=self.settings(request),
             weights=request.weights if mode in ("embedded", "refittable") else None,
+            code=code_digest(self.sources),
         )
 
     @abstractmethod

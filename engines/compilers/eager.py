@@ -27,6 +27,7 @@ class EagerCompiler(Compiler):
     """Runs anywhere, takes any number of rows, and is what the others are measured against."""
 
     name = "eager"
+    sources = ("engines.compilers.eager", "engines.weights")
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""

@@ -22,7 +22,7 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
-from engines.compilers.exported import package, used_tensors, user_inputs
+from engines.compilers.exported import known_options, package, used_tensors, user_inputs
 from engines.compilers.packing import (
     EAGER_ROUNDING,
     WEIGHTS_OUTSIDE,
@@ -35,6 +35,7 @@ from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.rewrites import rewriting
 from engines.spec import EngineSpec, TensorSpec
+from engines.target import host_instructions
 from engines.weights import Recipe, WeightBank, hollow, strides_of
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,19 @@ _EXTENSIONS = {
 }
 
 
+# Variables that change what inductor makes, and those among them that only say where and how long it may work.
+_VARIABLES = ("TORCHINDUCTOR_", "AOT_INDUCTOR_")
+_NOT_THE_CODE = (
+    "_CACHE",
+    "_CACHE_DIR",
+    "_COMPILE_THREADS",
+    "_WORKER_START",
+    "_TIMEOUT",
+    "_TIMEOUT_SECONDS",
+    "_SAVE_ARGS",
+    "_VEC_ISA_OK",
+)
+
 # An engine for a GPU has host code too: without this it would be for the very CPU that it was built beside.
 _ANY_HOST = {"cpp.march": "", **WEIGHTS_OUTSIDE}
 
@@ -64,6 +78,13 @@ class InductorCompiler(Compiler):
     """``torch.export``, then AOTInductor with static shapes; one package per engine."""
 
     name = "inductor"
+    sources = (
+        "engines.compilers.exported",
+        "engines.compilers.inductor",
+        "engines.compilers.packing",
+        "engines.rewrites",
+        "engines.weights",
+    )
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""
@@ -83,11 +104,14 @@ class InductorCompiler(Compiler):
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """See :meth:`Compiler.settings`."""
-        settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False}
+        settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False, **_environment()}
         if request.target.device == "cpu":
-            settings |= EAGER_ROUNDING | WEIGHTS_OUTSIDE | {"threads": torch.get_num_threads()}
+            settings |= known_options(EAGER_ROUNDING | WEIGHTS_OUTSIDE) | {"threads": torch.get_num_threads()}
         else:
-            settings |= _ANY_HOST
+            settings |= known_options(_ANY_HOST)
+            if not known_options(_ANY_HOST).keys() >= _ANY_HOST.keys():
+                # Older versions have no such option: the host code is for this very processor.
+                settings["host"] = host_instructions()
         if request.dtype == "float32":
             settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         if self.weights_mode(request) == "packed":
@@ -228,6 +252,15 @@ class InductorEngine(Engine):
         for tensor in self._inside.values():
             hollow(tensor)
         self._borrowed, self._inside = [], {}
+
+
+def _environment() -> dict[str, str | int | float | bool]:
+    """The variables by which inductor is told to compile otherwise."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and not name.endswith(_NOT_THE_CODE)
+    }
 
 
 def _plain(tensor: Tensor) -> Tensor:

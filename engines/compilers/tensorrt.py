@@ -50,6 +50,12 @@ class TensorRTCompiler(Compiler):
 
     name: ClassVar[str] = "tensorrt"
     packages = (*Compiler.packages, "torch-tensorrt", "tensorrt")
+    sources = (
+        "engines.compilers.exported",
+        "engines.compilers.tensorrt",
+        "engines.compilers.tensorrt_conversion",
+        "engines.weights",
+    )
     extra: ClassVar[str] = "gpu"
     rtx: ClassVar[bool] = False
 
