@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor, nn
 
 from engines.accuracy import check_accuracy, relative_l2
-from engines.buckets import BucketExecutor, Place, free_memory, place_of
+from engines.buckets import BucketExecutor, Place, place_of
 from engines.compilers.base import Engine
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch
+from engines.exhaustion import free_memory
 from engines.loader import EngineLoader
 from engines.manifest import MANIFEST, Manifest
 from engines.planning import CheckpointPlan, PlannedEngine

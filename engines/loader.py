@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
-from engines.buckets import free_memory, is_out_of_memory
 from engines.build import as_it_runs
 from engines.compilers.base import Engine
 from engines.errors import EngineMismatch
+from engines.exhaustion import free_memory, is_out_of_memory
 from engines.manifest import Manifest
 from engines.planning import CheckpointPlan
 from engines.store import EngineStore

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engines import exhaustion
 from engines.build import build_checkpoint, loadable_options, measure, missing_engines, plan_checkpoint
 from engines.compilers import get_compiler
 from engines.compilers.eager import EagerEngine
@@ -26,6 +27,7 @@ from engines.errors import (
     EngineMissing,
     NotEnoughMemory,
 )
+from engines.exhaustion import is_out_of_memory
 from engines.manifest import MANIFEST, Manifest
 from engines.memory import MemoryPlan, weight_bytes, workspace_bytes
 from engines.planning import CheckpointPlan, EngineOptions
@@ -126,6 +128,27 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(net: nn.Module) -> No
     with pytest.raises(RuntimeError, match="device was lost"):
         executor.run("denoiser", SIZE, {**net_inputs(2), "latents": torch.full((2, 8, 16), 1e6)})
     assert executor.buckets("denoiser", SIZE) == (1, 2)
+
+
+def test_an_error_that_does_not_say_why_is_a_lack_of_memory_where_the_allocator_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """AOTInductor's runtime of torch 2.11 names its own source line, whatever has happened."""
+    mute = RuntimeError("run_func_(...) API call failed at model_container_runner.cpp, line 138")
+    assert not is_out_of_memory(mute)
+    refused = [2, 0]
+    monkeypatch.setattr(exhaustion, "_seen", {0: 2})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda index: {"num_ooms": refused[index]})
+    assert not is_out_of_memory(mute), "those were others' failures"
+    refused[1] += 1
+    assert is_out_of_memory(mute) and not is_out_of_memory(mute)
+    refused[0] += 1
+    assert not is_out_of_memory(RuntimeError("an illegal memory access was encountered"))
+    for text in ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(text))
 
 
 # ---- whole checkpoints -----------------------------------------------------------------------------------------------
