@@ -322,9 +322,8 @@ def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedE
 
 
 def as_it_runs(engine: Engine, cuda_graphs: bool = True) -> Engine:
-    """The engine as it serves: replayed as a CUDA graph where it is compiled code on a GPU."""
-    on_gpu = engine.manifest.spec.target.device == "cuda"
-    if not (cuda_graphs and on_gpu) or engine.manifest.weights_mode == "module":
+    """The engine as it serves: replayed as a CUDA graph on a GPU, whether it is compiled code or the network itself."""
+    if not cuda_graphs or engine.manifest.spec.target.device != "cuda":
         return engine
     from engines.cuda_graphs import GraphedEngine
 

@@ -10,7 +10,7 @@ from engines.compilers.base import Engine
 from engines.errors import EngineMismatch
 from engines.exhaustion import free_memory, is_out_of_memory
 from engines.manifest import Manifest
-from engines.planning import CheckpointPlan
+from engines.planning import CheckpointPlan, PlannedEngine
 from engines.store import EngineStore
 from engines.weights import Recipe, WeightBank
 
@@ -41,6 +41,22 @@ class EngineLoader:
         self._foreign = foreign
         self._cuda_graphs = cuda_graphs
         self._command = plan.command(store.root)
+        self._made: dict[str, Manifest] = {}
+
+    def find(self, planned: PlannedEngine) -> Manifest | None:
+        """A planned engine's record; None where it has to be built first.
+
+        Raises:
+            EngineCorrupt: its manifest cannot be read.
+        """
+        key, compiler = planned.spec.key, self.plan.compiler
+        if key not in self._made:
+            manifest = self.store.get(key)
+            if manifest is not None or not compiler.on_the_spot(self.plan.target.device):
+                return manifest
+            folder = self.store.folder(key)  # which it does not need
+            self._made[key] = compiler.build(self.plan.modules[planned.component], planned.spec, folder)
+        return self._made[key]
 
     def check(self, manifests: Iterable[Manifest]) -> None:
         """Whether the engines fit this machine, are whole, and may run these weights.

@@ -24,7 +24,7 @@ class MemoryPlan:
 
     Attributes:
         weights: by component; once for shared weights, once an engine for those inside engines.
-        workspace: of the largest engine, or of all where CUDA graphs keep theirs.
+        workspace: of the largest engine, and of every one that keeps its own.
         building: further bytes while engines are compiled.
         available: on the device, when the plan was made.
         device: for the message.

@@ -224,20 +224,22 @@ class CheckpointPlan:
     def memory(self, workers: int = 1) -> MemoryPlan:
         """What the engines will take when loaded, and what ``workers`` compilers take beside them."""
         weights: dict[str, int] = {}
-        workspaces = []
+        shared, apart = [0], 0
         for engine in self.engines:
             own = weight_bytes(self.modules[engine.component])
             inside = engine.spec.weights_mode in ("embedded", "refittable")
             weights[engine.component] = weights.get(engine.component, 0) + own if inside else own
             inputs = self.backbone.example_inputs(engine.component, engine.size, 1)
-            workspaces += [
-                batch * self._workspace(engine.component, engine.size, inputs) for batch in engine.spec.batches
-            ]
-        on_gpu = self.target.device == "cuda"
+            row = self._workspace(engine.component, engine.size, inputs)
+            if inside:
+                apart += row * sum(engine.spec.batches)
+            else:
+                shared.append(row * engine.spec.batch)
         largest = max((weight_bytes(module) for module in self.modules.values()), default=0)
         return MemoryPlan(
             weights=weights,
-            workspace=sum(workspaces) if on_gpu else max(workspaces, default=0),
+            # Execution contexts of plans keep their own; CUDA graphs share one, and so do all runs on a CPU.
+            workspace=max(shared) + apart,
             building=workers * _BUILDING_COPIES[self.target.device] * largest if self.options.backend != "eager" else 0,
             available=available_bytes(self.options.device),
             device=self.options.device,

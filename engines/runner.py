@@ -92,17 +92,17 @@ class EngineExecutor(BucketExecutor):
             foreign: those weights are not the checkpoint's own.
         """
         command = plan.command(store.root)
+        loader = EngineLoader(plan, store, foreign=foreign, cuda_graphs=cuda_graphs)
         manifests: list[Manifest] = []
         missing: list[EngineSpec] = []
         for planned in plan.engines:
-            manifest = store.get(planned.spec.key)
+            manifest = loader.find(planned)
             if manifest is None:
                 missing.append(planned.spec)
             else:
                 manifests.append(manifest)
         if missing:
             raise EngineMissing(_missing_message(missing, store, plan, command))
-        loader = EngineLoader(plan, store, foreign=foreign, cuda_graphs=cuda_graphs)
         loader.check(manifests)
         for component in {manifest.spec.component for manifest in manifests if manifest.holds_weights}:
             loader.make_room(component)

@@ -160,6 +160,11 @@ class Engine(ABC):
     def on_refit(self) -> None:  # noqa: B027  -- most engines need not know
         """Told when the weights that this engine reads were replaced, by it or by another that shares them."""
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where weights lie that may be moved behind this engine's back: a recording of it is of no use once these
+        are others."""
+        return ()
+
     @abstractmethod
     def memory(self) -> EngineMemory:
         """Bytes held; those of :attr:`~engines.manifest.Manifest.embedded_bytes` are counted as shared."""
@@ -181,6 +186,10 @@ class Compiler(ABC):
     @abstractmethod
     def capabilities(self, device: str) -> Capabilities:
         """What it can do for device kind ``device`` ("cpu" or "cuda") on this machine. Never raises."""
+
+    def on_the_spot(self, device: str) -> bool:
+        """Whether its engines on ``device`` are made where they are loaded, with no need for a store of built ones."""
+        return False
 
     @abstractmethod
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:

@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from engines import exhaustion
 from engines.build import build_checkpoint, loadable_options, measure, missing_engines, plan_checkpoint
 from engines.compilers import get_compiler
-from engines.compilers.eager import EagerEngine
-from engines.cuda_graphs import GraphedEngine
+from engines.compilers.eager import EagerCompiler, EagerEngine
 from engines.errors import (
     BackendUnavailable,
     EngineCorrupt,
@@ -182,6 +180,11 @@ def test_tensorrt_weights_are_counted_once_a_size(tiny_checkpoint: Path, backend
             "denoiser"
         ]  # fmt: skip
 
+    def workspace(backend: str, *buckets: int) -> int:
+        return CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", buckets=buckets)).memory().workspace
+
+    assert workspace(backend, 1, 2, 4) > workspace(backend, 4) > workspace("eager", 4), "contexts keep their own"
+    assert workspace("eager", 1, 2, 4) == workspace("eager", 4), "and CUDA graphs share one pool"
     plan = CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", buckets=(1,)))
     module = plan.modules["denoiser"]
     assert weights(1) == weights(1, 2, 4, 8) == 2 * weight_bytes(module)
@@ -202,17 +205,6 @@ def test_a_plan_without_weights_has_the_keys_and_dtype_of_the_loaded_model(
     assert [engine.spec.key for engine in empty.engines] == [engine.spec.key for engine in loaded.engines]
     # Wan's modulation tables and T5's last products stay float32 beside the rest.
     assert {engine.spec.dtype for engine in loaded.engines if engine.spec.component != "decoder"} == {dtype}
-
-
-def test_an_engine_in_a_cuda_graph_checks_weights_before_any_is_changed(net: nn.Module) -> None:
-    class Fixed(EagerEngine):
-        def check_refit(self, state: Mapping[str, Tensor]) -> None:
-            raise EngineError(f"holds its weights for good, not these {len(state)}")
-
-    compiler, bank = get_compiler("eager"), WeightBank(net)
-    manifest = compiler.build(net, net_spec(net, "eager"), Path())
-    with pytest.raises(EngineError, match="for good, not these 1"):
-        GraphedEngine(Fixed(manifest, bank)).check_refit({"shift": torch.zeros(16)})
 
 
 @pytest.mark.parametrize(
@@ -248,6 +240,21 @@ def test_engines_draw_what_the_network_draws(tiny_checkpoint: Path, eager_store:
     )
     assert torch.allclose(again, expected, atol=1e-4)
     assert torch.allclose(served.decode(again, checkpoint.default_cascade.full_size), pictures, atol=1e-3)
+
+
+def test_engines_that_are_made_on_the_spot_need_no_store(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As eager ones are on a GPU, where they are CUDA graphs."""
+    assert get_compiler("eager").on_the_spot("cuda") and get_compiler("eager").capabilities("cuda").profiles
+    assert not any(get_compiler(name).on_the_spot("cuda") for name in ("inductor", "tensorrt", "tensorrt_rtx"))
+    monkeypatch.setattr(EagerCompiler, "on_the_spot", lambda compiler, device: True)
+    store = tmp_path / "store"
+    executor = EngineExecutor.open(tiny_checkpoint, store, "eager", dtype="float32", buckets=(1, 2))
+    backbone, _ = load_checkpoint(tiny_checkpoint, dtype=torch.float32)
+    inputs = backbone.example_inputs("denoiser", SIZE, 3)
+    assert torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-5)
+    assert executor.buckets("denoiser", SIZE) == (1, 2) and not store.exists()
 
 
 def test_a_new_checkpoint_is_taken_without_a_restart(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
