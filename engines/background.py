@@ -200,8 +200,8 @@ def main() -> None:
             announce=lambda text: tell(announce=text),
             while_serving=True,
         )
-        for _, error in built.failed:
-            tell(failure=failure(error))
+        for each in built.failed:
+            tell(failure=failure(each.error))
     except Exception as error:
         tell(failure=failure(error))
     tell(finished=True)

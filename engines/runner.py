@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.buckets import BucketExecutor, Place
-from engines.build import loadable_options
+from engines.choice import loadable_options
 from engines.compilers.base import Engine
 from engines.errors import EngineError, EngineMismatch, EngineMissing
 from engines.loader import EngineLoader
@@ -64,7 +64,7 @@ class EngineExecutor(BucketExecutor):
             cuda_graphs: replay each engine as one CUDA graph (on CUDA).
 
         Raises:
-            BackendUnavailable: see :func:`~engines.build.loadable_options`.
+            BackendUnavailable: see :func:`~engines.choice.loadable_options`.
             EngineMissing: engines are not built; the message holds the command that builds them.
             EngineMismatch, EngineCorrupt: an engine is not for this machine, or damaged, or holds other weights.
         """

@@ -191,6 +191,11 @@ class Compiler(ABC):
         """Whether its engines on ``device`` are made where they are loaded, with no need for a store of built ones."""
         return False
 
+    def text_in_one_batch(self, device: str) -> bool:
+        """Whether a text encoder needs one engine for all numbers of prompts, since its products round otherwise at
+        another batch, and a picture would depend on who shares it."""
+        return False
+
     @abstractmethod
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """Every setting that touches the engine, with its value."""

@@ -100,7 +100,11 @@ class InductorCompiler(Compiler):
 
             if CUDA_HOME is None:
                 return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)")
-        return Capabilities(True, "", parallel=device == "cpu")
+        return Capabilities(True)
+
+    def text_in_one_batch(self, device: str) -> bool:
+        """Its unpacked products are the CPU library's, which chooses by shape."""
+        return device == "cpu"
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """See :meth:`Compiler.settings`."""

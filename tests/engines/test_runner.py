@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from engines import exhaustion
-from engines.build import build_checkpoint, loadable_options, measure, missing_engines, plan_checkpoint
+from engines.build import build_checkpoint, measure, missing_engines, plan_checkpoint
+from engines.choice import loadable_options
 from engines.compilers import get_compiler
 from engines.compilers.eager import EagerCompiler, EagerEngine
 from engines.errors import (
@@ -27,7 +28,7 @@ from engines.errors import (
 )
 from engines.exhaustion import is_out_of_memory
 from engines.manifest import MANIFEST, Manifest
-from engines.memory import MemoryPlan, weight_bytes, workspace_bytes
+from engines.memory import MemoryPlan, meta_copy, weight_bytes, workspace_bytes
 from engines.planning import CheckpointPlan, EngineOptions
 from engines.runner import EngineExecutor
 from engines.spec import EngineSpec
@@ -415,6 +416,18 @@ def test_a_memory_plan_that_does_not_fit_is_refused() -> None:
     assert plan.total == 5 << 20 and "loaded: 5 MiB, while building 1 MiB more" in plan.describe()
     with pytest.raises(NotEnoughMemory, match=r"need 6 MiB and cuda:0 has 5 MiB free; build smaller buckets"):
         replace(plan, available=5 << 20).check()
+
+
+def test_a_network_is_taken_to_the_meta_device_without_copying_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Net()
+    module.tied = module.up
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: pytest.fail("a weight is copied"))
+    monkeypatch.setattr(Tensor, "__deepcopy__", lambda self, memo: pytest.fail("a buffer is copied"))
+    copied = meta_copy(module)
+    assert {tensor.device.type for tensor in [*copied.parameters(), *copied.buffers()]} == {"meta"}
+    assert copied.tied is copied.up and copied.up.weight is not module.up.weight  # type: ignore[attr-defined]
+    assert [p.shape for p in copied.parameters()] == [p.shape for p in module.parameters()]
+    assert module.up.weight.device.type == "cpu"
 
 
 def test_workspace_does_not_count_the_scores_of_attention() -> None:
