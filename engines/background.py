@@ -204,8 +204,8 @@ def main() -> None:
             while_serving=True,
             decoder=job["decoder"],
         )
-        for _, error in built.failed:
-            tell(failure=failure(error))
+        for each in built.failed:
+            tell(failure=failure(each.error))
     except Exception as error:
         tell(failure=failure(error))
     tell(finished=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import statistics
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from engines.compilers.base import Engine, EngineMemory
 from engines.errors import EngineError, EngineInputError, EngineMissing
+from engines.exhaustion import free_memory, is_out_of_memory
 from engines.manifest import Manifest
 from engines.weights import WeightBank
 from rmd.size import Size
@@ -191,6 +191,8 @@ class BucketExecutor:
             for engine in by_batch.values():
                 engine.unload()
         self._engines.clear()
+        for bank in self._banks.values():
+            bank.close()
         self._banks.clear()
 
     def _place(self, component: str, size: Size | None) -> Place:
@@ -202,20 +204,6 @@ class BucketExecutor:
             sizes = sorted(str(other) for name, other in self._engines if name == component)
             raise EngineMissing(f"no engine of {component!r} at size {place[1]}; there are {', '.join(sizes)}")
         return place
-
-
-def free_memory() -> None:
-    """Give back what is not used any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a run failed for lack of memory, on any device."""
-    text = str(error).lower()
-    phrases = ("out of memory", "can't allocate memory", "bad_alloc", "not enough memory", "status_alloc_failed")
-    return isinstance(error, torch.OutOfMemoryError) or any(phrase in text for phrase in phrases)
 
 
 def _rows(component: str, inputs: Mapping[str, Tensor]) -> int:

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +21,12 @@ from engines.accuracy import (
     worst_relative_l2,
 )
 from engines.accuracy import relative_l2 as relative_l2
+from engines.buckets import Place, place_of
 from engines.compilers.base import Compiler, Engine, Stopwatch, example_tensors
-from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, NotEnoughDisk
+from engines.errors import EngineAccuracyError, EngineError, NotEnoughDisk
 from engines.manifest import Manifest
 from engines.memory import MemoryPlan, available_bytes, weight_bytes
-from engines.planning import CheckpointPlan, EngineOptions, PlannedEngine, default_buckets, load_backbone
+from engines.planning import CheckpointPlan, EngineOptions, PlannedEngine, load_backbone
 from engines.progress import BuildProgress as BuildProgress
 from engines.progress import Report
 from engines.spec import EngineSpec
@@ -35,8 +36,19 @@ from rmd.checkpoint import CheckpointFolder
 
 log = logging.getLogger(__name__)
 
+_OVERHEAD_BYTES = 1 << 30  # of a process with torch and, on a GPU, its context
+_CUDA_WORKERS = 4  # the host compiles most of the time; more would wait for each other on the GPU
 _MEASURE_SECONDS = 0.4
 _MEASURE_RUNS = (5, 50)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An engine that could not be built, why, and where it was to run."""
+
+    title: str
+    error: EngineError
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class BuildReport:
         reused: how many were there already.
         seconds: wall-clock of all of it.
         note: one sentence when another backend than the first choice was taken.
-        failed: titles of engines that could not be built, and why.
+        failed: what could not be built with any backend.
     """
 
     built: tuple[Manifest, ...]
@@ -57,7 +69,12 @@ class BuildReport:
     backend: str
     memory: MemoryPlan
     note: str = ""
-    failed: tuple[tuple[str, EngineError], ...] = ()
+    failed: tuple[Failure, ...] = ()
+
+    @property
+    def unpacked(self) -> tuple[Manifest, ...]:
+        """Engines that were to have their weights as kernels read them, and could not: they are slower."""
+        return tuple(manifest for manifest in self.built if manifest.weights_mode != manifest.spec.weights_mode)
 
 
 def plan_checkpoint(
@@ -86,39 +103,6 @@ def missing_engines(plan: CheckpointPlan, store: EngineStore) -> list[PlannedEng
     return [engine for engine in plan.engines if not store.has(engine.spec.key)]
 
 
-def loadable_options(
-    checkpoint: CheckpointFolder,
-    store: EngineStore,
-    backend: str = "auto",
-    device: str = "cpu",
-    dtype: str = "auto",
-    buckets: Sequence[int] | None = None,
-) -> tuple[EngineOptions, str]:
-    """What to load engines with, and one sentence when it is not the first choice.
-
-    A machine that cannot build (no C++ compiler) still runs AOTInductor engines that are all in its store already.
-
-    Raises:
-        BackendUnavailable: the named backend cannot build here, and its engines are not there either.
-        EngineError: a wrong bucket or dtype.
-    """
-    unavailable: BackendUnavailable | None = None
-    try:
-        options, note = EngineOptions.resolve(backend, device, dtype, buckets)
-        if backend != "auto" or options.backend != "eager":
-            return options, note
-    except BackendUnavailable as error:
-        if backend != "inductor":
-            raise
-        unavailable = error
-    built = EngineOptions("inductor", device, dtype, default_buckets(device) if buckets is None else tuple(buckets))
-    if not missing_engines(CheckpointPlan(checkpoint, built), store):
-        return built, ""
-    if unavailable is not None:
-        raise unavailable
-    return options, note
-
-
 def build_checkpoint(
     checkpoint: Path | str,
     store: EngineStore | Path | str,
@@ -134,6 +118,9 @@ def build_checkpoint(
     decoder: Path | str | None = None,
 ) -> BuildReport:
     """Build what is missing, then measure it with nothing else running.
+
+    Where a backend fails, "auto" goes on with the next (TensorRT, AOTInductor, eager) and logs why: with all engines,
+    or beside a server with those that failed. A backend that was named fails with the error.
 
     Args:
         checkpoint: folder.
@@ -155,35 +142,100 @@ def build_checkpoint(
     """
     watch = Stopwatch()
     store = store if isinstance(store, EngineStore) else EngineStore(store)
-    options, note = EngineOptions.resolve(backend, device, dtype, buckets)
-    plan = CheckpointPlan.read(checkpoint, options, decoder)
-    missing = missing_engines(plan, store)
+    ladder, note = EngineOptions.ladder(backend, device, dtype, buckets)
+    folder = CheckpointFolder.read(checkpoint).with_decoder(decoder)
+    if while_serving:  # what runs eager needs no engine for it
+        ladder = tuple(options for options in ladder if options.backend != "eager") or ladder
+    reports: list[BuildReport] = []
+    places: set[Place] | None = None
+    onward = _Onward(progress or (lambda _: None))
+    for options, lower in zip(ladder, (*ladder[1:], None), strict=True):
+        plan = CheckpointPlan(folder, options)
+        try:
+            report = _build_with(plan, store, places, note, onward, workers, announce, while_serving)
+        except NotEnoughDisk:
+            raise
+        except EngineError as error:
+            if lower is None:
+                raise
+            reason = str(error)
+            if while_serving:  # what it did build is in service by now
+                lacking = {place_of(engine.component, engine.size) for engine in missing_engines(plan, store)}
+                places = lacking if places is None else places & lacking
+        else:
+            reports.append(report)
+            if not report.failed or lower is None:
+                break
+            reason = f"{report.failed[0].title}: {report.failed[0].error}"
+            places = {failure.place for failure in report.failed}
+        assert lower is not None
+        note = f"{options.backend} is given up for {lower.backend}: {reason}"
+        log.warning("%s", note)
+        onward.step_down()
+    if not while_serving:
+        _measure_untimed(plan, store)
+    built = tuple(store.get(manifest.key) or manifest for report in reports for manifest in report.built)
+    whole = replace(reports[-1], built=built, reused=reports[0].reused, seconds=watch.seconds)
+    if whole.unpacked:
+        first = whole.unpacked[0]
+        log.warning("%d of %d engines: %s (%s)", len(whole.unpacked), len(built), first.note, first.spec.title)
+    return whole
+
+
+def _build_with(
+    plan: CheckpointPlan,
+    store: EngineStore,
+    places: set[Place] | None,
+    note: str,
+    progress: Report,
+    workers: int | None,
+    announce: Callable[[str], None] | None,
+    while_serving: bool,
+) -> BuildReport:
+    """Build with one backend what is missing at these places, or at all."""
+    watch = Stopwatch()
+    engines = [e for e in plan.engines if places is None or place_of(e.component, e.size) in places]
+    missing = [engine for engine in engines if not store.has(engine.spec.key)]
     count = _workers(plan, len(missing), workers)
     memory = plan.memory(count)
     if announce is not None:
         announce("\n".join([*([note] if note else []), memory.describe()]))
-    failed: list[tuple[str, EngineError]] = []
+    failed: list[Failure] = []
     if missing:
         memory.check()
         store.check_places(engine.spec.key for engine in missing)
         # Large batches take longest to compile, so they start first and no worker ends alone with one.
         missing.sort(key=plan.serving_order if while_serving else lambda engine: -engine.spec.batch)
-        for title, error in _build_all(plan, store, missing, count, watch, progress or (lambda _: None)):
+        for engine, error in _build_all(plan, store, missing, count, watch, progress):
             if not while_serving:
                 raise error
-            failed.append((title, error))
-    if not while_serving:
-        _measure_untimed(plan, store)
+            failed.append(Failure(engine.spec.title, error, place_of(engine.component, engine.size)))
     built = [store.get(engine.spec.key) for engine in missing]
     return BuildReport(
         built=tuple(manifest for manifest in built if manifest is not None),
-        reused=len(plan.engines) - len(missing),
+        reused=len(engines) - len(missing),
         seconds=watch.seconds,
-        backend=options.backend,
+        backend=plan.options.backend,
         memory=memory,
         note=note,
         failed=tuple(failed),
     )
+
+
+class _Onward:
+    """Progress that goes on where another backend was given up."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._before = self._now = 0
+
+    def __call__(self, told: BuildProgress) -> None:
+        self._now = told.done
+        self._report(replace(told, done=self._before + told.done, total=self._before + told.total))
+
+    def step_down(self) -> None:
+        self._before += self._now
+        self._now = 0
 
 
 def _measure_untimed(plan: CheckpointPlan, store: EngineStore) -> None:
@@ -198,8 +250,13 @@ def _workers(plan: CheckpointPlan, engines: int, asked: int | None) -> int:
     if not plan.compiler.capabilities(plan.target.device).parallel:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    each = 3 * max(weight_bytes(module) for module in plan.modules.values()) + (1 << 30)
-    fitting = available_bytes("cpu") // each
+    weights = [weight_bytes(module) for module in plan.modules.values()]
+    fitting = available_bytes("cpu") // (3 * max(weights) + _OVERHEAD_BYTES)
+    if plan.target.device == "cuda":
+        # Each worker holds the whole model on the GPU, and runs its largest part beside an engine of it.
+        cores = min(cores, _CUDA_WORKERS)
+        on_device = sum(weights) + max(weights) + plan.memory().workspace + _OVERHEAD_BYTES
+        fitting = min(fitting, available_bytes(plan.options.device) // on_device)
     return max(1, min(asked or cores, engines, fitting))
 
 
@@ -210,8 +267,8 @@ def _build_all(
     workers: int,
     watch: Stopwatch,
     report: Report,
-) -> Generator[tuple[str, EngineError], None, None]:
-    """Builds ``missing`` in this order; yields what failed."""
+) -> Generator[tuple[PlannedEngine, EngineError], None, None]:
+    """Builds ``missing`` in this order; yields what failed, and why."""
 
     def finished(done: int, title: str) -> None:
         left = watch.seconds / done * (len(missing) - done) if done else None
@@ -227,11 +284,16 @@ def _build_all(
                 raise
             except EngineError as error:
                 yield engine, error
+            except Exception as error:  # compilers raise what they like
+                yield engine, EngineError(f"{type(error).__name__}: {error}")
             else:
                 yield engine, None
 
     finished(0, missing[0].spec.title)
-    if workers > 1:
+    # On a GPU in a process of its own even alone: a compiler that crashes there takes nothing else with it, and all
+    # of its memory is given back.
+    alone = plan.target.device == "cuda" and not plan.compiler.on_the_spot("cuda")
+    if workers > 1 or alone:
         from engines.worker import build_in_processes
 
         results = build_in_processes(plan, store, missing, workers)
@@ -240,7 +302,7 @@ def _build_all(
     with closing(results):
         for done, (engine, error) in enumerate(results, 1):
             if error is not None:
-                yield engine.spec.title, error
+                yield engine, error
             finished(done, engine.spec.title)
 
 
@@ -268,15 +330,17 @@ def build_engine(
     def builder(folder: Path) -> Manifest:
         manifest = compiler.build(module, spec, folder)
         watch = Stopwatch()
-        engine = compiler.load(manifest, folder, WeightBank(module))
-        seconds = watch.seconds
+        bank = WeightBank(module)
         try:
+            engine = compiler.load(manifest, folder, bank)
+            seconds = watch.seconds
             error = worst_relative_l2(engine, module, inputs)
+            engine.unload()
             check_accuracy(spec, error)
         except EngineAccuracyError as inaccurate:
             raise EngineAccuracyError(f"{inaccurate}; it is not published. Use --backend eager") from None
         finally:
-            engine.unload()
+            bank.close()
         return manifest.updated(relative_l2=error, tolerance=tolerance_of(spec), load_seconds=seconds)
 
     return store.build(spec.key, builder)
@@ -317,13 +381,14 @@ def measure(plan: CheckpointPlan, store: EngineStore, engines: Sequence[PlannedE
         manifest = manifest.updated(load_seconds=load_seconds, latency_seconds=latencies)
         store.update(manifest)
         updated.append(manifest)
+    for bank in banks.values():
+        bank.close()
     return updated
 
 
 def as_it_runs(engine: Engine, cuda_graphs: bool = True) -> Engine:
-    """The engine as it serves: replayed as a CUDA graph where it is compiled code on a GPU."""
-    on_gpu = engine.manifest.spec.target.device == "cuda"
-    if not (cuda_graphs and on_gpu) or engine.manifest.weights_mode == "module":
+    """The engine as it serves: replayed as a CUDA graph on a GPU, whether it is compiled code or the network itself."""
+    if not cuda_graphs or engine.manifest.spec.target.device != "cuda":
         return engine
     from engines.cuda_graphs import GraphedEngine
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from engines.accuracy import check_accuracy, relative_l2
-from engines.buckets import BucketExecutor, Place, free_memory, place_of
+from engines.buckets import BucketExecutor, Place, place_of
 from engines.compilers.base import Engine
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch
+from engines.exhaustion import free_memory
 from engines.loader import EngineLoader
 from engines.manifest import MANIFEST, Manifest
 from engines.planning import CheckpointPlan, PlannedEngine
@@ -20,12 +23,32 @@ from rmd.size import Size
 
 log = logging.getLogger(__name__)
 
+RECORDED_SECONDS = 0.5
+"""What takes longer than this is not recorded on the spot: see :class:`EngineLoader`."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An engine that may come into service: of which plan, best first, and where."""
+
+    rung: int
+    planned: PlannedEngine
+    place: Place
+
+    @property
+    def component(self) -> str:
+        return self.planned.component
+
+    @property
+    def key(self) -> str:
+        return self.planned.spec.key
+
 
 class LiveExecutor(BucketExecutor):
     """An :class:`~rmd.backbones.base.Executor` that runs eager what has no engine yet. One thread at a time.
 
     Packed constants and eager weights coexist until all engines of a component are in service; then the weights that
-    none of them reads are dropped.
+    none of them reads are dropped. A batch at a place takes the engine of the best backend that has one.
 
     Args:
         plan: its backbone has its weights; they may be taken apart here.
@@ -36,6 +59,8 @@ class LiveExecutor(BucketExecutor):
         wanted: which places get engines, (component, size in pixels or None); all of the plan where it is None. A
             component with none of them stays eager; one with some runs nowhere else once those are in service, but it
             is in ``keep_eager``.
+        below: the same checkpoint's plans with the backends that stand in where the first has no engine (yet), best
+            first; of the same backbone.
     """
 
     def __init__(
@@ -47,17 +72,25 @@ class LiveExecutor(BucketExecutor):
         cuda_graphs: bool = True,
         keep_eager: frozenset[str] = frozenset(),
         wanted: Iterable[Place] | None = None,
+        below: Sequence[CheckpointPlan] = (),
     ) -> None:
-        self._loader = EngineLoader(plan, store, foreign=foreign, cuda_graphs=cuda_graphs)
-        super().__init__({}, self._loader.banks, plan.options.backend, self._loader.padded)
+        load = partial(EngineLoader, store=store, foreign=foreign, cuda_graphs=cuda_graphs, patience=RECORDED_SECONDS)
+        first = load(plan)
+        self._loaders = [first, *(load(other, banks=first.banks) for other in below)]
+        super().__init__({}, first.banks, plan.options.backend, first.padded)
         self._plan = plan
         self._store = store
         self._keep_eager = keep_eager
         self._eager = EagerExecutor(plan.modules)
         places = None if wanted is None else set(wanted)
-        engines = sorted(plan.engines, key=plan.serving_order)
-        self._planned = [e for e in engines if places is None or place_of(e.component, e.size) in places]
+        self._planned = [
+            _Candidate(rung, planned, place_of(planned.component, planned.size))
+            for rung, each in enumerate((plan, *below))
+            for planned in sorted(each.engines, key=each.serving_order)
+            if places is None or place_of(planned.component, planned.size) in places
+        ]
         self._engines = {place: {} for place in self.planned()}
+        self._rungs: dict[tuple[Place, int], int] = {}  # which backend serves a batch of a place
         self._taken: set[str] = set()
         self._released: set[str] = set()
         self._refused: dict[str, tuple[int, int]] = {}
@@ -99,14 +132,14 @@ class LiveExecutor(BucketExecutor):
         Returns:
             Its place; None if there is nothing new.
         """
-        for planned in self._planned:
-            key = planned.spec.key
-            stamp = None if key in self._taken else self._stamp(planned)
+        for candidate in self._planned:
+            key = candidate.key
+            stamp = self._stamp(candidate) if self._is_useful(candidate) else None
             if stamp is None or stamp == self._refused.get(key):
                 continue
-            if self._adopt(planned, compare=True):
-                self._release_complete(planned.component)
-                return place_of(planned.component, planned.size)
+            if self._adopt(candidate, compare=True):
+                self._release_complete(candidate.component)
+                return candidate.place
             self._refused[key] = stamp
         return None
 
@@ -122,37 +155,49 @@ class LiveExecutor(BucketExecutor):
         Returns:
             How many were taken.
         """
-        here = [e for e in self._planned if e.spec.key not in self._taken and self._stamp(e) is not None]
+        here = [each for each in self._planned if self._is_useful(each) and self._stamp(each) is not None]
         self._make_room(here)
         count = 0
-        for planned in here:
-            report(count, len(here), planned.spec.title)
-            stamp = self._stamp(planned)
-            if self._adopt(planned, False):
+        for candidate in here:
+            if not self._is_useful(candidate):  # a better one has been taken
+                continue
+            report(count, len(here), candidate.planned.spec.title)
+            stamp = self._stamp(candidate)
+            if self._adopt(candidate, False):
                 count += 1
             elif stamp is not None:
-                self._refused[planned.spec.key] = stamp
-        for component in {planned.component for planned in here}:
+                self._refused[candidate.key] = stamp
+        for component in {candidate.component for candidate in here}:
             self._release_complete(component)
         return count
 
-    def _stamp(self, planned: PlannedEngine) -> tuple[int, int] | None:
+    def _is_useful(self, candidate: _Candidate) -> bool:
+        """Whether it is not in service, can be, and is better than what is."""
+        runs_the_network = candidate.planned.spec.weights_mode == "module"
+        if candidate.key in self._taken or (runs_the_network and candidate.component in self._released):
+            return False
+        place, none = candidate.place, len(self._loaders)
+        wanted = set(candidate.planned.spec.batches) & set(self.planned()[place])
+        return any(self._rungs.get((place, batch), none) > candidate.rung for batch in wanted)
+
+    def _stamp(self, candidate: _Candidate) -> tuple[int, int] | None:
         """What changes when an engine is built anew; None where there is none."""
+        plan = self._loaders[candidate.rung].plan
         try:
-            found = (self._store.folder(planned.spec.key) / MANIFEST).stat()
+            found = (self._store.folder(candidate.key) / MANIFEST).stat()
         except OSError:
-            return None
+            return (0, 0) if plan.compiler.on_the_spot(plan.target.device) else None
         return found.st_ino, found.st_mtime_ns
 
-    def _adopt(self, planned: PlannedEngine, compare: bool) -> bool:
-        place = place_of(planned.component, planned.size)
+    def _adopt(self, candidate: _Candidate, compare: bool) -> bool:
+        planned, place, loader = candidate.planned, candidate.place, self._loaders[candidate.rung]
         engines: dict[int, Engine] = {}
         try:
-            manifest = self._store.get(planned.spec.key)
+            manifest = loader.find(planned)
             if manifest is None:
                 return False
-            self._loader.check([manifest])
-            engines = self._loader.load(manifest, needed=not self._engines[place])
+            loader.check([manifest])
+            engines = loader.load(manifest, needed=not self._engines[place])
             if compare and planned.component not in self._released:
                 for engine in engines.values():
                     check_accuracy(manifest.spec, relative_l2(engine, *self._reference(planned)))
@@ -161,15 +206,30 @@ class LiveExecutor(BucketExecutor):
             reason = str(error) or type(error).__name__
             log.warning("engine %s is not used, its station goes on as it is: %s", planned.spec.title, reason)
         else:
-            self._engines[place] = dict(sorted({**self._engines[place], **engines}.items()))
-            self._taken.add(planned.spec.key)
-            self._forget_splits(place)
+            self._put_in_service(candidate, engines)
             return True
         for engine in engines.values():
             engine.unload()
         engines.clear()
         free_memory()
         return False
+
+    def _put_in_service(self, candidate: _Candidate, engines: dict[int, Engine]) -> None:
+        place, serving = candidate.place, dict(self._engines[candidate.place])
+        for batch in candidate.planned.spec.batches:
+            if self._rungs.get((place, batch), len(self._loaders)) <= candidate.rung:
+                if batch in engines:
+                    engines.pop(batch).unload()
+                continue
+            self._rungs[place, batch] = candidate.rung
+            former = serving.pop(batch, None)
+            if former is not None:
+                former.unload()
+            if batch in engines:
+                serving[batch] = engines[batch]
+        self._engines[place] = dict(sorted(serving.items()))
+        self._taken.add(candidate.key)
+        self._forget_splits(place)
 
     def _reference(self, planned: PlannedEngine) -> tuple[nn.Module, dict[str, Tensor]]:
         """The network and its inputs in service at the widest batch of the place, made once."""
@@ -179,41 +239,54 @@ class LiveExecutor(BucketExecutor):
             self._typical[place] = self._plan.typical_inputs(planned.component, planned.size, widest)
         return self._eager.modules[planned.component], self._typical[place]
 
-    def _make_room(self, here: list[PlannedEngine]) -> None:
+    def _make_room(self, here: list[_Candidate]) -> None:
         """Engines that hold their weights do not share; where all are there and sound, the network's own copy goes."""
         found: dict[str, list[Manifest]] = {}
-        for planned in here:
-            if planned.spec.weights_mode in ("embedded", "refittable") and planned.component not in self._keep_eager:
+        for candidate in here:
+            holding = candidate.planned.spec.weights_mode in ("embedded", "refittable") and not candidate.rung
+            if holding and candidate.component not in self._keep_eager:
                 try:
-                    manifest = self._store.get(planned.spec.key)
+                    manifest = self._store.get(candidate.key)
                     if manifest is not None:
-                        self._loader.check([manifest])
-                        found.setdefault(planned.component, []).append(manifest)
+                        self._loaders[0].check([manifest])
+                        found.setdefault(candidate.component, []).append(manifest)
                 except (EngineCorrupt, EngineMismatch):
                     continue  # told when it is its turn
         for component, manifests in found.items():
-            if len(manifests) == sum(planned.component == component for planned in self._planned):
-                self._loader.make_room(component)
+            first = [each for each in self._planned if each.component == component and not each.rung]
+            if len(manifests) == len(first):
+                self._loaders[0].make_room(component)
                 self._released.add(component)
 
     def _release_complete(self, component: str) -> None:
-        """Drop a component's weights that no engine reads, once all of its engines are in service."""
-        own = [planned for planned in self._planned if planned.component == component]
-        if component in self._keep_eager or self.kind == "eager":
+        """Drop a component's weights that no engine reads, once all of its batches have an engine that needs no
+        network."""
+        if component in self._keep_eager:
             return
-        if own and all(planned.spec.key in self._taken for planned in own):
+        own = {place: batches for place, batches in self.planned().items() if place[0] == component}
+        if own and all(self._is_compiled(place, batch) for place, batches in own.items() for batch in batches):
             manifests = [manifest for manifest in self.manifests() if manifest.spec.component == component]
-            self._loader.release(component, manifests)
+            if any(manifest.weights_mode == "module" for manifest in manifests):
+                return
+            self._loaders[0].release(component, manifests)
             self._released.add(component)
             self._typical = {place: inputs for place, inputs in self._typical.items() if place[0] != component}
             free_memory()
+
+    def _is_compiled(self, place: Place, batch: int) -> bool:
+        """Whether a batch is served by what it was to be served by: not by what stands in until that is built."""
+        rung = self._rungs.get((place, batch))
+        if rung is None:
+            return False
+        plan = self._loaders[rung].plan
+        return rung == 0 or not plan.compiler.on_the_spot(plan.target.device)
 
     # ---- what the server asks -------------------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
-        """Whether every planned engine is in service."""
-        return len(self._taken) == len(self._planned)
+        """Whether every batch at every place is served by an engine that was built for it."""
+        return all(self._is_compiled(place, batch) for place, batches in self.planned().items() for batch in batches)
 
     def buckets(self, component: str, size: Size | None) -> tuple[int, ...]:
         """Batch sizes that have an engine, ascending; empty while eager."""
@@ -226,13 +299,14 @@ class LiveExecutor(BucketExecutor):
     def planned(self) -> dict[Place, tuple[int, ...]]:
         """Every place that is to have engines, with all their batch sizes."""
         found: dict[Place, list[int]] = {}
-        for planned in self._planned:
-            found.setdefault(place_of(planned.component, planned.size), []).extend(planned.spec.batches)
+        for candidate in self._planned:
+            if not candidate.rung:
+                found.setdefault(candidate.place, []).extend(candidate.planned.spec.batches)
         return {place: tuple(sorted(batches)) for place, batches in found.items()}
 
     def unload(self) -> None:
         """Free all engines and weights."""
         super().unload()
-        self._loader.banks.clear()
+        self._loaders[0].banks.clear()
         self._eager.modules.clear()
         self._typical.clear()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 
-from engines.buckets import free_memory, is_out_of_memory
+import torch
+
 from engines.build import as_it_runs
-from engines.compilers.base import Engine
-from engines.errors import EngineMismatch
+from engines.compilers.base import Engine, Stopwatch
+from engines.errors import EngineError, EngineMismatch
+from engines.exhaustion import free_memory, is_out_of_memory
 from engines.manifest import Manifest
-from engines.planning import CheckpointPlan
+from engines.planning import CheckpointPlan, PlannedEngine
 from engines.store import EngineStore
 from engines.weights import Recipe, WeightBank
 
@@ -25,6 +28,9 @@ class EngineLoader:
         store: of the built engines.
         foreign: those weights are not the checkpoint's own, such as the teacher's.
         cuda_graphs: replay each engine as one CUDA graph (on CUDA).
+        banks: of another loader of the same weights; None: own ones.
+        patience: seconds that a run may take for an engine to be made on the spot. Recording such a one saves the
+            launching of its kernels, which is nothing beside a long run; a film's step would be run for minutes.
 
     Attributes:
         banks: the weights of each component.
@@ -32,15 +38,39 @@ class EngineLoader:
     """
 
     def __init__(
-        self, plan: CheckpointPlan, store: EngineStore, *, foreign: bool = False, cuda_graphs: bool = True
+        self,
+        plan: CheckpointPlan,
+        store: EngineStore,
+        *,
+        foreign: bool = False,
+        cuda_graphs: bool = True,
+        banks: dict[str, WeightBank] | None = None,
+        patience: float = math.inf,
     ) -> None:
         self.plan = plan
         self.store = store
-        self.banks = {name: WeightBank(module) for name, module in plan.modules.items()}
+        self.banks = {name: WeightBank(module) for name, module in plan.modules.items()} if banks is None else banks
         self.padded = plan.compiler.capabilities(plan.target.device).static_shapes
         self._foreign = foreign
+        self._patience = patience if plan.compiler.on_the_spot(plan.target.device) else math.inf
         self._cuda_graphs = cuda_graphs
         self._command = plan.command(store.root)
+        self._made: dict[str, Manifest] = {}
+
+    def find(self, planned: PlannedEngine) -> Manifest | None:
+        """A planned engine's record; None where it has to be built first.
+
+        Raises:
+            EngineCorrupt: its manifest cannot be read.
+        """
+        key, compiler = planned.spec.key, self.plan.compiler
+        if key not in self._made:
+            manifest = self.store.get(key)
+            if manifest is not None or not compiler.on_the_spot(self.plan.target.device):
+                return manifest
+            folder = self.store.folder(key)  # which it does not need
+            self._made[key] = compiler.build(self.plan.modules[planned.component], planned.spec, folder)
+        return self._made[key]
 
     def check(self, manifests: Iterable[Manifest]) -> None:
         """Whether the engines fit this machine, are whole, and may run these weights.
@@ -67,16 +97,39 @@ class EngineLoader:
             needed: its smallest batch has to fit; else it may have none.
 
         Returns:
-            By batch; the batches for which there is no memory are left out.
+            By batch; the batches for which there is no memory, or no patience, are left out.
+
+        Raises:
+            EngineError: not even the smallest batch is worth it.
         """
         loaded = self.plan.compiler.load(manifest, self.store.folder(manifest.key), self.banks[manifest.spec.component])
         found: dict[int, Engine] = {}
         for batch in manifest.spec.batches:
+            if self._patience < math.inf and (seconds := self._seconds(loaded.at(batch))) > self._patience:
+                if not found:
+                    raise EngineError(f"a run takes {seconds:.1f} s, beside which launching its kernels is nothing")
+                break
             engine = self._warm(loaded, batch, needed and not found)
             if engine is None:
                 break
             found[batch] = engine
         return found
+
+    def _seconds(self, engine: Engine) -> float:
+        """Of one run as it is, without being recorded, the second after all that is done lazily."""
+        try:
+            engine.warmup(1)
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize(engine.device)
+            watch = Stopwatch()
+            engine.warmup(1)
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize(engine.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return 0.0  # told when it is warmed
+        return watch.seconds
 
     def _warm(self, loaded: Engine, batch: int, needed: bool) -> Engine | None:
         """The engine at one of its batches, run once; None where that is out of memory and a smaller one is there."""

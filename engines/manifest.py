@@ -12,9 +12,7 @@ from typing import Any
 from engines.errors import EngineCorrupt
 from engines.spec import EngineSpec, TensorSpec
 
-FORMAT = 4
-# As 4, but without a digest of the record itself.
-_UNGUARDED = 3
+FORMAT = 5
 MANIFEST = "manifest.json"
 
 
@@ -137,10 +135,9 @@ class Manifest:
             raise EngineCorrupt(f"{path} is missing; {advice}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise EngineCorrupt(f"{path} is not JSON ({error}); {advice}") from None
-        if not isinstance(data, dict) or data.get("format") not in (FORMAT, _UNGUARDED):
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise EngineCorrupt(f"{path}: field 'format' is not {FORMAT}; {advice}")
-        digest = data.pop("digest", None)
-        if digest != _digest(data) and (digest is not None or data["format"] == FORMAT):
+        if data.pop("digest", None) != _digest(data):
             raise EngineCorrupt(f"{path} was altered: it is not what its field 'digest' says; {advice}")
         try:
             manifest = cls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class MemoryPlan:
 
     Attributes:
         weights: by component; once for shared weights, once an engine for those inside engines.
-        workspace: of the largest engine, or of all where CUDA graphs keep theirs.
+        workspace: of the largest engine, and of every one that keeps its own.
         building: further bytes while engines are compiled.
         available: on the device, when the plan was made.
         device: for the message.
@@ -74,6 +75,16 @@ def available_bytes(device: torch.device | str) -> int:
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, wherever they lie; shared ones once."""
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A copy on the meta device, ties kept, made without copying a weight: on a GPU a second set may not fit."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
 
 
 def workspace_bytes(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:

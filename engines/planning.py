@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.compilers import choose_backend, get_compiler
+from engines.compilers import backend_ladder, get_compiler
 from engines.compilers.base import Compiler, EngineRequest, example_tensors
 from engines.errors import EngineError
-from engines.memory import MemoryPlan, available_bytes, weight_bytes, workspace_bytes
+from engines.memory import MemoryPlan, available_bytes, meta_copy, weight_bytes, workspace_bytes
 from engines.spec import EngineSpec
 from engines.target import parse_device, this_machine
 from rmd.backbones.base import Backbone, BackboneError, weights_dtype
@@ -81,8 +80,25 @@ class EngineOptions:
         Raises:
             BackendUnavailable: the named backend cannot build here.
         """
-        chosen, note = choose_backend(backend, device)
-        return cls(chosen, device, dtype, default_buckets(device) if buckets is None else tuple(buckets)), note
+        ladder, note = cls.ladder(backend, device, dtype, buckets)
+        return ladder[0], note
+
+    @classmethod
+    def ladder(
+        cls,
+        backend: str = "auto",
+        device: str = "cpu",
+        dtype: str = "auto",
+        buckets: Sequence[int] | None = None,
+    ) -> tuple[tuple[EngineOptions, ...], str]:
+        """As :meth:`resolve`, followed by what "auto" steps down to where that fails.
+
+        Raises:
+            BackendUnavailable: the named backend cannot build here.
+        """
+        names, note = backend_ladder(backend, device)
+        sizes = default_buckets(device) if buckets is None else tuple(buckets)
+        return tuple(cls(name, device, dtype, sizes) for name in names), note
 
 
 def default_buckets(device: str) -> tuple[int, ...]:
@@ -153,9 +169,8 @@ class CheckpointPlan:
                 yield from ((component, size, buckets[::2][:2]) for size in self.sizes[:-1])
                 yield component, self.sizes[-1], buckets[::2]
             else:
-                # oneDNN's unpacked products round otherwise at another batch: compiled for a CPU there is one bucket.
+                one = self.compiler.text_in_one_batch(self.target.device)
                 # Not the smallest: prompts that are encoded together reach the denoiser together.
-                one = self.options.device == "cpu" and self.options.backend != "eager"
                 yield component, None, buckets[::2][:2][-1:] if one else buckets[::2]
 
     @cached_property
@@ -212,7 +227,9 @@ class CheckpointPlan:
         """
         if component not in ("denoiser", "decoder"):
             return example_tensors(self.spec(component, size, batch), self.options.device)
-        with torch.random.fork_rng(devices=[]):
+        # The seed is every generator's: that of the GPU is given back too.
+        on_gpu = [torch.cuda.current_device()] if self.options.device.startswith("cuda") else []
+        with torch.random.fork_rng(devices=on_gpu):
             torch.manual_seed(0)
             inputs = self.backbone.example_inputs(component, size, batch)
         if component == "denoiser":
@@ -230,20 +247,22 @@ class CheckpointPlan:
     def memory(self, workers: int = 1) -> MemoryPlan:
         """What the engines will take when loaded, and what ``workers`` compilers take beside them."""
         weights: dict[str, int] = {}
-        workspaces = []
+        shared, apart = [0], 0
         for engine in self.engines:
             own = weight_bytes(self.modules[engine.component])
             inside = engine.spec.weights_mode in ("embedded", "refittable")
             weights[engine.component] = weights.get(engine.component, 0) + own if inside else own
             inputs = self.backbone.example_inputs(engine.component, engine.size, 1)
-            workspaces += [
-                batch * self._workspace(engine.component, engine.size, inputs) for batch in engine.spec.batches
-            ]
-        on_gpu = self.target.device == "cuda"
+            row = self._workspace(engine.component, engine.size, inputs)
+            if inside:
+                apart += row * sum(engine.spec.batches)
+            else:
+                shared.append(row * engine.spec.batch)
         largest = max((weight_bytes(module) for module in self.modules.values()), default=0)
         return MemoryPlan(
             weights=weights,
-            workspace=sum(workspaces) if on_gpu else max(workspaces, default=0),
+            # Execution contexts of plans keep their own; CUDA graphs share one, and so do all runs on a CPU.
+            workspace=max(shared) + apart,
             building=workers * _BUILDING_COPIES[self.target.device] * largest if self.options.backend != "eager" else 0,
             available=available_bytes(self.options.device),
             device=self.options.device,
@@ -254,7 +273,7 @@ class CheckpointPlan:
             module = self.modules[component]
             on_meta = all(tensor.device.type == "meta" for tensor in [*module.parameters(), *module.buffers()])
             if not on_meta:
-                module = copy.deepcopy(module).to("meta")
+                module = meta_copy(module)
             self._workspaces[component, size] = workspace_bytes(module, inputs)
         return self._workspaces[component, size]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.buckets import BucketExecutor, Place
-from engines.build import loadable_options
+from engines.choice import loadable_options
 from engines.compilers.base import Engine
 from engines.errors import EngineError, EngineMismatch, EngineMissing
 from engines.loader import EngineLoader
@@ -67,7 +67,7 @@ class EngineExecutor(BucketExecutor):
             decoder: a small decoder's folder or "full"; what the checkpoint names when None.
 
         Raises:
-            BackendUnavailable: see :func:`~engines.build.loadable_options`.
+            BackendUnavailable: see :func:`~engines.choice.loadable_options`.
             EngineMissing: engines are not built; the message holds the command that builds them.
             EngineMismatch, EngineCorrupt: an engine is not for this machine, or damaged, or holds other weights.
         """
@@ -97,17 +97,17 @@ class EngineExecutor(BucketExecutor):
             foreign: those weights are not the checkpoint's own.
         """
         command = plan.command(store.root)
+        loader = EngineLoader(plan, store, foreign=foreign, cuda_graphs=cuda_graphs)
         manifests: list[Manifest] = []
         missing: list[EngineSpec] = []
         for planned in plan.engines:
-            manifest = store.get(planned.spec.key)
+            manifest = loader.find(planned)
             if manifest is None:
                 missing.append(planned.spec)
             else:
                 manifests.append(manifest)
         if missing:
             raise EngineMissing(_missing_message(missing, store, plan, command))
-        loader = EngineLoader(plan, store, foreign=foreign, cuda_graphs=cuda_graphs)
         loader.check(manifests)
         for component in {manifest.spec.component for manifest in manifests if manifest.holds_weights}:
             loader.make_room(component)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import json
-import linecache
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engines.sources import module_digest, with_helpers
 from engines.target import Target
 
 KEY_LENGTH = 32
 # Settings that say where a network came from, or how it was cast, and not what it computes.
 _NOT_THE_GRAPH = frozenset({"training", "name_or_path", "architectures", "dtype", "torch_dtype"})
+# Of the libraries' own settings those that choose another computation: which attention, whether in slices.
+_PRIVATE = frozenset({"_attn_implementation", "_chunk_size", "_chunk_dim"})
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,12 @@ class EngineSpec:
         weights_mode: "shared" (one copy for all engines, outside the engine), "packed" (the same, in the layout the
             kernels read), "embedded" (inside the engine), "refittable" (inside, replaceable), "module" (eager).
         inputs: in the order of the network's arguments, at the widest batch.
-        graph: digest of the module tree, configuration, parameter shapes and the sources of its classes.
+        graph: see :func:`graph_digest`.
         target: the machine.
         versions: of the libraries that the machine code depends on.
         settings: every setting of the compiler that touches the engine.
         weights: digest of the weights where they are embedded, else None.
+        code: digest of this project's own code that shapes such an engine (:attr:`Compiler.sources`).
     """
 
     component: str
@@ -84,6 +84,7 @@ class EngineSpec:
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    code: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The parts of the key, as stored in a manifest."""
@@ -100,6 +101,7 @@ class EngineSpec:
             "versions": dict(sorted(self.versions.items())),
             "settings": dict(sorted(self.settings.items())),
             "weights": self.weights,
+            "code": self.code,
         }
 
     @classmethod
@@ -118,6 +120,7 @@ class EngineSpec:
             versions=dict(data["versions"]),
             settings=dict(data["settings"]),
             weights=data["weights"],
+            code=str(data["code"]),
         )
 
     @property
@@ -150,85 +153,52 @@ class EngineSpec:
             found.append(f"dtype {self.dtype}, here {wanted.dtype}")
         if self.graph != wanted.graph:
             found.append("another network")
+        if self.code != wanted.code:
+            found.append("another version of this program")
         return found
 
 
-CONVERSION = 1
-"""Part of every key. Raise it when a compiler's own code (packing, profiles, export) changes what comes out."""
-
-
 def graph_digest(module: nn.Module) -> str:
-    """Digest of what a module computes, without its weights' values: tree, settings, shapes, configuration, sources.
+    """Digest of what a module computes, without its weights' values: tree, settings, shapes, strides, configuration,
+    and the source files of its classes with the functions that those files take from their own package.
 
     The same for a module on the meta device. Shapes of the inputs are no part of it.
     """
-    digest = hashlib.sha256(f"conversion {CONVERSION}".encode())
-    sources: set[type] = set()
+    digest = hashlib.sha256()
+    sources: set[str] = set()
     for name, child in module.named_modules():
         kind = type(child)
-        sources.add(kind)
+        sources.add(kind.__module__)
         digest.update(f"{name}|{kind.__module__}.{kind.__qualname__}|{child.extra_repr()}\n".encode())
         for attribute, value in sorted(vars(child).items()):
             # Plain settings, such as a scaling factor or an epsilon, change the graph as much as a layer does.
-            plain = isinstance(value, bool | int | float | str | tuple)
-            if plain and not attribute.startswith("_") and attribute not in _NOT_THE_GRAPH:
+            public = not attribute.startswith("_") and attribute not in _NOT_THE_GRAPH
+            if _is_plain(value) and (public or attribute in _PRIVATE):
                 digest.update(f" {attribute}={value!r}\n".encode())
         # diffusers computes attention in a plain object.
         processor = getattr(child, "processor", None)
         if processor is not None and not isinstance(processor, nn.Module):
-            sources.add(type(processor))
+            sources.add(type(processor).__module__)
             digest.update(f" processor={type(processor).__module__}.{type(processor).__qualname__}\n".encode())
         config = getattr(child, "config", None)
         if config is not None:
             digest.update(_config_text(config).encode())
     for name, tensor in module.named_parameters(remove_duplicate=False):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode())
+        # Kernels are chosen for strides, and compiled for them.
+        lies = "" if tensor.is_contiguous() else f" strides {tensor.stride()}"
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{lies}\n".encode())
     for name, buffer in module.named_buffers(remove_duplicate=False):
         # Loaders cast buffers, constructors on the meta device do not; the dtype is a part of the spec anyway.
         digest.update(f"{name}{tuple(buffer.shape)}\n".encode())
-    for kind in sorted(sources, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
-        digest.update(_source(kind).encode())  # type: ignore[arg-type]
+    for name in sorted({other for source in sources for other in with_helpers(source)}):
+        digest.update(f"{name} {module_digest(name)}\n".encode())
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=4096)
-def _source(kind: type) -> str:
-    """As ``inspect.getsource``, which parses the whole file once more for every class of it."""
-    if kind.__module__.startswith("torch."):
-        return ""  # torch's version is in the key
-    try:
-        file = inspect.getsourcefile(kind)
-        first = _classes(file).get(kind.__qualname__) if file else None
-        if file is None or first is None:
-            return inspect.getsource(kind)
-        return "".join(inspect.getblock(linecache.getlines(file)[first:]))
-    except (OSError, TypeError):
-        return ""
-
-
-@lru_cache(maxsize=256)
-def _classes(file: str) -> dict[str, int]:
-    """The line, from 0, where each class of a file begins, its decorators included; by qualified name.
-
-    Not those inside functions, and none that is defined twice.
-    """
-    lines: dict[str, int] = {}
-    twice: set[str] = set()
-
-    def visit(body: list[ast.stmt], prefix: str) -> None:
-        for statement in body:
-            if isinstance(statement, ast.ClassDef):
-                name = prefix + statement.name
-                if name in lines:
-                    twice.add(name)
-                lines[name] = min([statement.lineno, *(part.lineno for part in statement.decorator_list)]) - 1
-                visit(statement.body, f"{name}.")
-            elif isinstance(statement, ast.If | ast.Try | ast.With):
-                for block in ("body", "orelse", "finalbody"):
-                    visit(getattr(statement, block, []), prefix)
-
-    visit(ast.parse("".join(linecache.getlines(file))).body, "")
-    return {name: line for name, line in lines.items() if name not in twice}
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(item is None or _is_plain(item) for item in value)
+    return isinstance(value, bool | int | float | str)
 
 
 def _config_text(config: Any) -> str:
@@ -240,4 +210,6 @@ def _config_text(config: Any) -> str:
         for name, value in data.items()
         if not name.startswith("_") and "version" not in name and name not in _NOT_THE_GRAPH
     }
+    private = {name: getattr(config, name, None) for name in _PRIVATE}
+    kept |= {name: value for name, value in private.items() if _is_plain(value)}
     return json.dumps(kept, sort_keys=True, default=str)

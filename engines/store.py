@@ -2,6 +2,7 @@
 
 <root>/<key>/manifest.json and the engine's files
 <root>/.locks/<key>.lock      held by the one process that builds <key>
+<root>/.locks/<key>.read      times of its files when they were last read against their digests
 <root>/.building-<key>/       an unfinished build; renamed to <key> when complete
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import builtins
 import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +160,8 @@ class EngineStore:
             manifest: of the engine.
             here: this machine.
             command: what to run to build it again; part of the message.
-            digests: also read every file; lengths are always compared.
+            digests: also read every file that has been touched since it was last read; lengths are always compared.
+                (:meth:`verify` reads all of them.)
 
         Raises:
             EngineMismatch: another machine.
@@ -170,17 +174,44 @@ class EngineStore:
                 f"engine {manifest.spec.title} was built for {'; '.join(differences)}. "
                 f"Build it for this machine: {command}"
             )
-        self._check_files(manifest, command, digests)
+        known = self._read_before(manifest.key) if digests else {}
+        self._check_files(manifest, command, digests, known)
+        if digests:
+            self._remember(manifest, known)
 
-    def _check_files(self, manifest: Manifest, command: str, digests: bool = True) -> None:
+    def _check_files(
+        self, manifest: Manifest, command: str, digests: bool = True, known: Mapping[str, str] | None = None
+    ) -> None:
         for name, record in manifest.files.items():
             path = self.folder(manifest.key) / name
-            problem = _file_problem(path, record, digests)
+            unread = (known or {}).get(name) != _stamp(path, record)
+            problem = _file_problem(path, record, digests and unread)
             if problem:
                 raise EngineCorrupt(
                     f"engine {manifest.spec.title}: {path} {problem}. Remove its folder and build it again: "
                     f"rmd engines prune --engines {self.root} --broken && {command}"
                 )
+
+    # Plans of large networks have gigabytes, and a server loads them at every start: what was read against its digest
+    # once, and has the time and inode that it had, is not read again.
+
+    def _read_before(self, key: str) -> dict[str, str]:
+        try:
+            known = json.loads((self.root / ".locks" / f"{key}.read").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _remember(self, manifest: Manifest, known: Mapping[str, str]) -> None:
+        now = {name: _stamp(self.folder(manifest.key) / name, record) for name, record in manifest.files.items()}
+        if now == known:
+            return
+        place = self.root / ".locks" / f"{manifest.key}.read"
+        temporary = place.with_name(f"{place.name}-{os.getpid()}")
+        with suppress(OSError):  # a store that cannot be written is read each time
+            place.parent.mkdir(exist_ok=True)
+            temporary.write_text(json.dumps(now), encoding="utf-8")
+            temporary.replace(place)
 
     def verify(self) -> builtins.list[Problem]:
         """Read every file of every engine and tell what is wrong."""
@@ -274,6 +305,15 @@ def version_differences(manifest: Manifest) -> list[str]:
         for name, version in sorted(manifest.spec.versions.items())
         if package_version(name) != version
     ]
+
+
+def _stamp(path: Path, record: FileRecord) -> str:
+    """What changes when a file does; "" where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{record.sha256} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
 
 
 def _file_problem(path: Path, record: FileRecord, digests: bool) -> str:

@@ -113,6 +113,11 @@ def this_machine(device: torch.device | str) -> Target:
     return Target(kind, name, "", f"{major}.{minor}", torch.version.cuda or "", _driver_major(), gpu)
 
 
+def host_instructions() -> str:
+    """The extensions of this machine's CPU, as :class:`Target` has them."""
+    return _instruction_set()
+
+
 def machine_with(device: str) -> Target:
     """As :func:`this_machine`; where there is no such device, a target that fits no engine of it."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,12 +31,15 @@ class Recipe:
             rows interleaved, as matrix tiles read them).
         block: n; 0 for the layouts without blocks.
         crop: (h, w): the middle of a square table of positions (1, S S, D), as (1, h w, D).
+        strides: in elements, as the kernels were compiled to step through it; None: contiguous. They take an address
+            alone, and would read a matrix that lies the other way round without a word.
     """
 
     sources: tuple[str, ...]
     layout: str = "plain"
     block: int = 0
     crop: tuple[int, int] | None = None
+    strides: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in a manifest."""
@@ -44,21 +48,17 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Read what :meth:`to_dict` wrote."""
-        crop = data.get("crop")
+        crop, strides = data.get("crop"), data.get("strides")
         return cls(
             tuple(data["sources"]),
             str(data["layout"]),
             int(data["block"]),
             None if crop is None else (crop[0], crop[1]),
+            None if strides is None else tuple(int(step) for step in strides),
         )
 
-    @property
-    def is_parameter(self) -> bool:
-        """The constant is a parameter itself, not a copy."""
-        return len(self.sources) == 1 and self.layout == "plain" and self.crop is None
-
     def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The constant; for a single "plain" source that very tensor, not a copy.
+        """The constant; for a single "plain" source that lies as it should that very tensor, not a copy.
 
         Raises:
             EngineError: a source is missing.
@@ -71,7 +71,20 @@ class Recipe:
         if self.crop is not None:
             joined = _middle(joined, *self.crop)
         # A patch embedding's kernel serves as a matrix in every other layout.
-        return lay_out(joined if self.layout == "plain" else joined.flatten(1), self.layout, self.block)
+        made = lay_out(joined if self.layout == "plain" else joined.flatten(1), self.layout, self.block)
+        return made if strides_of(made) == self.strides else self._restrided(made)
+
+    def _restrided(self, made: Tensor) -> Tensor:
+        if self.strides is None:
+            return made.contiguous()
+        return torch.empty_strided(made.shape, self.strides, dtype=made.dtype, device=made.device).copy_(made)
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """A tensor's strides as a :class:`Recipe` has them: None where it is contiguous, and 1 for sides of 1."""
+    if tensor.is_contiguous():
+        return None
+    return tuple(step if side != 1 else 1 for side, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def lay_out(weight: Tensor, layout: str, block: int) -> Tensor:
@@ -107,7 +120,8 @@ def _middle(table: Tensor, height: int, width: int) -> Tensor:
 
 
 def find_recipe(constant: Tensor, candidates: Mapping[str, Tensor], sources: Mapping[str, Recipe]) -> Recipe | None:
-    """How ``constant`` comes from one of ``candidates``, or None. Values decide, so they must be distinct.
+    """How ``constant`` comes from one of ``candidates``, its strides included, or None. Values decide, so they must be
+    distinct.
 
     Args:
         constant: as the compiler left it.
@@ -119,7 +133,7 @@ def find_recipe(constant: Tensor, candidates: Mapping[str, Tensor], sources: Map
             continue
         for layout, block in _possible(constant, tensor):
             if torch.equal(lay_out(tensor, layout, block), constant):
-                base = sources.get(name, Recipe((name,)))
+                base = replace(sources.get(name, Recipe((name,))), strides=strides_of(constant))
                 return base if layout == "plain" else replace(base, layout=layout, block=block)
     return None
 
@@ -161,6 +175,7 @@ class WeightBank:
         """The names of every parameter, in the network's order; several where it is tied."""
         # Weak: a constant lives as long as an engine reads it.
         self._made: weakref.WeakValueDictionary[Recipe, Tensor] = weakref.WeakValueDictionary()
+        self._lent: Counter[Recipe] = Counter()
         self._shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
         self._device = next(iter(self._tensors.values())).device if self._tensors else torch.device("cpu")
 
@@ -171,31 +186,66 @@ class WeightBank:
 
     def constant(self, recipe: Recipe) -> Tensor:
         """The constant of ``recipe``: the same tensor for every engine that asks while one holds it."""
-        if recipe.is_parameter:
-            return recipe.make(self._tensors)
         made = self._made.get(recipe)
         if made is None:
             made = recipe.make(self._tensors)
+            if any(made is self._tensors[name] for name in recipe.sources):
+                return made
             if any(made.data_ptr() == self._tensors[name].data_ptr() for name in recipe.sources):
                 made = made.clone() if recipe.layout != "transposed" else made
             self._made[recipe] = made
         return made
 
+    def lend(self, recipe: Recipe) -> Tensor:
+        """As :meth:`constant`, for a user whose library keeps a reference for ever; to be followed by
+        :meth:`take_back`."""
+        made = self.constant(recipe)
+        self._lent[recipe] += 1
+        return made
+
+    def take_back(self, recipe: Recipe) -> None:
+        """One who borrowed the constant is gone. With the last of them goes its memory, unless it is a parameter."""
+        self._lent[recipe] -= 1
+        if self._lent[recipe] <= 0:
+            del self._lent[recipe]
+            made = self._made.pop(recipe, None)
+            if made is not None:
+                hollow(made)
+
+    def close(self) -> None:
+        """Give everything back; nothing that reads this bank may run any more. The network keeps its own weights."""
+        for tensor in [*self._tensors.values(), *self._made.values()]:
+            hollow(tensor)
+        self._tensors, self.module = {}, None
+        self._made.clear()
+        self._lent.clear()
+
     def release(self, keep: Iterable[Recipe]) -> None:
-        """Drop parameters that no constant in ``keep`` is a view of: their packed copies are the weights now."""
-        used = {
-            recipe.sources[0]
-            for recipe in keep
-            if len(recipe.sources) == 1 and recipe.layout in ("plain", "transposed") and recipe.crop is None
-        }
-        dropped = {tensor.data_ptr() for name, tensor in self._tensors.items() if name not in used}
+        """Drop parameters and buffers that no constant in ``keep`` is a view of: their packed copies are the weights
+        now."""
+        used = {recipe.sources[0] for recipe in keep if self._is_view(recipe)}
+        kept = {self._tensors[name].data_ptr() for name in used}
+        dropped = [tensor for name, tensor in self._tensors.items() if name not in used]
+        # One of a tied parameter's names may be in use, and not the other.
+        addresses = {tensor.data_ptr() for tensor in dropped} - kept
         self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in used}
         if self.module is not None:
             # Whoever else holds the module (a backbone that runs through engines) must not keep a second copy alive.
-            for parameter in self.module.parameters():
-                if parameter.data_ptr() in dropped:
-                    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            for tensor in [*self.module.parameters(), *self.module.buffers()]:
+                if tensor.data_ptr() in addresses:
+                    hollow(tensor)
+        for tensor in dropped:
+            hollow(tensor)  # an engine that was refused, or replaced, has left a reference to it
         self.module = None
+
+    def _is_view(self, recipe: Recipe) -> bool:
+        """Whether its constant has no memory of its own."""
+        if len(recipe.sources) != 1 or recipe.layout not in ("plain", "transposed") or recipe.crop is not None:
+            return False
+        source = self._tensors.get(recipe.sources[0])
+        if source is None:
+            return False
+        return strides_of(lay_out(source, recipe.layout, 0)) == recipe.strides
 
     def refit(self, state: Mapping[str, Tensor]) -> None:
         """Replace weights in place: every engine that shares them sees the new ones at its next run.
@@ -216,7 +266,9 @@ class WeightBank:
         for tied in self.parameters:
             given = next(name for name in tied if name in cast)
             cast |= {name: cast[given] for name in tied if name not in cast}
-        made = {recipe: recipe.make({**self._tensors, **cast}) for recipe in list(self._made)}
+        now = {**self._tensors, **cast}
+        # A table that was dropped once its crop was made, and is not given, is as it was.
+        made = {recipe: recipe.make(now) for recipe in list(self._made) if now.keys() >= set(recipe.sources)}
         with torch.no_grad():
             for recipe, value in made.items():
                 current = self._made.get(recipe)
@@ -243,12 +295,21 @@ class WeightBank:
         tied_to = {name for tied in self.parameters for name in tied}
         for recipe in list(self._made):
             absent = [n for n in recipe.sources if n not in tied_to and n not in state and n not in self._tensors]
-            if absent:
-                raise EngineError(f"refit: the new weights lack {absent[0]!r}")
+            if absent and len(absent) < len(recipe.sources):
+                raise EngineError(f"refit: the new weights lack {absent[0]!r}, which an engine joins with others")
 
     def memory(self) -> int:
         """Bytes of everything held, each storage counted once."""
         return storage_bytes([*self._tensors.values(), *self._made.values()])
+
+
+def hollow(tensor: Tensor) -> None:
+    """Take a tensor's memory, whoever else refers to that very tensor.
+
+    AOTInductor's loader makes a reference to every constant that it is given and deletes none, so what an engine was
+    given would outlive it, and the process would hold one more set of weights for every time that it loads one.
+    """
+    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -79,6 +79,7 @@ class EnginesOnDemand:
         self.modules, self.device, self.dtype = dict(modules), device, dtype
         self._folder = TemporaryDirectory(prefix="rmd-bench-")
         self._engines: dict[Any, Any] = {}
+        self._banks: list[Any] = []
 
     def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
         """See :class:`rmd.backbones.base.Executor`."""
@@ -100,13 +101,17 @@ class EnginesOnDemand:
         folder = Path(self._folder.name) / spec.key
         folder.mkdir(parents=True, exist_ok=True)
         manifest = self.compiler.build(module, spec, folder)
-        return self.compiler.load(manifest, folder, WeightBank(module))
+        self._banks.append(WeightBank(module))
+        return self.compiler.load(manifest, folder, self._banks[-1])
 
     def release(self) -> None:
         """Unload the engines; their files go with this object."""
         for engine in self._engines.values():
             engine.unload()
+        for bank in self._banks:
+            bank.close()
         self._engines.clear()
+        self._banks.clear()
 
 
 def make_executor(

@@ -95,7 +95,8 @@ def _measure(name: str, device: str, dtype: str, store: EngineStore) -> dict[str
         )
         spec = compiler.plan(request)
         manifest = build_engine(compiler, store, module, spec, given)
-        loaded = compiler.load(manifest, store.folder(spec.key), WeightBank(module))
+        bank = WeightBank(module)
+        loaded = compiler.load(manifest, store.folder(spec.key), bank)
         row |= {
             "weights_mode": manifest.weights_mode,
             "build_seconds": round(row.get("build_seconds", 0.0) + manifest.build_seconds, 2),
@@ -111,6 +112,7 @@ def _measure(name: str, device: str, dtype: str, store: EngineStore) -> dict[str
             row["refit"] = _refit(engines[max(BATCHES)], dtype, device, inputs)
         for engine in engines.values():
             engine.unload()
+        bank.close()
     return row
 
 

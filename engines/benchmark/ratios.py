@@ -60,6 +60,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One row a (variant, batch, schedule): denoising and end-to-end seconds."""
     rows: list[dict[str, Any]] = []
+    twice = subject.encodes_empty_prompt
     for batch in batches:
         for variant in (*variants, STOCK):
             decode, decoded_by = _part(measured, variant, batch, "decode")
@@ -74,7 +75,8 @@ def rows_of(
                     continue
                 denoise, how = found
                 # Guidance also needs the empty prompt, once.
-                words = None if text is None else text + ((single or 0.0) if cascade.guidance_scale != 1.0 else 0.0)
+                empty = (single or 0.0) if twice and cascade.guidance_scale != 1.0 else 0.0
+                words = None if text is None else text + empty
                 total = denoise + (decode or 0.0) + (words or 0.0)
                 with_small = None if small is None else denoise + small + (words or 0.0)
                 rows.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ from rmd.size import Size
 
 IMAGE_SPLITS = ("0+4", "1+3", "2+2", "3+1")
 FILM_SPLITS = ("0+6", "3+3")
+
+
+class _Refusing:
+    """An executor that runs nothing."""
+
+    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        raise RuntimeError(f"{component} is not to be run")
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,17 @@ class Subject:
     def sizes(self) -> tuple[Size, ...]:
         """Every size at which a schedule has a step, ascending."""
         return tuple(sorted({size for cascade in (self.teacher, *self.students.values()) for size in cascade.sizes}))
+
+    @property
+    def encodes_empty_prompt(self) -> bool:
+        """Whether guidance costs the teacher one more encoding: SDXL takes zeros in its place."""
+        asked = copy.copy(self.backbone)
+        asked.executor = _Refusing()
+        try:
+            asked.encode_unconditional(1)
+        except Exception:  # it got as far as its tokenizer or its text encoder
+            return True
+        return False
 
 
 def has_transformers() -> bool:

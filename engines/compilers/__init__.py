@@ -34,6 +34,18 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[str, str]:
     """The backend to build with on ``device``, and one sentence when it is not the first choice of "auto".
 
     Raises:
+        BackendUnavailable: see :func:`backend_ladder`.
+    """
+    ladder, note = backend_ladder(name, device)
+    return ladder[0], note
+
+
+def backend_ladder(name: str, device: torch.device | str) -> tuple[tuple[str, ...], str]:
+    """The backends to try in turn on ``device``, and one sentence when the first is not the first choice of "auto".
+
+    A named backend stands alone: what was asked for by name is not replaced by something else.
+
+    Raises:
         BackendUnavailable: there is no such device, or a named backend cannot build here; the message says why and
             what can.
     """
@@ -45,14 +57,18 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[str, str]:
             raise BackendUnavailable(
                 f"backend {name!r} is not available: {can.reason}. Use one of: {', '.join(usable)}"
             )
-        return name, ""
+        return (name,), ""
+    found: list[str] = []
     reasons: list[str] = []
     for candidate in _ORDER[kind]:
         can = get_compiler(candidate).capabilities(kind)
         if can.available:
-            return candidate, f"using {candidate}: {'; '.join(reasons)}" if reasons else ""
-        reasons.append(f"{candidate} is not available ({can.reason})")
-    raise BackendUnavailable("; ".join(reasons))
+            found.append(candidate)
+        elif not found:
+            reasons.append(f"{candidate} is not available ({can.reason})")
+    if not found:
+        raise BackendUnavailable("; ".join(reasons))
+    return tuple(found), f"using {found[0]}: {'; '.join(reasons)}" if reasons else ""
 
 
-__all__ = ["BACKENDS", "COMPILERS", "Capabilities", "Compiler", "choose_backend", "get_compiler"]
+__all__ = ["BACKENDS", "COMPILERS", "Capabilities", "Compiler", "backend_ladder", "choose_backend", "get_compiler"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engines.errors import EngineError, EngineInputError
 from engines.manifest import Manifest
+from engines.sources import code_digest
 from engines.spec import EngineSpec, TensorSpec, graph_digest
 from engines.target import Target, package_version
 from engines.weights import WeightBank
@@ -159,6 +160,11 @@ class Engine(ABC):
     def on_refit(self) -> None:  # noqa: B027  -- most engines need not know
         """Told when the weights that this engine reads were replaced, by it or by another that shares them."""
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where weights lie that may be moved behind this engine's back: a recording of it is of no use once these
+        are others."""
+        return ()
+
     @abstractmethod
     def memory(self) -> EngineMemory:
         """Bytes held; those of :attr:`~engines.manifest.Manifest.embedded_bytes` are counted as shared."""
@@ -174,10 +180,21 @@ class Compiler(ABC):
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers")
     """Distributions whose versions are part of the key: masks and attention of the text encoders are transformers'."""
+    sources: ClassVar[tuple[str, ...]]
+    """Modules of this project whose code shapes an engine; a digest of them is part of the key."""
 
     @abstractmethod
     def capabilities(self, device: str) -> Capabilities:
         """What it can do for device kind ``device`` ("cpu" or "cuda") on this machine. Never raises."""
+
+    def on_the_spot(self, device: str) -> bool:
+        """Whether its engines on ``device`` are made where they are loaded, with no need for a store of built ones."""
+        return False
+
+    def text_in_one_batch(self, device: str) -> bool:
+        """Whether a text encoder needs one engine for all numbers of prompts, since its products round otherwise at
+        another batch, and a picture would depend on who shares it."""
+        return False
 
     @abstractmethod
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
@@ -210,6 +227,7 @@ class Compiler(ABC):
             versions={name: package_version(name) for name in self.packages},
             settings=self.settings(request),
             weights=request.weights if mode in ("embedded", "refittable") else None,
+            code=code_digest(self.sources),
         )
 
     @abstractmethod

@@ -1,8 +1,9 @@
-"""The reference backend: no compilation; an "engine" is the network's own module."""
+"""The reference backend: no compilation; an "engine" is the network's own module, on a GPU in CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,15 +25,21 @@ from engines.weights import WeightBank
 
 
 class EagerCompiler(Compiler):
-    """Runs anywhere, takes any number of rows, and is what the others are measured against."""
+    """Runs anywhere, on a CPU any number of rows, and is what the others are measured against."""
 
     name = "eager"
+    sources = ("engines.compilers.eager", "engines.weights")
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""
         if device == "cuda" and not torch.cuda.is_available():
-            return Capabilities(False, "torch sees no CUDA device", False, profiles=True, parallel=False)
-        return Capabilities(True, static_shapes=False, profiles=True, parallel=False)
+            return Capabilities(False, "torch sees no CUDA device", profiles=True, parallel=False)
+        # On a GPU it is replayed as a CUDA graph, which has a fixed batch.
+        return Capabilities(True, static_shapes=device == "cuda", profiles=True, parallel=False)
+
+    def on_the_spot(self, device: str) -> bool:
+        """A graph is recorded in a second, and in no other process than the one that replays it."""
+        return device == "cuda"
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """None."""
@@ -43,12 +50,13 @@ class EagerCompiler(Compiler):
         return "module"
 
     def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
-        """Runs the module once to learn its output's shape; writes no files."""
+        """Runs one row through the module to learn its output's shape; writes no files."""
         watch = Stopwatch()
         inputs = example_tensors(spec, next(module.parameters()).device)
         with torch.inference_mode():
-            output = module(**inputs)
-        return Manifest(spec, {}, spec.inputs, TensorSpec.of("output", output), "module", build_seconds=watch.seconds)
+            row = TensorSpec.of("output", module(**{name: tensor[:1] for name, tensor in inputs.items()}))
+        output = replace(row, shape=(spec.batch, *row.shape[1:]))
+        return Manifest(spec, {}, spec.inputs, output, "module", build_seconds=watch.seconds)
 
     def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:
         """See :meth:`Compiler.load`."""
@@ -64,6 +72,8 @@ class EagerEngine(Engine):
         super().__init__(manifest, batch)
         self._weights = weights
         self._module = weights.module
+        parameters = [] if self._module is None else list(self._module.parameters())
+        self._ends = [parameters[0], parameters[-1]] if parameters else []
 
     def at(self, batch: int) -> Engine:
         """See :meth:`Engine.at`."""
@@ -100,6 +110,10 @@ class EagerEngine(Engine):
         """See :meth:`Engine.refit`."""
         self._weights.refit(state)
 
+    def addresses(self) -> tuple[int, ...]:
+        """Of the first and the last parameter: whoever moves a module moves it whole."""
+        return tuple(parameter.data_ptr() for parameter in self._ends)
+
     def memory(self) -> EngineMemory:
         """Only the shared weights."""
         return EngineMemory(0, self._weights.memory())
@@ -107,3 +121,4 @@ class EagerEngine(Engine):
     def unload(self) -> None:
         """See :meth:`Engine.unload`."""
         self._module = None
+        self._ends = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from engines.compilers.base import (
     Stopwatch,
     example_tensors,
 )
-from engines.compilers.exported import package, used_tensors, user_inputs
+from engines.compilers.exported import known_options, package, used_tensors, user_inputs
 from engines.compilers.packing import (
     EAGER_ROUNDING,
     WEIGHTS_OUTSIDE,
@@ -34,7 +35,8 @@ from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.rewrites import rewriting
 from engines.spec import EngineSpec, TensorSpec
-from engines.weights import Recipe, WeightBank
+from engines.target import host_instructions
+from engines.weights import Recipe, WeightBank, hollow, strides_of
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,19 @@ _EXTENSIONS = {
 }
 
 
+# Variables that change what inductor makes, and those among them that only say where and how long it may work.
+_VARIABLES = ("TORCHINDUCTOR_", "AOT_INDUCTOR_")
+_NOT_THE_CODE = (
+    "_CACHE",
+    "_CACHE_DIR",
+    "_COMPILE_THREADS",
+    "_WORKER_START",
+    "_TIMEOUT",
+    "_TIMEOUT_SECONDS",
+    "_SAVE_ARGS",
+    "_VEC_ISA_OK",
+)
+
 # An engine for a GPU has host code too: without this it would be for the very CPU that it was built beside.
 _ANY_HOST = {"cpp.march": "", **WEIGHTS_OUTSIDE}
 
@@ -63,6 +78,13 @@ class InductorCompiler(Compiler):
     """``torch.export``, then AOTInductor with static shapes; one package per engine."""
 
     name = "inductor"
+    sources = (
+        "engines.compilers.exported",
+        "engines.compilers.inductor",
+        "engines.compilers.packing",
+        "engines.rewrites",
+        "engines.weights",
+    )
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""
@@ -78,15 +100,22 @@ class InductorCompiler(Compiler):
 
             if CUDA_HOME is None:
                 return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)")
-        return Capabilities(True, "", parallel=device == "cpu")
+        return Capabilities(True)
+
+    def text_in_one_batch(self, device: str) -> bool:
+        """Its unpacked products are the CPU library's, which chooses by shape."""
+        return device == "cpu"
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """See :meth:`Compiler.settings`."""
-        settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False}
+        settings: dict[str, str | int | float | bool] = {"package_constants_in_so": False, **_environment()}
         if request.target.device == "cpu":
-            settings |= EAGER_ROUNDING | WEIGHTS_OUTSIDE | {"threads": torch.get_num_threads()}
+            settings |= known_options(EAGER_ROUNDING | WEIGHTS_OUTSIDE) | {"threads": torch.get_num_threads()}
         else:
-            settings |= _ANY_HOST
+            settings |= known_options(_ANY_HOST)
+            if not known_options(_ANY_HOST).keys() >= _ANY_HOST.keys():
+                # Older versions have no such option: the host code is for this very processor.
+                settings["host"] = host_instructions()
         if request.dtype == "float32":
             settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         if self.weights_mode(request) == "packed":
@@ -147,7 +176,8 @@ class InductorCompiler(Compiler):
                 f"the compiled graph holds the values of {baked[0]!r} itself, and other weights could not reach them"
             )
         _save(inside, folder)
-        return user_inputs(program, inputs), output, {name: Recipe((name,)) for name in wanted if name in held}
+        recipes = {name: Recipe((name,), strides=strides_of(held[name])) for name in wanted if name in held}
+        return user_inputs(program, inputs), output, recipes
 
     def _manifest(
         self,
@@ -182,18 +212,24 @@ class InductorEngine(Engine):
     """A loaded package whose constants point into the weight bank."""
 
     def __init__(self, manifest: Manifest, folder: Path, weights: WeightBank) -> None:
-        from safetensors.torch import load_file
-
         super().__init__(manifest)
         self._loader: Any = _loader(folder / PACKAGE, manifest.spec.target.device)
         _check_extensions(self._loader.get_metadata(), manifest)
         self._weights = weights
-        constants = {name: weights.constant(Recipe.from_dict(recipe)) for name, recipe in manifest.constants.items()}
-        inside = load_file(folder / CONSTANTS, device=str(self.device)) if (folder / CONSTANTS).is_file() else {}
+        self._borrowed: list[Recipe] = []
+        self._inside = _saved(folder, self.device)
+        self._private = sum(tensor.nbytes for tensor in self._inside.values()) + manifest.bytes
         # The loader keeps pointers only: these tensors must live as long as it does.
-        self._constants: dict[str, Tensor] = {**constants, **inside}
-        self._private = sum(tensor.nbytes for tensor in inside.values()) + manifest.bytes
-        self._loader.load_constants(self._constants, False, True, True)
+        self._constants: dict[str, Tensor] = dict(self._inside)
+        try:
+            for name, entry in manifest.constants.items():
+                recipe = Recipe.from_dict(entry)
+                self._constants[name] = weights.lend(recipe)
+                self._borrowed.append(recipe)
+            self._loader.load_constants(self._constants, False, True, True)
+        except BaseException:
+            self.unload()
+            raise
 
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
         if self._loader is None:
@@ -212,9 +248,23 @@ class InductorEngine(Engine):
         return EngineMemory(self._private, self._weights.memory())
 
     def unload(self) -> None:
-        """See :meth:`Engine.unload`."""
+        """See :meth:`Engine.unload`. What it borrowed is freed with the last borrower, parameters with their bank."""
         self._loader = None
         self._constants = {}
+        for recipe in self._borrowed:
+            self._weights.take_back(recipe)
+        for tensor in self._inside.values():
+            hollow(tensor)
+        self._borrowed, self._inside = [], {}
+
+
+def _environment() -> dict[str, str | int | float | bool]:
+    """The variables by which inductor is told to compile otherwise."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and not name.endswith(_NOT_THE_CODE)
+    }
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -229,12 +279,26 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _save(constants: Mapping[str, Tensor], folder: Path) -> None:
-    """Keep constants that are no weights beside the package."""
+    """Keep constants that are no weights beside the package, with the strides that the code was compiled for."""
     from safetensors.torch import save_file
 
     if constants:
         held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
-        save_file(held, folder / CONSTANTS)
+        strides = {name: json.dumps(list(strides_of(tensor) or ())) for name, tensor in constants.items()}
+        save_file(held, folder / CONSTANTS, metadata=strides)
+
+
+def _saved(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """What :func:`_save` kept."""
+    from safetensors import safe_open
+
+    if not (folder / CONSTANTS).is_file():
+        return {}
+    with safe_open(folder / CONSTANTS, "pt", device=str(device)) as file:
+        strides = file.metadata() or {}
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  -- it is no mapping
+    own = {name: Recipe((name,), strides=tuple(json.loads(strides.get(name, "[]"))) or None) for name in held}
+    return {name: recipe.make(held) for name, recipe in own.items()}
 
 
 def _loader(path: Path, device: str = "cpu") -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.compilers.exported import package, user_inputs
+from engines.compilers.exported import known_options, package, user_inputs
 from engines.errors import EngineError
 from engines.rewrites import rewrite
 from engines.weights import Recipe, find_recipe
@@ -59,7 +59,7 @@ def own_kernels(dtype: str, instruction_set: str) -> bool:
 def packed_settings(own: bool) -> dict[str, str | int | float | bool]:
     """The settings that touch the engine."""
     kernels = {**_PACKING, "matrix_kernels": "first C++ template"} if own else {"matrix_kernels": "oneDNN"}
-    return {**_CONFIGURATION, **kernels}
+    return {**known_options(_CONFIGURATION), **kernels}
 
 
 def compile_packed(

@@ -27,16 +27,8 @@ from engines.compilers.base import (
     example_tensors,
 )
 from engines.compilers.exported import used_tensors
-from engines.compilers.tensorrt_conversion import (
-    changed_fixed,
-    export_batches,
-    input_ranges,
-    only_recipe,
-    profile_per_batch,
-    read_rest,
-    recorded_weights,
-    save_rest,
-)
+from engines.compilers.tensorrt_conversion import export_batches, input_ranges, profile_per_batch, recorded_weights
+from engines.compilers.tensorrt_refit import WeightIndex, changed_fixed, read_rest, refit_plan, save_rest
 from engines.errors import BackendUnavailable, EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec
@@ -50,6 +42,13 @@ class TensorRTCompiler(Compiler):
 
     name: ClassVar[str] = "tensorrt"
     packages = (*Compiler.packages, "torch-tensorrt", "tensorrt")
+    sources = (
+        "engines.compilers.exported",
+        "engines.compilers.tensorrt",
+        "engines.compilers.tensorrt_conversion",
+        "engines.compilers.tensorrt_refit",
+        "engines.weights",
+    )
     extra: ClassVar[str] = "gpu"
     rtx: ClassVar[bool] = False
 
@@ -118,7 +117,8 @@ class TensorRTCompiler(Compiler):
                 module.to(device)
         (folder / PLAN).write_bytes(plan)
         held = dict([*module.named_parameters(), *module.named_buffers()])
-        recipes = {name: only_recipe(weight.to(device), held) for name, weight in recorded.items()}
+        index = WeightIndex(held)
+        recipes = {name: index.only_recipe(weight.to(device)) for name, weight in recorded.items()}
         traced = {source for recipe in recipes.values() if recipe is not None for source in recipe.sources}
         save_rest(
             folder,
@@ -284,17 +284,7 @@ class TensorRTEngine(Engine):
         recipes = {name: Recipe.from_dict(recipe) for name, recipe in self.manifest.constants.items()}
         # On the CPU, and kept until the refit is done: a second set of weights may not fit beside the plan's.
         made = {name: recipe.make(state).detach().cpu().contiguous() for name, recipe in recipes.items()}
-        made |= read_rest(self._plan.folder)
-        for name, tensor in made.items():
-            kind = getattr(self._tensorrt, _TYPES[tensor.dtype])
-            holder = self._tensorrt.Weights(kind, tensor.data_ptr(), tensor.numel())
-            if not refitter.set_named_weights(name, holder, self._tensorrt.TensorLocation.HOST):
-                raise EngineError(f"TensorRT does not take new weights for {name!r} in {self.manifest.spec.title}")
-        missing = refitter.get_missing_weights()
-        if missing:
-            raise EngineError(f"refit of {self.manifest.spec.title} lacks {missing[0]!r}; build the engine again")
-        if not refitter.refit_cuda_engine():
-            raise EngineError(f"TensorRT could not refit {self.manifest.spec.title}")
+        refit_plan(self._tensorrt, refitter, made | read_rest(self._plan.folder), self.manifest.spec.title)
 
     def memory(self) -> EngineMemory:
         """The profile's workspace, and the plan's weights."""
@@ -305,9 +295,6 @@ class TensorRTEngine(Engine):
         """See :meth:`Engine.unload`. The plan goes with the last of its engines."""
         self._context = None
         self._engine = self._plan = None
-
-
-_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int32: "int32"}
 
 
 @lru_cache(maxsize=2)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +12,6 @@ from torch import Tensor, nn
 
 from engines.errors import EngineError
 from engines.spec import EngineSpec
-from engines.weights import Recipe, find_recipe
 
 
 def export_batches(module: nn.Module, inputs: Mapping[str, Tensor], spec: EngineSpec) -> Any:
@@ -106,63 +102,3 @@ def recorded_weights() -> Iterator[dict[str, Tensor]]:
         yield recorded
     finally:
         context.record_weight = original
-
-
-def only_recipe(weight: Tensor, held: Mapping[str, Tensor]) -> Recipe | None:
-    """How ``weight`` comes from one of ``held``; None where several are equal (zero biases, norms of ones)."""
-    found = [find_recipe(_shaped(weight, tensor), {name: tensor}, {}) for name, tensor in held.items()]
-    recipes = [recipe for recipe in found if recipe is not None]
-    return recipes[0] if len(recipes) == 1 else None
-
-
-def _shaped(weight: Tensor, like: Tensor) -> Tensor:
-    """A weight that differs from a parameter by sides of 1 (a table of modulations, say) in the parameter's shape."""
-    same = [side for side in weight.shape if side != 1] == [side for side in like.shape if side != 1]
-    return weight.reshape(like.shape) if same else weight
-
-
-# ---- what a refit needs beside the traced parameters -----------------------------------------------------------------
-
-REST = "rest.safetensors"
-FIXED = "fixed.json"
-
-
-def save_rest(folder: Path, constants: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> None:
-    """Keep beside a plan what a refit has to give it back, and what must not change.
-
-    Args:
-        constants: weights of the plan that are none of the network's parameters, by the plan's names. A refit has to
-            name every weight of a plan.
-        fixed: parameters and buffers whose place in the plan is not known.
-    """
-    from safetensors.torch import save_file
-
-    if constants:
-        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in constants.items()}, folder / REST)
-    kept = {name: [_name(tensor.dtype), _digest(tensor)] for name, tensor in sorted(fixed.items())}
-    (folder / FIXED).write_text(json.dumps(kept, indent=1))
-
-
-def read_rest(folder: Path) -> dict[str, Tensor]:
-    """The constants that :func:`save_rest` kept."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / REST) if (folder / REST).is_file() else {}
-
-
-def changed_fixed(folder: Path, state: Mapping[str, Tensor]) -> list[str]:
-    """The parameters and buffers whose place is not known and that ``state`` has with another value."""
-    return [
-        name
-        for name, (dtype, digest) in json.loads((folder / FIXED).read_text()).items()
-        if name in state and _digest(state[name].to(getattr(torch, dtype))) != digest
-    ]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _digest(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(content.tobytes()).hexdigest()

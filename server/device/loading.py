@@ -7,14 +7,15 @@ Nothing is built here: what has no engine yet runs eager, and its station change
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engines.buckets import place_of
-from engines.build import loadable_options
+from engines.choice import loadable_ladder
+from engines.compilers import get_compiler
 from engines.errors import EngineError
 from engines.live import LiveExecutor
 from engines.planning import CheckpointPlan, EngineOptions
@@ -79,7 +80,7 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
     folder, model_id = settings.checkpoints[index]
     report(0, 4, f"reading {model_id}")
     checkpoint = CheckpointFolder.read(folder).with_decoder(settings.decoder)
-    options = _choose_engines(settings, checkpoint)
+    ladder = _choose_engines(settings, checkpoint)
 
     report(1, 4, f"loading the weights of {model_id}")
     dtype = parse_dtype(settings.dtype, settings.device)
@@ -98,15 +99,15 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
         # Its own network, or the student's, which has its shape. Eager: no engine has been taken over yet.
         eager = EagerTeacher(teacher or backbone, checkpoint.default_cascade.full_size, checkpoint.teacher.steps)
 
-    report(3, 4, "loading engines" if options else "preparing")
+    report(3, 4, "loading engines" if ladder else "preparing")
     memory = _memory(lanes)
-    live = {} if options is None else _attach(settings, options, checkpoint, lanes, timed=eager is not None)
+    live = _attach(settings, ladder, checkpoint, lanes, timed=eager is not None) if ladder else {}
     if eager is not None and live and _bytes(lanes[list(lanes)[-1]], "denoiser") > _KEPT_BYTES:
         eager.frozen = True
     card = replace(
         card,
         memory_bytes=memory | {name: held for each in live.values() for name, held in each.memory().items()},
-        executor_kind=options.backend if options else _EAGER,
+        executor_kind=ladder[0].backend if ladder else _EAGER,
         complete=all(each.complete for each in live.values()),
     )
     model = DeviceModel(card, lanes, CostTable({}), live, eager, settings.max_batch)
@@ -119,19 +120,22 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
     return model
 
 
-def _choose_engines(settings: EngineSettings, checkpoint: CheckpointFolder) -> EngineOptions | None:
-    """Return what to load engines with, or None where the networks run eager.
+def _choose_engines(settings: EngineSettings, checkpoint: CheckpointFolder) -> Sequence[EngineOptions]:
+    """Return what to load engines with, the best first; none where the networks run as they are.
+
+    Eager is one of them where it gains by being recorded, as CUDA graphs.
 
     Raises:
         BackendUnavailable: a backend was named that cannot be used here.
     """
-    if settings.backend == _EAGER:
-        return None
+    recorded = get_compiler(_EAGER).on_the_spot(settings.device.partition(":")[0])
+    if settings.backend == _EAGER and not recorded:
+        return ()
     common = (settings.device, settings.dtype, settings.buckets)
-    options, note = loadable_options(checkpoint, EngineStore(settings.engines), settings.backend, *common)
+    ladder, note = loadable_ladder(checkpoint, EngineStore(settings.engines), settings.backend, *common)
     if note:
         log.warning("%s", note)
-    return None if options.backend == _EAGER else options
+    return [options for options in ladder if recorded or options.backend != _EAGER]
 
 
 def _load_teacher(settings: EngineSettings, checkpoint: CheckpointFolder, dtype: torch.dtype) -> Backbone | None:
@@ -171,7 +175,7 @@ def _card(
 
 def _attach(
     settings: EngineSettings,
-    options: EngineOptions,
+    ladder: Sequence[EngineOptions],
     checkpoint: CheckpointFolder,
     lanes: Mapping[str, Backbone],
     timed: bool,
@@ -186,14 +190,16 @@ def _attach(
     live: dict[str, LiveExecutor] = {}
     store = EngineStore(settings.engines)
     for lane, backbone in lanes.items():
-        plan = CheckpointPlan(checkpoint, options, backbone)
+        plan, *below = [CheckpointPlan(checkpoint, options, backbone) for options in ladder]
         kept = timed and lane == list(lanes)[-1] and _bytes(backbone, "denoiser") <= _KEPT_BYTES
         wanted = None
         if lane == TEACHER and checkpoint.teacher_cascade is not None:  # its texts and decoding are the student's
             wanted = [place_of("denoiser", size) for size in checkpoint.teacher_cascade.sizes]
         keep_eager = frozenset({"denoiser"} if kept else ())
         try:
-            executor = LiveExecutor(plan, store, foreign=lane == TEACHER, keep_eager=keep_eager, wanted=wanted)
+            executor = LiveExecutor(
+                plan, store, foreign=lane == TEACHER, keep_eager=keep_eager, wanted=wanted, below=below
+            )
         except EngineError as error:
             if lane != TEACHER:
                 raise

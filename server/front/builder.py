@@ -54,7 +54,7 @@ class EngineBuilder:
                 return
             for card in wanted:
                 reporter = _Reporter(card.model_id, self._on_built)
-                self._builds.append(self._build(folders[card.model_id], card.executor_kind, reporter))
+                self._builds.append(self._build(folders[card.model_id], settings.backend, reporter))
             self._thread = threading.Thread(target=self._run, name="rmd-build", daemon=True)
         log.info("building engines beside serving; stations change over as they are ready")
         self._thread.start()

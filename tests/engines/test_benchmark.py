@@ -165,6 +165,18 @@ def test_speedups_divide_by_the_eager_and_by_the_own_teacher() -> None:
     assert share == pytest.approx(0.25 / 0.8)
 
 
+@pytest.mark.parametrize(("name", "encodings"), [("sdxl", 1), ("pixart", 2)])
+def test_the_empty_prompt_costs_the_teacher_what_it_costs(name: str, encodings: int) -> None:
+    """SDXL's is zeros: charging its teacher for an encoding would flatter the student."""
+    subject = random_subject(name, "tiny", torch.float32, CPU)
+    student, teacher = _cascades()
+    subject = Subject(subject.backbone, teacher, {"2+2": student}, "random")
+    times = {"teacher": 10.0, "2+2": 0.5, "decode": 0.25, "text": 0.05}
+    measured = Measured({("eager", 1, what): _timing(seconds) for what, seconds in times.items()})
+    words = {row["schedule"]: row["text_s"] for row in rows_of(subject, measured, ["eager"], [1])}
+    assert words == {"teacher": pytest.approx(encodings * 0.05), "2+2": pytest.approx(0.05)}
+
+
 def test_weights_held_twice_are_counted_once() -> None:
     layer = torch.nn.Linear(4, 3)
     twice = torch.nn.ModuleList([layer, layer])

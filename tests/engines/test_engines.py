@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engines.accuracy import _exact_convolutions
 from engines.build import build_engine, relative_l2
 from engines.compilers import BACKENDS, choose_backend, get_compiler
 from engines.compilers.base import Engine
@@ -135,6 +136,17 @@ def test_every_batch_of_one_engine_is_checked_and_shares_its_weights(net: nn.Mod
 def test_inputs_of_another_batch_than_the_widest_profile_are_refused(net: nn.Module) -> None:
     with pytest.raises(EngineError, match="have batch 2, the widest profile 4"):
         get_compiler("eager").plan(replace(net_request(net, batch=2), batches=(1, 4)))
+
+
+def test_the_comparison_with_eager_leaves_cudnn_on() -> None:
+    """``cudnn.flags`` would switch it off meanwhile: both sides would run on kernels that never serve."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    for exact in (True, False):
+        with _exact_convolutions(exact):
+            assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == before[:3]
+            assert cudnn.allow_tf32 == (before[3] and not exact)
+    assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
 
 
 def test_an_engine_that_is_unloaded_says_so(engine: Engine) -> None:

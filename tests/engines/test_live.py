@@ -211,5 +211,6 @@ def test_a_record_that_was_altered_is_refused(compiled_denoisers: tuple[Path, Pa
     (problem,) = EngineStore(tmp_path).verify()
     assert problem.broken and "was altered: it is not what its field 'digest' says" in problem.message
     del data["digest"]
-    (tmp_path / key / MANIFEST).write_text(json.dumps(data))
-    assert not EngineStore(tmp_path).has(key)
+    for version in (data["format"], 3):  # which had no digest
+        (tmp_path / key / MANIFEST).write_text(json.dumps({**data, "format": version}))
+        assert not EngineStore(tmp_path).has(key)

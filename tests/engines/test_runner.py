@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build import build_checkpoint, loadable_options, measure, missing_engines, plan_checkpoint
+from engines import exhaustion
+from engines.build import build_checkpoint, measure, missing_engines, plan_checkpoint
+from engines.choice import loadable_options
 from engines.compilers import get_compiler
-from engines.compilers.eager import EagerEngine
-from engines.cuda_graphs import GraphedEngine
+from engines.compilers.eager import EagerCompiler, EagerEngine
 from engines.errors import (
     BackendUnavailable,
     EngineCorrupt,
@@ -27,8 +27,9 @@ from engines.errors import (
     EngineMissing,
     NotEnoughMemory,
 )
+from engines.exhaustion import is_out_of_memory
 from engines.manifest import MANIFEST, Manifest
-from engines.memory import MemoryPlan, weight_bytes, workspace_bytes
+from engines.memory import MemoryPlan, meta_copy, weight_bytes, workspace_bytes
 from engines.planning import CheckpointPlan, EngineOptions
 from engines.runner import EngineExecutor
 from engines.spec import EngineSpec
@@ -129,6 +130,27 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(net: nn.Module) -> No
     assert executor.buckets("denoiser", SIZE) == (1, 2)
 
 
+def test_an_error_that_does_not_say_why_is_a_lack_of_memory_where_the_allocator_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """AOTInductor's runtime of torch 2.11 names its own source line, whatever has happened."""
+    mute = RuntimeError("run_func_(...) API call failed at model_container_runner.cpp, line 138")
+    assert not is_out_of_memory(mute)
+    refused = [2, 0]
+    monkeypatch.setattr(exhaustion, "_seen", {0: 2})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda index: {"num_ooms": refused[index]})
+    assert not is_out_of_memory(mute), "those were others' failures"
+    refused[1] += 1
+    assert is_out_of_memory(mute) and not is_out_of_memory(mute)
+    refused[0] += 1
+    assert not is_out_of_memory(RuntimeError("an illegal memory access was encountered"))
+    for text in ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(text))
+
+
 # ---- whole checkpoints -----------------------------------------------------------------------------------------------
 
 
@@ -160,6 +182,11 @@ def test_tensorrt_weights_are_counted_once_a_size(tiny_checkpoint: Path, backend
             "denoiser"
         ]  # fmt: skip
 
+    def workspace(backend: str, *buckets: int) -> int:
+        return CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", buckets=buckets)).memory().workspace
+
+    assert workspace(backend, 1, 2, 4) > workspace(backend, 4) > workspace("eager", 4), "contexts keep their own"
+    assert workspace("eager", 1, 2, 4) == workspace("eager", 4), "and CUDA graphs share one pool"
     plan = CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", buckets=(1,)))
     module = plan.modules["denoiser"]
     assert weights(1) == weights(1, 2, 4, 8) == 2 * weight_bytes(module)
@@ -180,17 +207,6 @@ def test_a_plan_without_weights_has_the_keys_and_dtype_of_the_loaded_model(
     assert [engine.spec.key for engine in empty.engines] == [engine.spec.key for engine in loaded.engines]
     # Wan's modulation tables and T5's last products stay float32 beside the rest.
     assert {engine.spec.dtype for engine in loaded.engines if engine.spec.component != "decoder"} == {dtype}
-
-
-def test_an_engine_in_a_cuda_graph_checks_weights_before_any_is_changed(net: nn.Module) -> None:
-    class Fixed(EagerEngine):
-        def check_refit(self, state: Mapping[str, Tensor]) -> None:
-            raise EngineError(f"holds its weights for good, not these {len(state)}")
-
-    compiler, bank = get_compiler("eager"), WeightBank(net)
-    manifest = compiler.build(net, net_spec(net, "eager"), Path())
-    with pytest.raises(EngineError, match="for good, not these 1"):
-        GraphedEngine(Fixed(manifest, bank)).check_refit({"shift": torch.zeros(16)})
 
 
 @pytest.mark.parametrize(
@@ -249,6 +265,21 @@ def test_engines_of_a_small_decoder_stand_beside_those_of_the_full_one(
     executor.refit(write_tiny_folder("sd3", tmp_path / "other", seed=1))  # other denoiser, the same small decoder
     found = executor.run("decoder", SIZE, {"latents": latents})
     assert torch.allclose(found, small.run("decoder", SIZE, {"latents": latents}), atol=1e-5)
+
+
+def test_engines_that_are_made_on_the_spot_need_no_store(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As eager ones are on a GPU, where they are CUDA graphs."""
+    assert get_compiler("eager").on_the_spot("cuda") and get_compiler("eager").capabilities("cuda").profiles
+    assert not any(get_compiler(name).on_the_spot("cuda") for name in ("inductor", "tensorrt", "tensorrt_rtx"))
+    monkeypatch.setattr(EagerCompiler, "on_the_spot", lambda compiler, device: True)
+    store = tmp_path / "store"
+    executor = EngineExecutor.open(tiny_checkpoint, store, "eager", dtype="float32", buckets=(1, 2))
+    backbone, _ = load_checkpoint(tiny_checkpoint, dtype=torch.float32)
+    inputs = backbone.example_inputs("denoiser", SIZE, 3)
+    assert torch.allclose(executor.run("denoiser", SIZE, inputs), backbone.run("denoiser", SIZE, inputs), atol=1e-5)
+    assert executor.buckets("denoiser", SIZE) == (1, 2) and not store.exists()
 
 
 def test_a_new_checkpoint_is_taken_without_a_restart(tiny_checkpoint: Path, eager_store: Path, tmp_path: Path) -> None:
@@ -409,6 +440,18 @@ def test_a_memory_plan_that_does_not_fit_is_refused() -> None:
     assert plan.total == 5 << 20 and "loaded: 5 MiB, while building 1 MiB more" in plan.describe()
     with pytest.raises(NotEnoughMemory, match=r"need 6 MiB and cuda:0 has 5 MiB free; build smaller buckets"):
         replace(plan, available=5 << 20).check()
+
+
+def test_a_network_is_taken_to_the_meta_device_without_copying_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Net()
+    module.tied = module.up
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: pytest.fail("a weight is copied"))
+    monkeypatch.setattr(Tensor, "__deepcopy__", lambda self, memo: pytest.fail("a buffer is copied"))
+    copied = meta_copy(module)
+    assert {tensor.device.type for tensor in [*copied.parameters(), *copied.buffers()]} == {"meta"}
+    assert copied.tied is copied.up and copied.up.weight is not module.up.weight  # type: ignore[attr-defined]
+    assert [p.shape for p in copied.parameters()] == [p.shape for p in module.parameters()]
+    assert module.up.weight.device.type == "cpu"
 
 
 def test_workspace_does_not_count_the_scores_of_attention() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_the_network_itself_is_part_of_the_key(net: nn.Module) -> None:
         {"versions": {"torch": "0"}},
         {"settings": {"freezing": False}},
         {"weights": "0"},
+        {"code": "0"},
         {"target": Target("cpu", "linux-x86_64", "avx2")},
         {"target": Target("cuda", "linux-x86_64", "", "9.0", "13.0", "580")},
         {"target": Target("cuda", "linux-x86_64", "", "9.0", "13.0", "590")},
@@ -115,8 +117,11 @@ def test_the_manifest_says_what_was_built(store: tuple[object, Manifest]) -> Non
     assert record["build_seconds"] > 0 and record["load_seconds"] > 0
     assert set(record["spec"]) == {
         "component", "size", "batches", "dtype", "backend", "weights_mode", "inputs", "graph", "target", "versions",
-        "settings", "weights",
+        "settings", "weights", "code",
     }  # fmt: skip
+
+
+GUARDED_BUT_EMPTY = json.dumps({"format": 5, "digest": hashlib.sha256(b'{"format":5}').hexdigest()})
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,9 @@ def test_the_manifest_says_what_was_built(store: tuple[object, Manifest]) -> Non
         ("{", "is not JSON"),
         ('{"format": 1}', "field 'format'"),
         ('{"format": 2}', "field 'format'"),
-        ('{"format": 3}', "missing or wrong"),
+        ('{"format": 4}', "field 'format'"),
+        ('{"format": 5}', "was altered"),
+        (GUARDED_BUT_EMPTY, "missing or wrong"),
         (None, "is missing"),
     ],
 )

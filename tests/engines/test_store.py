@@ -17,7 +17,7 @@ from cli.engines import app
 from engines.compilers import get_compiler
 from engines.compilers.inductor import PACKAGE
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
-from engines.manifest import MANIFEST, Manifest
+from engines.manifest import MANIFEST, FileRecord, Manifest
 from engines.store import EngineStore
 from engines.target import Target, this_machine
 from tests.engines.conftest import net_spec
@@ -149,6 +149,28 @@ def test_a_damaged_file_is_refused_with_the_way_out(  # type: ignore[no-untyped-
         engines.check(manifest, HERE, "rmd build --x")
     (problem,) = engines.verify()
     assert problem.broken and problem.key == manifest.key and message in problem.message
+
+
+def test_a_file_is_read_again_once_it_was_touched(
+    store: tuple[EngineStore, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, manifest = store
+    of, read = FileRecord.of, list[str]()
+    monkeypatch.setattr(FileRecord, "of", classmethod(lambda kind, path: (read.append(path.name), of(path))[1]))
+    engines.check(manifest, HERE, "rmd build")
+    assert sorted(read) == sorted(manifest.files)
+    read.clear()
+    engines.check(manifest, HERE, "rmd build")
+    assert read == [], "a plan of a large network has gigabytes"
+    assert engines.verify() == [] and sorted(read) == sorted(manifest.files)
+    path = engines.folder(manifest.key) / PACKAGE
+    content = path.read_bytes()
+    path.write_bytes(b"x" + content[1:])
+    with pytest.raises(EngineCorrupt, match="was altered"):
+        engines.check(manifest, HERE, "rmd build")
+    (engines.root / ".locks" / f"{manifest.key}.read").write_text("{")
+    path.write_bytes(content)
+    engines.check(manifest, HERE, "rmd build")
 
 
 def test_a_truncated_engine_is_built_again(store: tuple[EngineStore, Manifest], net: nn.Module) -> None:

@@ -1,20 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
-from engines.compilers.exported import used_tensors
-from engines.compilers.tensorrt import TensorRTEngine
-from engines.compilers.tensorrt_conversion import only_recipe, read_rest, save_rest
 from engines.errors import EngineError
-from engines.manifest import Manifest
 from engines.rewrites import gelu_tanh, rewrite, rewriting
 from engines.weights import Recipe, WeightBank, find_recipe, lay_out
-from tests.engines.conftest import Net, net_spec
+from tests.engines.conftest import Net
 
 
 def test_layouts_put_every_element_where_the_kernels_read_it() -> None:
@@ -36,9 +29,12 @@ def test_a_constant_is_traced_to_its_parameter_and_layout(layout: str) -> None:
     weights = {"a": torch.randn(48, 32), "b": torch.randn(48, 32), "joined": torch.randn(96, 32)}
     block = 16 if layout in ("blocked", "vnni") else 0
     sources = {"joined": Recipe(("x", "y", "z"))}
-    assert find_recipe(lay_out(weights["b"], layout, block), weights, sources) == Recipe(("b",), layout, block)
+    strides = (1, 32) if layout == "transposed" else None
+    assert find_recipe(lay_out(weights["b"], layout, block), weights, sources) == Recipe(
+        ("b",), layout, block, strides=strides
+    )
     assert find_recipe(lay_out(weights["joined"], layout, block), weights, sources) == Recipe(
-        ("x", "y", "z"), layout, block
+        ("x", "y", "z"), layout, block, strides=strides
     )
     assert find_recipe(torch.randn(48, 32), weights, sources) is None
 
@@ -61,6 +57,25 @@ def test_released_parameters_are_no_longer_counted(net: nn.Module) -> None:
     assert bank.module is None
     assert net.get_parameter("up.weight").numel() == net.get_parameter("down.weight").numel() == 0
     assert net.get_parameter("up.bias").numel() == 64
+    assert net.get_buffer("shift").numel() == 0, "position tables are hundreds of megabytes"
+
+
+def test_a_table_whose_crop_is_packed_may_be_left_out_of_new_weights() -> None:
+    """As SD3's positions are: the engines read the middle, and the whole table is dropped."""
+    module = nn.Module()
+    module.linear = nn.Linear(4, 4).requires_grad_(False)
+    module.register_buffer("table", torch.randn(1, 16, 4))
+    crop, other = Recipe(("table",), crop=(2, 2)), torch.randn(1, 16, 4)
+    bank = WeightBank(module)
+    middle = bank.constant(crop)
+    before = middle.clone()
+    bank.release([Recipe(("linear.weight",)), Recipe(("linear.bias",)), crop])
+    assert "table" not in bank.tensors
+    new = {"linear.weight": torch.ones(4, 4), "linear.bias": torch.ones(4)}
+    bank.refit(new)
+    assert torch.equal(middle, before) and torch.equal(module.linear.weight, new["linear.weight"])
+    bank.refit({**new, "table": other})
+    assert torch.equal(middle, crop.make({"table": other}))
 
 
 def test_new_weights_reach_packed_joined_and_plain_constants_in_place(net: nn.Module) -> None:
@@ -108,44 +123,6 @@ def test_a_tied_parameter_may_come_under_any_of_its_names() -> None:
     new = torch.randn(4, 4)
     bank.refit({"a.weight": new})
     assert torch.equal(packed, recipe.make({"b.weight": new}))
-
-
-def test_a_plans_weights_are_traced_by_value_alone() -> None:
-    weights = {"a": torch.zeros(8), "b": torch.zeros(8), "c": torch.randn(8), "table": torch.randn(3, 8)}
-    assert only_recipe(torch.zeros(8), weights) is None
-    assert only_recipe(weights["c"].clone(), weights) == Recipe(("c",))
-    assert only_recipe(weights["table"][None], weights) == Recipe(("table",)), "sides of 1 do not matter to a plan"
-
-
-def test_a_plan_takes_no_new_value_for_a_parameter_whose_place_is_not_known(net: nn.Module, tmp_path: Path) -> None:
-    spec, held = net_spec(net, "tensorrt"), dict(net.named_parameters())
-    constants = {name: Recipe((name,)).to_dict() for name in ("up.weight", "down.weight", "down.bias")}
-    save_rest(tmp_path, {"norm": torch.ones(1)}, {"up.bias": held["up.bias"]})
-    engine = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU there is no plan to load
-    engine.manifest = Manifest(spec, {}, spec.inputs, spec.inputs[0], "refittable", constants=constants)
-    engine._plan = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
-    other = dict(Net(seed=7).named_parameters())
-    engine.check_refit({**other, "up.bias": held["up.bias"].clone()})
-    with pytest.raises(EngineError, match=r"'up.bias' changes \(1 in all\).*build the engine again"):
-        engine.check_refit({**other, "up.bias": held["up.bias"] + 1})
-    assert read_rest(tmp_path).keys() == {"norm"}
-    program = torch.export.export(Unused(), (torch.ones(1, 4),))
-    assert used_tensors(program) == ["used.weight", "shift"]
-
-
-class Unused(nn.Module):
-    """Holds more than it computes with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.spare = nn.Linear(4, 2, bias=False), nn.Linear(4, 2)
-        self.pooler = nn.Linear(2, 2)
-        self.register_buffer("shift", torch.ones(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.used(x) + self.shift
-        torch.tanh(self.pooler(hidden))  # of which nobody asks
-        return hidden
 
 
 def sd3(**overrides: object) -> nn.Module:

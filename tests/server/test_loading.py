@@ -59,7 +59,7 @@ def test_engines_that_are_built_meanwhile_are_taken_over_and_found_at_the_next_s
 ) -> None:
     """Through the engine layer's reference compiler, which needs no compiler of the machine."""
     options = EngineOptions("eager", "cpu", "float32", (1, 2))
-    monkeypatch.setattr(loading, "_choose_engines", lambda settings, folder: options)
+    monkeypatch.setattr(loading, "_choose_engines", lambda settings, folder: [options])
     settings = make_settings(checkpoint, engines=tmp_path / "store", build_missing=False)
     model = load_on_cpu(settings)
     assert not any(model.card.compiled.values()) and {each.kind for each in model.baselines()} == {"eager"}
