@@ -141,7 +141,7 @@ class DiffusersFolder:
                     f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
                 )
             raise BackboneError(f"{self.path}: the component {component!r} has no *.safetensors weights")
-        stems = {_variant_of(name) for name in files}
+        stems = {variant_of(name) for name in files}
         if "" in stems:
             return None
         if len(stems) > 1:
@@ -159,7 +159,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _variant_of(file_name: str) -> str:
+def variant_of(file_name: str) -> str:
     """``model.fp16-00001-of-00002.safetensors`` -> ``fp16``; the empty string for plain names."""
     stem = re.sub(r"-\d+-of-\d+$", "", file_name.removesuffix(".safetensors"))
     return stem.partition(".")[2]
