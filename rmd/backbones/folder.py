@@ -110,6 +110,13 @@ class DiffusersFolder:
             raise BackboneError(
                 f"{folder} lacks {len(missing)} weights of {kind}, such as {missing[0]!r}: copy it again"
             )
+        # A network of diffusers that has more weights than its class computes with draws other pictures than it was
+        # trained to. Text models are often stored with parts that only their training used.
+        if not from_transformers and (over := sorted(found["unexpected_keys"])):
+            raise BackboneError(
+                f"{folder} holds {len(over)} weights that {target.split(':')[1]} has no place for, such as "
+                f"{over[0]!r}: it was made for another network"
+            )
         return model.to(device)
 
     def tokenizer(self, component: str) -> Any:

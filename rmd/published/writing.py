@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,6 +49,7 @@ def write_network(
 
     Raises:
         ImportRefused: a tensor holds values that are not finite, before the merge or after it.
+        OSError: the disk is full, or otherwise refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = _parts(tensors, dtypes, largest)
@@ -62,7 +64,10 @@ def write_network(
             total += size
             weight_map[name] = file
             progress(folder.name, size)
-        save_file(state, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(state, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{folder / file} could not be written: {error}") from error
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
