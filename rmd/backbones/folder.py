@@ -17,10 +17,12 @@ import torch
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
 from rmd.checkpoint import PICKLE_SUFFIXES, check_index, check_safetensors, is_index, read_json
+from rmd.published.hub import HUB_PREFIX, HubError, fetch_snapshot
 
-HUB_PREFIX = "hub:"
 _HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
 _VARIANTS = "*.fp16.*"
+# The forms of a vocabulary: CLIP's, T5's, BERT's and everyone's.
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
 
 
 class DiffusersFolder:
@@ -132,6 +134,12 @@ class DiffusersFolder:
                 raise BackboneError(
                     f"{settings} asks for code of its own (auto_map), and code from a folder is never run"
                 )
+        # From its settings alone the library makes a tokenizer that knows no word, and says nothing.
+        if not any(all((self.path / component / name).is_file() for name in names) for names in _VOCABULARIES):
+            raise BackboneError(
+                f"{self.path / component} has no vocabulary ({', '.join(names[0] for names in _VOCABULARIES)}): copy "
+                f"the whole folder again"
+            )
         transformers = import_module("transformers")
         try:
             return transformers.AutoTokenizer.from_pretrained(str(self.path / component), local_files_only=True)
@@ -176,24 +184,16 @@ def _fetch(source: str, components: Sequence[str]) -> Path:
     repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     if repository.count("/") != 1:
         raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
-    hub = import_module("huggingface_hub")
 
     def fetch(names: Sequence[str], ignored: str | None) -> Path:
         patterns = ["model_index.json", *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
-        return Path(
-            hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=ignored
-            )
-        )
+        try:
+            return fetch_snapshot(repository, revision or None, patterns, ignored)
+        except HubError as error:
+            raise BackboneError(str(error)) from error
 
-    try:
-        path = fetch(components, _VARIANTS)
-        # Some repositories hold the smaller variant of a network's weights alone.
-        folders = [path / name for name in components]
-        bare = [f.name for f in folders if (f / "config.json").is_file() and not any(f.glob("*.safetensors"))]
-        return fetch(bare, None) if bare else path
-    except Exception as error:  # the client's many errors all mean the same to the caller
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BackboneError(
-            f"{repository} could not be fetched from the hub ({reason}); download it elsewhere and pass its folder"
-        ) from error
+    path = fetch(components, _VARIANTS)
+    # Some repositories hold the smaller variant of a network's weights alone.
+    folders = [path / name for name in components]
+    bare = [f.name for f in folders if (f / "config.json").is_file() and not any(f.glob("*.safetensors"))]
+    return fetch(bare, None) if bare else path

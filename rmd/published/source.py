@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmd.backbones.folder import HUB_PREFIX, DiffusersFolder
+from rmd.backbones.folder import DiffusersFolder
 from rmd.published.files import ImportRefused, WeightFiles, refuse_other_formats
+from rmd.published.hub import HUB_PREFIX, commit_of, is_hub_name, split_hub_name
 
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@[\w./-]+$")
 _LICENCE_FIELDS = ("license", "modelspec.license", "ss_license")
 
 
@@ -31,19 +31,11 @@ class Base:
     revision: str | None = None
 
 
-def is_hub_name(source: str) -> bool:
-    """Whether a text names a hub's repository: ``hub:owner/name[@revision]``, or ``owner/name@revision``.
-
-    A plain ``owner/name`` is a path like any other, and so is what exists on this machine.
-    """
-    return source.startswith(HUB_PREFIX) or (bool(_HUB_NAME.match(source)) and not Path(source).exists())
-
-
 def open_base(source: str, config: Path | None, components: Sequence[str]) -> Base:
     """Open a base.
 
     Args:
-        source: a folder, a .safetensors file or a hub name (see :func:`is_hub_name`).
+        source: a folder, a .safetensors file or a hub name (see :func:`rmd.published.hub.is_hub_name`).
         config: for a single file: a diffusers folder that has what the file has not (tokenizers, configurations).
         components: the sub-folders to fetch from the hub.
 
@@ -81,13 +73,11 @@ def _require_index(folder: Path, option: str) -> None:
 
 
 def _from_hub(source: str, components: Sequence[str]) -> Base:
-    name, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
+    name, revision = split_hub_name(source)
     if not revision:
         raise ImportRefused(f"--base {source}: name a revision (owner/name@revision), so that it stays the same model")
     folder = DiffusersFolder.open(f"{HUB_PREFIX}{name}@{revision}", components)
-    # The client keeps each commit in a folder of its name.
-    resolved = folder.path.name if re.fullmatch(r"[0-9a-f]{40}", folder.path.name) else revision
-    return Base(name, folder, revision=resolved)
+    return Base(name, folder, revision=commit_of(folder.path) or revision)
 
 
 def licence_of(files: WeightFiles | None = None, folder: Path | None = None) -> str | None:
