@@ -31,7 +31,7 @@ def import_record(work: Work) -> dict[str, Any]:
         "base": {
             "name": base.name,
             "revision": base.revision,
-            "licence": licence_of(base.single, folder),
+            "licence": licence_of(base.single, folder if base.single is None else None),
             "sha256": files,
         },
         "network": None,

@@ -139,8 +139,8 @@ def test_every_module_has_its_own_alpha_and_rank(base: TinyFolder, imported: Imp
     assert_equal_weights(weights(tmp_path / "out" / "unet"), expected, before)
 
 
-def _sgm(key: str) -> str:
-    """A kohya key of the tiny UNet (one layer a block) under the names of SDXL's first code."""
+def _sgm(key: str, layers: int = 1) -> str:
+    """A kohya key of a UNet with so many layers a block under the names of SDXL's first code."""
 
     def inner(name: str) -> str:
         for ours, first in (
@@ -156,9 +156,9 @@ def _sgm(key: str) -> str:
         side, block, kind, layer = match[1], int(match[2] or 0), match[3], int(match[4])
         second = int(kind == "attentions")
         if side == "down":
-            return f"input_blocks_{1 + 2 * block + layer}_{second}_"
+            return f"input_blocks_{1 + (layers + 1) * block + layer}_{second}_"
         if side == "up":
-            return f"output_blocks_{2 * block + layer}_{second}_"
+            return f"output_blocks_{(layers + 1) * block + layer}_{second}_"
         return f"middle_block_{1 if second else 2 * layer}_"
 
     return inner(re.sub(r"(down|mid|up)_blocks?_(?:(\d)_)?(resnets|attentions)_(\d)_", place, key))
