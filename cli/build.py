@@ -12,7 +12,7 @@ from cli.options import DecoderOption
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder, or owner/name@revision.")],
     engines: Annotated[Path, typer.Option(help="The folder of built engines.")] = Path("engines-cache"),
     backend: Annotated[str, typer.Option(help="auto, inductor, eager, tensorrt or tensorrt_rtx.")] = "auto",
     buckets: Annotated[
@@ -38,9 +38,11 @@ def command(
 
     from engines.build import BuildProgress, build_checkpoint, missing_engines, plan_checkpoint
     from engines.store import EngineStore
+    from rmd.published.hub import checkpoint_folder
 
     sizes = buckets_option(buckets)
     use_threads(threads)
+    checkpoint = checkpoint_folder(checkpoint)
     store = EngineStore(engines)
     if plan_only:
         plan = plan_checkpoint(checkpoint, backend, device, dtype, sizes, decoder)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def command(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one a line; # starts a comment.")] = None,
-    checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder.")] = Path("models/embedded"),
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint folder, or owner/name@revision.")] = Path(
+        "models/embedded"
+    ),
     schedule: Annotated[
         list[str] | None, typer.Option(help="A schedule of the checkpoint, or 'teacher'; may be given several times.")
     ] = None,
@@ -44,9 +46,10 @@ def command(
     if backend not in ("auto", "eager") and engines is None:
         raise ValueError(f"--backend {backend} needs --engines FOLDER with engines that 'rmd build' made")
     from rmd.pipeline import CascadePipeline
+    from rmd.published.hub import checkpoint_folder
 
     pipe = CascadePipeline.from_pretrained(
-        checkpoint,
+        checkpoint_folder(checkpoint),
         torch_dtype=dtype,
         device=device,
         engines=None if backend == "eager" else engines,

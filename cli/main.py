@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("cli.data", "Fetch the embedded model's training pictures."),
     "train-teacher": ("cli.train_teacher", "Train the embedded autoencoder and teacher."),
     "train-film-teacher": ("cli.train_film_teacher", "Train the embedded film teacher."),
+    "import": ("cli.import_weights", "Merge published weights into a checkpoint."),
     "distill": ("cli.distill", "Distil a teacher into a few-step cascade."),
     "distill-decoder": ("cli.distill_decoder", "Distil a small decoder from a checkpoint's own."),
     "evaluate": ("cli.evaluate", "Measure a checkpoint on held-out pictures."),

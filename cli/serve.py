@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.options import DecoderOption
 
+if TYPE_CHECKING:
+    from server.start.settings import ServerSettings
+
 
 def command(
     checkpoint: Annotated[
-        list[Path] | None, typer.Option(help="A checkpoint's folder; several times for several models.")
+        list[Path] | None,
+        typer.Option(help="A checkpoint's folder, or owner/name@revision; several times for several models."),
     ] = None,
     engines: Annotated[Path | None, typer.Option(help="The folder of built engines.")] = None,
     backend: Annotated[str | None, typer.Option(help="Engine backend: auto, inductor, tensorrt ... or eager.")] = None,
@@ -72,7 +76,7 @@ def command(
         "log_level": log_level,
     }
     try:
-        settings = ServerSettings(**{name: value for name, value in flags.items() if value is not None})
+        settings = _fetched(ServerSettings(**{name: value for name, value in flags.items() if value is not None}))
     except ValidationError as error:
         for wrong in error.errors(include_url=False, include_input=False):
             field = ".".join(map(str, wrong["loc"])) or "settings"
@@ -101,3 +105,20 @@ def command(
     if failures:
         typer.secho(f"rmd serve: {failures[0]}", fg="red", err=True)
         raise typer.Exit(1)
+
+
+def _fetched(settings: ServerSettings) -> ServerSettings:
+    """The settings with every checkpoint that is named as on the hub fetched; a single one keeps its name there."""
+    from rmd.published.hub import checkpoint_folder, is_hub_name, split_hub_name
+
+    named = [source for source in settings.checkpoint if is_hub_name(source)]
+    if not named:
+        return settings
+    if len(settings.checkpoint) > 1:
+        raise ValueError(
+            f"checkpoint {named[0]}: one from the hub is served alone; of several, give folders, whose names are the "
+            f"models' (`rmd import` and the hub's client write such)"
+        )
+    name = split_hub_name(named[0])[0].partition("/")[2]
+    changed = {"checkpoint": (checkpoint_folder(named[0]),), "model_name": settings.model_name or name}
+    return settings.model_copy(update=changed)

@@ -26,10 +26,14 @@ FULL_DECODER = "full"
 """Chosen as decoder: the checkpoint's own autoencoder."""
 DECODER_RECORD = "decoder.json"
 """Beside a distilled decoder's weights: which autoencoder it stands for."""
+TEACHER_SCHEDULE = "teacher"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Where diffusers keeps what the backbones call by role.
 _FOLDERS_BY_ROLE = {"denoiser": ("transformer", "unet"), "decoder": ("vae",)}
 _LONGEST_HEADER = 100_000_000
+# What loading reads besides weights: configurations, and every form in which a tokenizer's vocabulary is kept.
+_LOADED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+_MOST_TEACHER_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class TeacherSpec:
             ValueError: a field is missing or has a wrong value; the message names it.
         """
         return cls(
-            steps=field_of(data, "steps", _positive_integer, "teacher."),
-            guidance_scale=field_of(data, "guidance_scale", number, "teacher."),
-            flow_shift=field_of(data, "flow_shift", number, "teacher.") if "flow_shift" in data else 1.0,
+            steps=field_of(data, "steps", _teacher_steps, "teacher."),
+            guidance_scale=field_of(data, "guidance_scale", _not_negative, "teacher."),
+            flow_shift=field_of(data, "flow_shift", _positive, "teacher.") if "flow_shift" in data else 1.0,
             folder=None if data.get("folder") is None else field_of(data, "folder", text, "teacher."),
         )
 
@@ -128,7 +132,7 @@ class CheckpointFolder:
             f"{self.backbone_name}-teacher",
             uniform_teacher_timesteps(spec.steps, spec.flow_shift),
             [self.default_cascade.full_size] * spec.steps,
-            schedule_name="teacher",
+            schedule_name=TEACHER_SCHEDULE,
             flow_shift=spec.flow_shift,
             guidance_scale=spec.guidance_scale,
             score_noise_intensity=0.0,
@@ -138,10 +142,11 @@ class CheckpointFolder:
     def read(cls, folder: Path | str) -> CheckpointFolder:
         """Read and check a folder: `cascade.json`, no pickled weights, every safetensors file complete and unaltered.
 
-        Unaltered: of the sha256 that `cascade.json` records under "weights", where it does.
+        Unaltered: of the sha256 that `cascade.json` records under "weights", where it does. Older ones record the
+        safetensors files alone, newer ones configurations and tokenizers too.
 
         Raises:
-            FileNotFoundError: the folder, `cascade.json` or a weight file that an index lists does not exist.
+            FileNotFoundError: the folder, `cascade.json`, a recorded file or one that an index lists does not exist.
             ValueError: anything else that is wrong; the message names the file and the field.
         """
         folder = Path(folder)
@@ -161,8 +166,13 @@ class CheckpointFolder:
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+        checkpoint = cls(path=folder, **parsed)
+        try:
+            _ = checkpoint.teacher_cascade  # so many steps may round to the same timestep
+        except ValueError as error:
+            raise ValueError(f"{path}: field 'teacher': {error}") from None
         _check_digests(folder, recorded)
-        return cls(path=folder, **parsed)
+        return checkpoint
 
     def digest(self, component: str) -> str:
         """sha256 of a component's weights: its folder's name, or its role ("denoiser", "decoder").
@@ -191,12 +201,18 @@ def folder_digest(folder: Path) -> str | None:
     return hashlib.sha256(lines.encode()).hexdigest() if files else None
 
 
-def weight_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every safetensors file below a folder, by its relative path."""
+def loaded_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder that loading reads, by its relative path.
+
+    Those are the index and what lies in the components' folders: weights, configurations and tokenizers. A changed
+    configuration draws other pictures as surely as changed weights do.
+    """
+    relative = {path.relative_to(folder): path for path in _files(folder)}
     return {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in _files(folder)
-        if path.suffix == ".safetensors"
+        name.as_posix(): file_digest(path)
+        for name, path in relative.items()
+        if path.suffix in _LOADED_SUFFIXES
+        and (path.suffix == ".safetensors" or name.name == "model_index.json" or len(name.parts) > 1)
     }
 
 
@@ -211,10 +227,34 @@ def _check_digests(folder: Path, recorded: Mapping[str, Any]) -> None:
             )
 
 
-def _positive_integer(value: Any) -> int:
-    if integer(value) < 1:
-        raise ValueError(f"must be at least 1, not {value}")
+def _teacher_steps(value: Any) -> int:
+    if not 1 <= integer(value) <= _MOST_TEACHER_STEPS:
+        raise ValueError(f"must be from 1 to {_MOST_TEACHER_STEPS}, not {value}")
     return int(value)
+
+
+def _positive(value: Any) -> float:
+    if number(value) <= 0:
+        raise ValueError(f"must be above 0, not {value}")
+    return float(value)
+
+
+def _not_negative(value: Any) -> float:
+    if number(value) < 0:
+        raise ValueError(f"must not be negative, but is {value}")
+    return float(value)
+
+
+def _check_schedule_name(name: str) -> None:
+    """Names go over the wire and into file names; one is taken."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"field 'schedules': the name {name!r} is not valid Unicode; rename it") from None
+    if not name or not name.isprintable():
+        raise ValueError(f"field 'schedules': the name {name!r} is not printable text; rename it")
+    if name == TEACHER_SCHEDULE:
+        raise ValueError(f"field 'schedules': {name!r} is what the teacher's own sampling is called; rename it")
 
 
 def _parse(data: Any) -> dict[str, Any]:
@@ -226,6 +266,7 @@ def _parse(data: Any) -> dict[str, Any]:
         raise ValueError("field 'schedules': must hold at least one schedule")
     cascades: dict[str, Cascade] = {}
     for name, entry in schedules.items():
+        _check_schedule_name(name)
         try:
             cascades[name] = Cascade.from_dict(entry)
         except ValueError as error:
@@ -257,6 +298,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be read") from None
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -368,7 +411,7 @@ def write_cascade_json(
     distillation: Mapping[str, Any] | None = None,
     decoder: str | None = None,
 ) -> Path:
-    """Write a folder's `cascade.json` atomically and return its path; the weights at hand are recorded in it.
+    """Write a folder's `cascade.json` atomically and return its path; every file that loading reads is recorded in it.
 
     Raises:
         ValueError: the default is not one of the cascades, or there is none.
@@ -382,7 +425,7 @@ def write_cascade_json(
         "schedules": {name: cascade.to_dict() for name, cascade in cascades.items()},
         "teacher": None if teacher is None else asdict(teacher),
         "distillation": dict(distillation or {}),
-        "weights": weight_digests(Path(folder)),
+        "weights": loaded_digests(Path(folder)),
     }
     if decoder is not None:
         data["decoder"] = decoder

@@ -10,11 +10,12 @@ import torch
 
 from rmd.backbones.base import Backbone
 from rmd.backbones.family import DiffusersBackbone
-from rmd.backbones.folder import HUB_PREFIX, DiffusersFolder
+from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.presets import preset
+from rmd.published.hub import HUB_PREFIX, is_hub_name
 from rmd.size import Size
 from training.settings import DistillSettings
 
@@ -53,12 +54,13 @@ class Teacher:
         Raises:
             ValueError: the backbone cannot be told from the folder.
         """
-        if str(folder).startswith(HUB_PREFIX):  # fetched once: the export copies from the same place
+        if is_hub_name(folder):  # fetched once: the export copies from the same place
             if name is None:
                 raise ValueError(f"--teacher {folder}: give --backbone, one of {', '.join(BACKBONES)}")
             kind = get_backbone(name)
             assert issubclass(kind, DiffusersBackbone)
-            folder = DiffusersFolder.open(str(folder), (*kind.components, *kind.tokenizers, "scheduler")).path
+            source = f"{HUB_PREFIX}{str(folder).removeprefix(HUB_PREFIX)}"
+            folder = DiffusersFolder.open(source, (*kind.components, *kind.tokenizers, "scheduler")).path
         checkpoint = CheckpointFolder.read(folder) if (folder / CASCADE_FILE).is_file() else None
         if name is None:
             name = checkpoint.backbone_name if checkpoint else backbone_of(folder)

@@ -17,10 +17,12 @@ import torch
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
 from rmd.checkpoint import PICKLE_SUFFIXES, check_index, check_safetensors, is_index, read_json
+from rmd.published.hub import HUB_PREFIX, HubError, fetch_snapshot
 
-HUB_PREFIX = "hub:"
 _HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
 _VARIANTS = "*.fp16.*"
+# The forms of a vocabulary: CLIP's, T5's, BERT's and everyone's.
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
 
 
 class DiffusersFolder:
@@ -100,6 +102,12 @@ class DiffusersFolder:
                 raise BackboneError(
                     f"{settings} asks for code of its own (auto_map), and code from a folder is never run"
                 )
+        # From its settings alone the library makes a tokenizer that knows no word, and says nothing.
+        if not any(all((self.path / component / name).is_file() for name in names) for names in _VOCABULARIES):
+            raise BackboneError(
+                f"{self.path / component} has no vocabulary ({', '.join(names[0] for names in _VOCABULARIES)}): copy "
+                f"the whole folder again"
+            )
         transformers = import_module("transformers")
         try:
             return transformers.AutoTokenizer.from_pretrained(str(self.path / component), local_files_only=True)
@@ -139,6 +147,13 @@ def load_network(folder: Path, target: str, dtype: torch.dtype, device: torch.de
     if missing := sorted(found["missing_keys"]):
         kind = target.split(":")[1]
         raise BackboneError(f"{folder} lacks {len(missing)} weights of {kind}, such as {missing[0]!r}: copy it again")
+    # A network of diffusers that has more weights than its class computes with draws other pictures than it was
+    # trained to. Text models are often stored with parts that only their training used.
+    if not from_transformers and (over := sorted(found["unexpected_keys"])):
+        raise BackboneError(
+            f"{folder} holds {len(over)} weights that {target.split(':')[1]} has no place for, such as "
+            f"{over[0]!r}: it was made for another network"
+        )
     return model.to(device)
 
 
@@ -152,7 +167,7 @@ def _variant(folder: Path) -> str | None:
                 f"{folder} holds pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
             )
         raise BackboneError(f"{folder.parent}: the component {folder.name!r} has no *.safetensors weights")
-    stems = {_variant_of(name) for name in files}
+    stems = {variant_of(name) for name in files}
     if "" in stems:
         return None
     if len(stems) > 1:
@@ -175,7 +190,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _variant_of(file_name: str) -> str:
+def variant_of(file_name: str) -> str:
     """``model.fp16-00001-of-00002.safetensors`` -> ``fp16``; the empty string for plain names."""
     stem = re.sub(r"-\d+-of-\d+$", "", file_name.removesuffix(".safetensors"))
     return stem.partition(".")[2]
@@ -185,24 +200,16 @@ def _fetch(source: str, components: Sequence[str]) -> Path:
     repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     if repository.count("/") != 1:
         raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
-    hub = import_module("huggingface_hub")
 
     def fetch(names: Sequence[str], ignored: str | None) -> Path:
         patterns = ["model_index.json", *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
-        return Path(
-            hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=patterns, ignore_patterns=ignored
-            )
-        )
+        try:
+            return fetch_snapshot(repository, revision or None, patterns, ignored)
+        except HubError as error:
+            raise BackboneError(str(error)) from error
 
-    try:
-        path = fetch(components, _VARIANTS)
-        # Some repositories hold the smaller variant of a network's weights alone.
-        folders = [path / name for name in components]
-        bare = [f.name for f in folders if (f / "config.json").is_file() and not any(f.glob("*.safetensors"))]
-        return fetch(bare, None) if bare else path
-    except Exception as error:  # the client's many errors all mean the same to the caller
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BackboneError(
-            f"{repository} could not be fetched from the hub ({reason}); download it elsewhere and pass its folder"
-        ) from error
+    path = fetch(components, _VARIANTS)
+    # Some repositories hold the smaller variant of a network's weights alone.
+    folders = [path / name for name in components]
+    bare = [f.name for f in folders if (f / "config.json").is_file() and not any(f.glob("*.safetensors"))]
+    return fetch(bare, None) if bare else path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.folder import DiffusersFolder
+from rmd.backbones.registry import load_checkpoint
+from rmd.backbones.tiny import write_tiny_folder
 from rmd.checkpoint import CheckpointFolder, TeacherSpec, file_digest, write_cascade_json
 from rmd.presets import preset
 
@@ -91,6 +94,19 @@ def test_a_failed_write_leaves_the_old_file(folder: Path) -> None:
         (lambda d: d["schedules"]["2+2"]["steps"][1].update(timestep="857"), r"'steps\[1\].timestep'"),
         (lambda d: d["teacher"].pop("steps"), "'teacher.steps' is missing"),
         (lambda d: d["teacher"].update(steps=0), "'teacher.steps'"),
+        (lambda d: d["teacher"].update(steps=10**8), "'teacher.steps': must be from 1 to 1000"),
+        (lambda d: d["teacher"].update(steps=900, flow_shift=9.0), "'teacher': 900 steps under flow shift 9.0 do not"),
+        (lambda d: d["teacher"].update(flow_shift=0), "'teacher.flow_shift': must be above 0"),
+        (lambda d: d["teacher"].update(guidance_scale=-1), "'teacher.guidance_scale': must not be negative"),
+        (
+            lambda d: d["schedules"].update({"\ud800": d["schedules"]["1+3"]}),
+            "'schedules': the name .* not valid Unicode",
+        ),
+        (lambda d: d["schedules"].update({"a\nb": d["schedules"]["1+3"]}), "'schedules': the name .* not printable"),
+        (
+            lambda d: d["schedules"].update(teacher=d["schedules"]["1+3"]),
+            "'schedules': 'teacher' is what the teacher's",
+        ),
         (lambda d: d["teacher"].update(guidance_scale=None), "'teacher.guidance_scale'"),
         (lambda d: d["teacher"].update(folder=1), "'teacher.folder'"),
         (lambda d: d.update(teacher=[]), "'teacher'"),
@@ -111,6 +127,9 @@ def test_broken_json_names_the_place(folder: Path) -> None:
         CheckpointFolder.read(folder)
     (folder / "cascade.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
+        CheckpointFolder.read(folder)
+    (folder / "cascade.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"cascade\.json: nested too deeply"):
         CheckpointFolder.read(folder)
     (folder / "cascade.json").write_text("[]")
     with pytest.raises(ValueError, match="must be an object"):
@@ -180,6 +199,36 @@ def test_altered_weights_are_refused_by_their_digest(folder: Path) -> None:
         FileNotFoundError, match=r"unet/model\.safetensors is recorded in cascade\.json and is not there"
     ):
         CheckpointFolder.read(folder)
+
+
+def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
+    """Weights, configurations and tokenizers: each is recorded, and missed or noticed when it was changed."""
+    whole = write_tiny_folder("embedded", tmp_path / "whole")
+    recorded = json.loads((whole / "cascade.json").read_text())["weights"]
+    for name in recorded:
+        copy = tmp_path / "copy"
+        shutil.copytree(whole, copy)
+        (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+        with pytest.raises(ValueError, match=f"{re.escape(name)} (is not the file that|has 1 bytes too many)"):
+            CheckpointFolder.read(copy)
+        (copy / name).unlink()
+        with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} is recorded"):
+            CheckpointFolder.read(copy)
+        shutil.rmtree(copy)
+    assert {"model_index.json", "tokenizer/tokenizer.json", "vae/config.json", "scheduler/scheduler_config.json"} < set(
+        recorded
+    )
+    # README and the like may be edited, and older folders, which record the safetensors files alone, go on being read.
+    (whole / "README.md").write_text("mine")
+    (whole / "notes.json").write_text("{}")
+    CheckpointFolder.read(whole)
+    edit(whole, lambda d: d.update(weights={k: v for k, v in d["weights"].items() if k.endswith(".safetensors")}))
+    (whole / "vae" / "config.json").write_bytes((whole / "vae" / "config.json").read_bytes() + b" ")
+    CheckpointFolder.read(whole)
+    # But a tokenizer without its words is refused there too.
+    (whole / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(BackboneError, match=r"tokenizer has no vocabulary \(tokenizer\.json, "):
+        load_checkpoint(whole, dtype=torch.float32)
 
 
 def test_missing_weights_are_refused(folder: Path) -> None:

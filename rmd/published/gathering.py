@@ -1,0 +1,252 @@
+"""What an import reads: base, network and LoRAs, opened by their headers and held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmd.backbones.family import DiffusersBackbone
+from rmd.backbones.registry import BACKBONES, get_backbone
+from rmd.cascade import Cascade
+from rmd.checkpoint import read_json
+from rmd.presets import preset, preset_backbone
+from rmd.published.files import ImportRefused, WeightFiles
+from rmd.published.lora import Lora
+from rmd.published.merge import Plan, plan_merge
+from rmd.published.naming import Names
+from rmd.published.networks import Expected, Network, is_table, read_network
+from rmd.published.originals import DENOISER_PREFIX, PARTS
+from rmd.published.source import Base, open_base
+from rmd.published.writing import LARGEST_FILE
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What is to be imported.
+
+    Attributes:
+        base: a diffusers folder, a single .safetensors file, or a hub name with its revision.
+        preset: the cascade that the student is sampled with.
+        out: the checkpoint folder to write.
+        network: the student's network (file, index or folder) in place of the base's.
+        loras: files or PEFT folders, each with its strength.
+        config: with a single file: the diffusers folder that has what the file has not.
+        backbone: of those that share the preset's family, which one; by default the preset's own.
+        dtype: of the stored weights; by default as published (eight bits become bfloat16).
+        allow_unmatched: leave keys without a place out instead of refusing.
+        largest: bytes of one weight file.
+    """
+
+    base: str
+    preset: str
+    out: Path
+    network: Path | None = None
+    loras: Sequence[tuple[Path, float]] = ()
+    config: Path | None = None
+    backbone: str | None = None
+    dtype: torch.dtype | None = None
+    allow_unmatched: bool = False
+    largest: int = LARGEST_FILE
+
+
+@dataclass
+class Work:
+    """An import under way.
+
+    Attributes:
+        kind: the backbone's class.
+        networks: components that are written anew; the others are copied.
+        configs: of the components and the scheduler.
+        network_files: of the request's network, if it has one.
+        plan: what the LoRAs add, and where.
+        left_out: keys without a place, with their file's name.
+    """
+
+    request: ImportRequest
+    kind: type[DiffusersBackbone]
+    base: Base
+    cascade: Cascade
+    networks: dict[str, Network] = field(default_factory=dict)
+    configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    network_files: WeightFiles | None = None
+    loras: list[Lora] = field(default_factory=list)
+    plan: Plan = field(default_factory=lambda: Plan({}, ()))
+    left_out: list[str] = field(default_factory=list)
+
+
+def gather(request: ImportRequest) -> Work:
+    """Open everything that an import reads and give every key its place. Reads headers only, and what is converted.
+
+    Raises: see :func:`rmd.published.importing.import_model`.
+    """
+    work = _open(request)
+    _read_networks(work)
+    _read_loras(work)
+    return work
+
+
+def _open(request: ImportRequest) -> Work:
+    own = preset_backbone(request.preset)
+    name = request.backbone or own
+    kind = get_backbone(name)
+    if not issubclass(kind, DiffusersBackbone):
+        raise ValueError(f"preset {request.preset!r} is for {own}, whose weights are not published elsewhere")
+    if kind.profile != get_backbone(own).profile:
+        family = [known for known in BACKBONES if get_backbone(known).profile == get_backbone(own).profile]
+        raise ValueError(f"--backbone {name}: preset {request.preset!r} is for {', '.join(family)}")
+    base = open_base(request.base, request.config, (*kind.components, *kind.tokenizers, "scheduler"))
+    work = Work(request, kind, base, preset(request.preset))
+    base.folder.require(kind.denoiser_folder, "scheduler")
+    for component in kind.components:
+        if base.folder.has(component):
+            work.configs[component] = base.folder.config(component)
+    work.configs["scheduler"] = base.folder.config("scheduler")
+    _take_networks_config(work)
+    # Refuses a velocity network's scheduler, a guidance input and the like, before anything is read.
+    kind.from_config({name: work.configs[name] for name in (kind.denoiser_folder, "scheduler")}, device="meta")
+    return work
+
+
+def _take_networks_config(work: Work) -> None:
+    """A student's folder may describe another network than the base's (an added input)."""
+    network = work.request.network
+    if network is None or not network.is_dir():
+        return
+    if (network / "model_index.json").is_file():
+        raise ImportRefused(f"--network {network} is a whole diffusers folder: give it as --base, or its sub-folder")
+    if not (network / "config.json").is_file():
+        return
+    try:
+        config = read_json(network / "config.json")
+    except ValueError as error:
+        raise ImportRefused(str(error)) from None
+    wanted = work.kind.components[work.kind.denoiser_folder].split(":")[1]
+    if not isinstance(config, dict) or config.get("_class_name", wanted) != wanted:
+        raise ImportRefused(f"{network / 'config.json'} describes no {wanted}, which the preset's family has")
+    work.configs[work.kind.denoiser_folder] = config
+
+
+def sources(work: Work) -> list[Path]:
+    """Every file and folder that the import reads."""
+    request, base = work.request, work.base
+    given = [base.folder.path, *(path for path, _ in request.loras)]
+    single = None if base.single is None else base.single.path
+    return given + [path for path in (request.network, single) if path is not None]
+
+
+def _read_networks(work: Work) -> None:
+    """The networks that are written anew: the denoiser always, and what a single file holds."""
+    request, kind, base = work.request, work.kind, work.base
+    parts = PARTS.get(kind.profile, {}) if base.single is not None else {}
+    denoiser = kind.denoiser_folder
+    if base.single is not None:
+        held = {
+            prefix: component
+            for prefix, component in parts.items()
+            if component in kind.components and any(key.startswith(prefix) for key in base.single)
+        }
+        if DENOISER_PREFIX not in held:
+            _read_one(work, denoiser, base.single, "")
+        else:
+            _refuse_over(work, base.single, tuple(held))
+            for prefix, component in held.items():
+                if component in work.configs:
+                    _read_one(work, component, base.single, prefix)
+                else:
+                    raise ImportRefused(f"{base.single.path} holds a {component}, which {base.folder.path} has not")
+    if request.network is not None:
+        work.network_files = files = WeightFiles.open(request.network)
+        whole = any(key.startswith(DENOISER_PREFIX) for key in files)
+        if whole:
+            _refuse_over(work, files, (DENOISER_PREFIX,))
+        _read_one(work, denoiser, files, DENOISER_PREFIX if whole else "")
+    elif denoiser not in work.networks:
+        _read_one(work, denoiser, WeightFiles.open(base.folder.path / denoiser), "")
+
+
+def _refuse_over(work: Work, files: WeightFiles, prefixes: tuple[str, ...]) -> None:
+    """Keys of a file that belong to none of its known parts."""
+    over = [key for key in files if not key.startswith(prefixes)]
+    tables = [key for key in over if is_table(key)]
+    over = [key for key in over if not is_table(key)]
+    if over and not work.request.allow_unmatched:
+        raise ImportRefused(
+            f"{files.path} holds {len(over)} keys of other parts, such as {_some(over)}: give a whole checkpoint as "
+            f"--base with --config; --allow-unmatched leaves them out"
+        )
+    work.left_out += [f"{files.path.name}: {key}" for key in (*over, *tables)]
+
+
+def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> None:
+    target, config = work.kind.components[component], work.configs[component]
+    network = read_network(
+        files,
+        Expected.of(target, config),
+        target,
+        config,
+        prefix=prefix,
+        allow_unmatched=work.request.allow_unmatched,
+    )
+    work.networks[component] = network
+    work.left_out += [f"{files.path.name}: {key}" for key in network.left_out]
+
+
+# ---- LoRAs ------------------------------------------------------------------------------------------------------
+
+
+def _read_loras(work: Work) -> None:
+    kind, folder = work.kind, work.base.folder
+    work.loras = [Lora.open(path, strength) for path, strength in work.request.loras]
+    if not work.loras:
+        return
+    shapes: dict[str, Mapping[str, tuple[int, ...]]] = {
+        component: network.shapes for component, network in work.networks.items()
+    }
+    texts: dict[str, WeightFiles] = {}
+    for component in kind.components:
+        if component.startswith("text_encoder") and component not in shapes and folder.has(component):
+            texts[component] = WeightFiles.open(folder.path / component)
+            shapes[component] = texts[component].shapes
+    names = Names(
+        kind.denoiser_folder,
+        {component: tuple(parameters) for component, parameters in shapes.items()},
+        kind.profile,
+        work.configs[kind.denoiser_folder],
+    )
+    work.plan = plan_merge(work.loras, names, shapes)
+    _judge(work)
+    for component in work.plan.changes:
+        if component in texts:
+            files = texts[component]
+            entries = files.entries
+            dtypes = {name: entry.dtype for name, entry in entries.items()}
+            work.networks[component] = Network(files, files.shapes, dtypes, (), _renamed={name: name for name in files})
+
+
+def _judge(work: Work) -> None:
+    """Refuse keys without a place; with --allow-unmatched, a LoRA of which nothing fits."""
+    for lora in work.loras:
+        unmatched = [(key, item.reason) for item in work.plan.unmatched if item.lora is lora for key in item.keys]
+        if not unmatched:
+            continue
+        fitting = work.plan.modules(lora)
+        if not fitting or not work.request.allow_unmatched:
+            told = _some([f"{key} ({reason})" for key, reason in unmatched])
+            way = (
+                "leaving them out (--allow-unmatched) makes another model than was published"
+                if fitting
+                else f"it is for another model than {work.base.name}, or under names that are not known"
+            )
+            raise ImportRefused(f"{lora.path}: {len(unmatched)} of {len(lora.files)} keys find no place: {told}; {way}")
+        work.left_out += [f"{lora.path.name}: {key}" for key, _ in unmatched]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,66 @@
+"""The record of an import, for ``cascade.json`` and the card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rmd.published.files import WeightFiles
+from rmd.published.gathering import Work
+from rmd.published.lora import Lora
+from rmd.published.source import licence_of
+
+
+def import_record(work: Work) -> dict[str, Any]:
+    """What was merged: names, sha256 digests, factors and licences; no paths of this machine."""
+    base, request = work.base, work.request
+    folder = base.folder.path
+    taken = [
+        name
+        for name in work.kind.components
+        if name not in work.networks or work.networks[name].files.path == folder / name
+    ]
+    files = {
+        f"{name}/{file}": digest
+        for name in taken
+        if base.folder.has(name)
+        for file, digest in WeightFiles.open(folder / name).digests().items()
+    }
+    if base.single is not None:
+        files |= base.single.digests()
+    imported: dict[str, Any] = {
+        "base": {
+            "name": base.name,
+            "revision": base.revision,
+            "licence": licence_of(base.single, folder if base.single is None else None),
+            "sha256": files,
+        },
+        "network": None,
+        "loras": [_lora_record(work, lora) for lora in work.loras],
+        "left_out": list(work.left_out),
+    }
+    student = work.network_files
+    if student is not None:
+        imported["network"] = {
+            "name": student.path.name,
+            "licence": licence_of(student, student.path if student.path.is_dir() else None),
+            "sha256": student.digests(),
+        }
+    return {"method": "import", "preset": request.preset, "imported": imported}
+
+
+def _lora_record(work: Work, lora: Lora) -> dict[str, Any]:
+    scales = {
+        round(change.scale, 6)
+        for parameters in work.plan.changes.values()
+        for changes in parameters.values()
+        for change in changes
+        if change.lora is lora and len(change.parts) == 2
+    }
+    return {
+        "name": lora.path.name,
+        "strength": lora.strength,
+        "scales": sorted(scales),
+        "parameters": work.plan.modules(lora),
+        "licence": licence_of(lora.files, lora.path if lora.path.is_dir() else None),
+        "sha256": lora.files.digests(),
+    }

@@ -1,0 +1,98 @@
+"""Writes one network's safetensors, merged in float32 and rounded once, a part at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rmd.published.files import EIGHT_BIT, finite
+from rmd.published.merge import Change
+
+LARGEST_FILE = 5 * 10**9
+Progress = Callable[[str, int], None]
+"""Called with what is being written and how many further bytes of it are done."""
+
+
+def stored_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor of ``dtype`` is stored in: ``wanted``, else its own; eight bits become bfloat16."""
+    if not dtype.is_floating_point:
+        return dtype
+    return wanted or (torch.bfloat16 if dtype in EIGHT_BIT else dtype)
+
+
+def write_network(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    changes: Mapping[str, Sequence[Change]],
+    progress: Progress,
+    *,
+    source: Path,
+    largest: int = LARGEST_FILE,
+) -> None:
+    """Write ``<stem>.safetensors``, or parts of at most ``largest`` bytes with their index.
+
+    Args:
+        folder: made if absent.
+        tensors: read one at a time.
+        dtypes: of the stored tensors, by name.
+        changes: what is added to a tensor, by name, in float32 and before the one rounding.
+        source: named in errors.
+
+    Raises:
+        ImportRefused: a tensor holds values that are not finite, before the merge or after it.
+        OSError: the disk is full, or otherwise refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = _parts(tensors, dtypes, largest)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(parts, start=1):
+        file = f"{stem}.safetensors" if len(parts) == 1 else f"{stem}-{number:05}-of-{len(parts):05}.safetensors"
+        state: dict[str, Tensor] = {}
+        for name in names:
+            state[name] = _merged(tensors[name], changes.get(name, ()), dtypes[name], name, source)
+            size = state[name].numel() * state[name].element_size()
+            total += size
+            weight_map[name] = file
+            progress(folder.name, size)
+        try:
+            save_file(state, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{folder / file} could not be written: {error}") from error
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged(tensor: Tensor, changes: Sequence[Change], dtype: torch.dtype, name: str, source: Path) -> Tensor:
+    finite(tensor, name, source)
+    if not changes:
+        # A copy of its own: a converted tensor may be a view of another.
+        return tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+    wide = tensor.to(torch.float32)
+    for change in changes:
+        wide = wide + change.delta(tuple(tensor.shape))
+    return finite(wide.to(dtype).contiguous(), name, changes[-1].lora.path)
+
+
+def _parts(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], largest: int) -> list[list[str]]:
+    shapes: Mapping[str, tuple[int, ...]] = tensors.shapes  # type: ignore[attr-defined]
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name in tensors:
+        size = math.prod(shapes[name]) * dtypes[name].itemsize
+        if parts[-1] and filled + size > largest:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += size
+    return parts

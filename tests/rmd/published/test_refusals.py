@@ -1,0 +1,296 @@
+"""What is not taken: each in one sentence that names the file and the way out, and nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from torch import Tensor
+
+from rmd.backbones.base import BackboneError
+from rmd.checkpoint import CheckpointFolder
+from rmd.published.files import ImportRefused, WeightFiles
+from rmd.published.place import whole_folder
+from tests.rmd.published.conftest import TinyFolder, kohya, random_lora, save, weights
+
+Import = Callable[..., Any]
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def lora(base: TinyFolder) -> dict[str, Tensor]:
+    """A diffusers LoRA of the tiny Wan; treat it as read-only."""
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k"])
+    state = random_lora(WanTransformer3DModel.from_pretrained(base("wan-1.3b") / "transformer"), config)
+    return {f"transformer.{name}": value for name, value in state.items()}
+
+
+def _archive(path: Path, _: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model_index.json", "{}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("option", ["network", "loras", "base"])
+@pytest.mark.parametrize(
+    ("name", "write", "content", "message"),
+    [
+        ("model.ckpt", _write, b"\x80\x02}", r"model\.ckpt is a pickled file.*weights_only=True.*save_file"),
+        ("pytorch_model.bin", _write, b"\x80\x02}", r"pytorch_model\.bin is a pickled file"),
+        ("model.pt", _write, b"\x80\x02}", r"model\.pt is a pickled file"),
+        ("model.zip", _archive, b"", r"model\.zip is a zip archive: unpack it"),
+        ("model.safetensors", _archive, b"", r"model\.safetensors is a zip archive.*torch\.save"),
+        ("model.gguf", _write, b"GGUF\x03\x00", r"model\.gguf is a GGUF file"),
+        ("notes.txt", _write, b"hello", r"notes\.txt is not a \.safetensors file"),
+        ("model.safetensors", _write, b"version https://git-lfs", r"Git LFS pointer"),
+    ],
+)
+def test_other_formats(
+    base: TinyFolder, imported: Import, tmp_path: Path, option: str, name: str, write: Any, content: bytes, message: str
+) -> None:
+    file = tmp_path / name
+    write(file, content)
+    given: dict[str, Any] = {"loras": ((file, 1.0),)} if option == "loras" else {option: file}
+    if option == "base":
+        given = {"base": str(file), "config": base("wan-1.3b")}
+    with pytest.raises(ImportRefused, match=message):
+        imported("wan-1.3b", **given)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_truncated_file(base: TinyFolder, imported: Import, tmp_path: Path, lora: dict[str, Tensor]) -> None:
+    file = save(tmp_path / "lora.safetensors", lora)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ImportRefused, match=r"lora\.safetensors is cut short"):
+        imported("wan-1.3b", loras=((file, 1.0),))
+
+
+def test_bases_that_are_none(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"--base .*nowhere does not exist"):
+        imported("sdxl", base=str(tmp_path / "nowhere"))
+    with pytest.raises(ImportRefused, match=r"--base .*unet has no model_index\.json.*; give .*sdxl, whose component"):
+        imported("sdxl", base=str(base("sdxl") / "unet"))
+    with pytest.raises(BackboneError, match="lacks the component 'unet'"):
+        imported("sdxl", base=str(base("pixart")))
+    with pytest.raises(ValueError, match="--backbone pixart: preset 'sdxl-turbo' is for sdxl"):
+        imported("pixart", preset="sdxl-turbo")
+    with pytest.raises(ValueError, match="unknown preset 'nothing'"):
+        imported("sdxl", preset="nothing")
+    velocity = tmp_path / "velocity"
+    shutil.copytree(base("sdxl"), velocity)
+    scheduler = velocity / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    with pytest.raises(BackboneError, match="v_prediction"):
+        imported("sdxl", base=str(velocity))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(base("sdxl"), pickled)
+    (pickled / "vae" / "diffusion_pytorch_model.safetensors").rename(pickled / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ImportRefused, match=r"diffusion_pytorch_model\.bin is a pickled file"):
+        imported("sdxl", base=str(pickled))
+
+
+def test_pickles_beside_safetensors_stay_behind(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    """As DMD2's and many others' repositories have it."""
+    both = tmp_path / "both"
+    shutil.copytree(base("sdxl"), both)
+    (both / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02}")
+    (both / "vae" / "model.onnx").write_bytes(b"x")
+    imported("sdxl", base=str(both))
+    assert sorted(path.name for path in (tmp_path / "out" / "vae").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    CheckpointFolder.read(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"transformer.blocks.0.attn1.to_q.lora_magnitude_vector": torch.ones(24)}, "is DoRA"),
+        ({"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(24)}, "is DoRA"),
+        ({"lora_unet_blocks_0_self_attn_q.hada_w1_a": torch.ones(2, 2)}, "is LoHa"),
+        ({"lora_unet_blocks_0_self_attn_q.lokr_w1": torch.ones(2, 2)}, "is LoKr"),
+        ({"lora_unet_blocks_0_self_attn_q.lora_mid.weight": torch.ones(2, 2)}, "is a LoRA with a third factor"),
+        ({"transformer.blocks.0.attn1.to_q.weight_scale": torch.ones(1)}, "is an fp8 file with scales"),
+    ],
+)
+def test_kinds_that_are_computed_otherwise(
+    imported: Import, tmp_path: Path, lora: dict[str, Tensor], extra: dict[str, Tensor], message: str
+) -> None:
+    file = save(tmp_path / "x.safetensors", {**lora, **extra})
+    for allow in (False, True):
+        with pytest.raises(
+            ImportRefused, match=rf"x\.safetensors {message}.*not supported: it holds '{next(iter(extra))}'"
+        ):
+            imported("wan-1.3b", loras=((file, 1.0),), allow_unmatched=allow)
+
+
+def test_dora_by_its_settings(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    import peft
+
+    model = WanTransformer3DModel.from_pretrained(base("wan-1.3b") / "transformer")
+    peft.get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"], use_dora=True)).save_pretrained(
+        tmp_path / "dora"
+    )
+    with pytest.raises(ImportRefused, match=r"adapter_config\.json: DoRA"):
+        imported("wan-1.3b", loras=((tmp_path / "dora", 1.0),))
+    (tmp_path / "dora" / "adapter_config.json").unlink()
+    with pytest.raises(ImportRefused, match=r"has no adapter_config\.json"):
+        imported("wan-1.3b", loras=((tmp_path / "dora", 1.0),))
+
+
+def test_no_match_half_a_match_and_half_a_pair(
+    base: TinyFolder, imported: Import, tmp_path: Path, lora: dict[str, Tensor]
+) -> None:
+    foreign = {
+        f"lora_unet_double_blocks_{i}_img_attn_qkv.lora_{part}.weight": torch.ones(4, 4)
+        for i in range(9)
+        for part in ("down", "up")
+    }
+    none = save(tmp_path / "flux.safetensors", foreign)
+    for allow in (False, True):  # a LoRA of which nothing fits is no LoRA of this base
+        with pytest.raises(ImportRefused, match=r"18 of 18 keys find no place: .* and 6 more; it is for another model"):
+            imported("wan-1.3b", loras=((none, 1.0),), allow_unmatched=allow)
+    first = "transformer.blocks.0.attn1.to_q.lora_A.weight"
+    query = "transformer.blocks.0.attn1.to_q"
+    without = {key: value for key, value in lora.items() if key != first}
+    cases = {
+        "half": ({**lora, **foreign}, r"18 of 34 keys .*no such module"),
+        "pair": (without, r"1 of 15 keys.*one of two factors is missing"),
+        "shape": (
+            {**lora, first: torch.ones(4, 48)},
+            r"2 of 16 keys.*\[4, 48\] and \[24, 4\] do not fit .* \[24, 24\]",
+        ),
+        "rank": ({**lora, first: torch.ones(3, 24)}, r"2 of 16 keys.*do not fit"),
+        "whole": ({**lora, f"{query}.weight": torch.ones(24, 24)}, r"1 of 17 keys.*part of no LoRA module"),
+        "other block": ({**lora, first.replace("blocks.0", "blocks.7"): torch.ones(4, 24)}, r"blocks\.7"),
+    }
+    for name, (state, message) in cases.items():
+        file = save(tmp_path / f"{name}.safetensors", state)
+        with pytest.raises(ImportRefused, match=message):
+            imported("wan-1.3b", loras=((file, 1.0),))
+    done = imported("wan-1.3b", loras=((tmp_path / "half.safetensors", 1.0),), allow_unmatched=True)
+    assert list(done.left_out) == [f"half.safetensors: {key}" for key in sorted(foreign)]
+
+
+def test_values_that_are_not_finite(
+    base: TinyFolder, imported: Import, tmp_path: Path, lora: dict[str, Tensor]
+) -> None:
+    key = "transformer.blocks.1.attn2.to_k.lora_B.weight"
+    file = save(tmp_path / "nan.safetensors", {**lora, key: torch.full((24, 4), float("nan"))})
+    with pytest.raises(ImportRefused, match=rf"nan\.safetensors: tensor '{key}' holds values that are not finite"):
+        imported("wan-1.3b", loras=((file, 1.0),))
+    flat = kohya(
+        {name.removeprefix("transformer."): value for name, value in lora.items()}, "lora_unet_", (float("inf"),)
+    )
+    with pytest.raises(ImportRefused, match="alpha' is no finite number"):
+        imported("wan-1.3b", loras=((save(tmp_path / "alpha.safetensors", flat), 1.0),))
+    with pytest.raises(ImportRefused, match=r"x\.safetensors: tensor .* not finite"):  # finite factors, infinite sum
+        imported("wan-1.3b", loras=((save(tmp_path / "x.safetensors", lora), 1e30),), dtype=torch.float16)
+    broken = tmp_path / "broken"
+    shutil.copytree(base("wan-1.3b"), broken)
+    vae = weights(broken / "vae")
+    vae["decoder.conv_in.bias"][0] = float("inf")
+    save(broken / "vae" / "diffusion_pytorch_model.safetensors", vae)
+    with pytest.raises(ImportRefused, match=r"tensor 'decoder\.conv_in\.bias' holds values"):
+        imported("wan-1.3b", base=str(broken))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_sources_and_strangers_are_never_replaced(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(base("pixart"), own)
+    with pytest.raises(ValueError, match="would replace"):
+        imported("pixart", base=str(own), out=own)
+    with pytest.raises(ValueError, match="would replace"):
+        imported("pixart", network=own / "transformer", out=own)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is no checkpoint folder"):
+        imported("pixart", base=str(own))
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    import resource
+
+    imported("pixart")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"transformer.* could not be written: .*File too large"):
+            imported("pixart")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_import_leaves_nothing_to_serve_and_the_next_one_cleans_up(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    """Killed in the middle of writing: the process stops itself behind its first files, so that the moment is sure."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from rmd.published.gathering import ImportRequest
+from rmd.published.importing import import_model
+seen = []
+def report(what, done, total):
+    seen.append(what)
+    if what == "scheduler":
+        os.kill(os.getpid(), signal.SIGKILL)
+import_model(ImportRequest(base={str(base("pixart"))!r}, preset="pixart", out=Path({str(tmp_path / "out")!r})), report)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (left,) = tmp_path.iterdir()
+    assert left.name == ".out.importing" and (left / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    with pytest.raises(FileNotFoundError, match=r"cascade\.json does not exist"):
+        CheckpointFolder.read(left)
+    imported("pixart")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    CheckpointFolder.read(tmp_path / "out")
+
+
+def test_two_imports_to_one_place(imported: Import, tmp_path: Path) -> None:
+    hold = "\n".join(
+        [
+            "import sys, time",
+            "from pathlib import Path",
+            "from rmd.published.place import whole_folder",
+            f"with whole_folder(Path({str(tmp_path / 'out')!r})):",
+            "    print('here', flush=True)",
+            "    time.sleep(600)",
+        ]
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"here\n"
+        with pytest.raises(ValueError, match="another import writes to"):
+            imported("pixart")
+        other.kill()
+    with whole_folder(tmp_path / "out") as scratch:  # the lock died with its holder
+        (scratch / "x").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+
+
+def test_one_name_in_two_files(base: TinyFolder, tmp_path: Path) -> None:
+    for number in (1, 2):
+        save(tmp_path / f"model-{number:05}-of-00002.safetensors", {"x": torch.ones(2)})
+    with pytest.raises(ImportRefused, match="both hold 'x'"):
+        WeightFiles.open(tmp_path)
