@@ -11,6 +11,7 @@ import torch
 
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.registry import BACKBONES, get_backbone
+from rmd.backbones.student_fit import FolderFacts, contradictions
 from rmd.cascade import Cascade
 from rmd.checkpoint import read_json
 from rmd.presets import preset, preset_backbone
@@ -22,6 +23,7 @@ from rmd.published.networks import Expected, Network, is_table, read_network
 from rmd.published.originals import DENOISER_PREFIX, PARTS
 from rmd.published.source import Base, open_base
 from rmd.published.writing import LARGEST_FILE
+from rmd.students import STEP_LISTS
 
 _SHOWN = 12
 
@@ -108,6 +110,12 @@ def _open(request: ImportRequest) -> Work:
             work.configs[component] = base.folder.config(component)
     work.configs["scheduler"] = base.folder.config("scheduler")
     _take_networks_config(work)
+    entry = STEP_LISTS.get(request.preset)
+    if entry is not None and entry.prediction == "sample":  # how a network that gives x0 itself is recognised later
+        work.configs["scheduler"] = {**work.configs["scheduler"], "prediction_type": "sample"}
+    facts = FolderFacts(base.folder.index, work.configs[kind.denoiser_folder], work.configs["scheduler"])
+    if against := contradictions(request.preset, facts):
+        raise ImportRefused(f"preset {request.preset!r} does not fit {request.base}: {'; '.join(against)}")
     # Refuses a velocity network's scheduler, a guidance input and the like, before anything is read.
     kind.from_config({name: work.configs[name] for name in (kind.denoiser_folder, "scheduler")}, device="meta")
     return work

@@ -64,6 +64,7 @@ def import_model(request: ImportRequest, progress: Callable[[str, int, int], Non
     with whole_folder(request.out) as scratch:
         for component in present:
             _write_component(work, component, scratch, report)
+        _write_json(scratch / "scheduler" / "scheduler_config.json", work.configs["scheduler"])
         index = {
             name: value if not isinstance(value, list) or name in present else [None, None]
             for name, value in work.base.folder.index.items()

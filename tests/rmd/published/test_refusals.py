@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rmd.backbones.base import BackboneError
+from rmd.backbones.folder import DiffusersFolder
 from rmd.checkpoint import CheckpointFolder
 from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.place import whole_folder
@@ -93,13 +94,19 @@ def test_bases_that_are_none(base: TinyFolder, imported: Import, tmp_path: Path)
     shutil.copytree(base("sdxl"), velocity)
     scheduler = velocity / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
-    with pytest.raises(BackboneError, match="v_prediction"):
+    with pytest.raises(ImportRefused, match=r"preset 'sdxl-turbo' does not fit .*v_prediction"):
         imported("sdxl", base=str(velocity))
     pickled = tmp_path / "pickled"
     shutil.copytree(base("sdxl"), pickled)
     (pickled / "vae" / "diffusion_pytorch_model.safetensors").rename(pickled / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ImportRefused, match=r"diffusion_pytorch_model\.bin is a pickled file"):
         imported("sdxl", base=str(pickled))
+
+
+def test_a_student_that_gives_x0_is_recognised_by_its_scheduler(imported: Import) -> None:
+    done = imported("sdxl", preset="sdxl-lightning-1")
+    assert DiffusersFolder.open(done.folder).config("scheduler")["prediction_type"] == "sample"
+    assert CheckpointFolder.read(done.folder).default_cascade.num_steps == 1
 
 
 def test_pickles_beside_safetensors_stay_behind(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
