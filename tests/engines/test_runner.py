@@ -294,6 +294,9 @@ def test_a_new_checkpoint_is_taken_without_a_restart(tiny_checkpoint: Path, eage
         executor.refit({"unet": {}})
     config = other / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 9.0}))
+    record = json.loads((other / "cascade.json").read_text())
+    del record["weights"]  # which would have refused the changed file
+    (other / "cascade.json").write_text(json.dumps(record))
     with pytest.raises(EngineMismatch, match="its decoder is another network or has other settings"):
         executor.refit(other)
 
