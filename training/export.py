@@ -16,6 +16,7 @@ from torch import Tensor
 from rmd.backbones.registry import load_checkpoint
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
+from rmd.published.place import replace_folder
 from rmd.sampler import initial_noise
 from training.files import load_tensors, save_model
 
@@ -112,7 +113,7 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
         (scratch / "NOTICE").write_text(_notice(export), encoding="utf-8")
         scratch.chmod(0o755)
         verify(scratch, export, expected, dtype)
-        _replace(scratch, out)
+        replace_folder(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
@@ -241,14 +242,3 @@ def verify(folder: Path, export: Export, expected: Mapping[str, Tensor], dtype: 
     x0 = backbone.predict_x0(noise, torch.tensor([first.t], dtype=torch.float64), conditioning, first.size)
     if not bool(torch.isfinite(x0).all()):
         raise ExportError("the reloaded model gives values that are not finite")
-
-
-def _replace(scratch: Path, out: Path) -> None:
-    """Put the finished folder in its place; an older one goes only once the new one stands."""
-    if not out.exists():
-        os.replace(scratch, out)
-        return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
-    os.replace(out, old / "x")
-    os.replace(scratch, out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rmd.published.place import replace_folder
+
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` atomically, making the folder."""
@@ -69,12 +71,6 @@ def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> No
         scratch.chmod(0o755)
         for file in scratch.iterdir():
             file.chmod(0o644)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-            os.replace(folder, old / "x")
-            os.replace(scratch, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, folder)
+        replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

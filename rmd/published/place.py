@@ -54,14 +54,15 @@ def whole_folder(out: Path) -> Iterator[Path]:
             for left in scratch.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield scratch
-            _replace(scratch, out)
+            replace_folder(scratch, out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     finally:
         os.close(lock)
 
 
-def _replace(scratch: Path, out: Path) -> None:
+def replace_folder(scratch: Path, out: Path) -> None:
+    """Put a finished folder in its place; an older one goes only once the new one stands."""
     if not out.exists():
         os.replace(scratch, out)
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from training.evaluate.films import FILM_TITLES, FilmSet
 from training.evaluate.measure import RowResult
-from training.evaluate.report import FORMAT, cell, over_teacher_lines, ratios, versions_line
+from training.evaluate.report import FORMAT, cell, heading, over_teacher_lines, ratios
 from training.files import write_json, write_text
 
 _COLUMNS = (
@@ -56,13 +56,8 @@ def write_film_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 def film_markdown(report: Mapping[str, Any]) -> str:
     """The tables of ``films.md``."""
-    settings, device = report["settings"], report["device"]
     lines = [
-        "# Films of the held-out sets",
-        "",
-        f"Written by `{report['command']}` on {device['name']} ({device['cpus']} CPUs), {report['size']}. Sampling "
-        f"seeds {', '.join(map(str, settings['seeds']))}; the teacher once. {versions_line(report['versions'])}",
-        "",
+        *heading("Films of the held-out sets", report, f", {report['size']}"),
         f"The films are synthetic: pictures moved by rule. {_READING}",
     ]
     for entry in report["sets"]:

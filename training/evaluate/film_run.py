@@ -42,7 +42,7 @@ from training.evaluate.metrics import (
 )
 from training.evaluate.models import Models
 from training.evaluate.report import command_line, environment
-from training.evaluate.rows import PictureCache, Row, build_rows, generate, reconstruct
+from training.evaluate.rows import PictureCache, Row, generate, reconstruct
 from training.evaluate.sets import concept_text
 from training.evaluate.store import FeatureStore, Report
 
@@ -152,7 +152,7 @@ def evaluate_films(models: Models, report: Report = lambda _what, _share: None) 
     store = FeatureStore(cache, settings, report)
     teacher = models.load("teacher")
     autoencoder = models.autoencoder()
-    rows = film_rows(models)
+    rows = models.rows()
     projection, texts_of = _alignment(models, pictures, store, tests)
     entries = []
     for test in tests:
@@ -192,20 +192,6 @@ def film_sets(models: Models, pictures: PictureSet) -> list[FilmSet]:
         raise ValueError(f"sets {', '.join(wanted)}: give some of {', '.join(FILM_TITLES)}, each once")
     size, count = models.load("teacher").full_size, settings.limit or FILMS_OF_A_SET
     return [film_set(pictures, name, count, size.height, skip=settings.skip, frames=size.num_frames) for name in names]
-
-
-def film_rows(models: Models) -> list[Row]:
-    """The rows that the settings name."""
-    settings = models.settings
-    return build_rows(
-        settings.rows or models.default_rows(),
-        models.cascades,
-        models.load("teacher"),
-        models.teacher,
-        settings.seeds,
-        teacher_steps=settings.teacher_steps,
-        overrides=settings.overrides,
-    )
 
 
 def draw_row(models: Models, row: Row, test: FilmSet, cache: PictureCache, report: Report) -> list[Films]:

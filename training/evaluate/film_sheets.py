@@ -15,7 +15,7 @@ from training.data.split import unit_hash
 from training.evaluate.film_run import film_sets
 from training.evaluate.films import Films, FilmSet, read_films
 from training.evaluate.models import Models
-from training.evaluate.rows import PictureCache, build_rows, generate
+from training.evaluate.rows import PictureCache, generate
 from training.evaluate.store import Report
 
 STRIPS, ANIMATED, COLUMNS = 24, 16, 8
@@ -115,11 +115,7 @@ def draw_film_sheets(models: Models, folder: Path, report: Report) -> list[Path]
     settings = models.settings
     pictures = PictureSet.load(settings.data)
     cache = PictureCache(settings.cache)
-    keys = list(settings.rows or ("teacher", f"student-{models.default}"))
-    rows = build_rows(
-        keys, models.cascades, models.load("teacher"), models.teacher, settings.seeds,
-        teacher_steps=settings.teacher_steps, overrides=settings.overrides,
-    )  # fmt: skip
+    rows = models.rows(settings.rows or ("teacher", f"student-{models.default}"))
     written: list[Path] = []
     for test in film_sets(models, pictures):
         places = chosen_films(test, STRIPS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rmd.dtypes import dtype_name, native_dtype
 from rmd.presets import preset
 from rmd.profiles import PROFILES
 from training.evaluate.features import WEIGHTS_SHA256
+from training.evaluate.rows import Row, build_rows
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,19 @@ class Models:
         split = PROFILES[get_backbone(self.backbone_name).profile].default_split
         full = f"0+{sum(map(int, split.split('+')))}"
         return "teacher", f"student-{self.default}", f"naive-{split}", f"naive-{full}"
+
+    def rows(self, keys: Sequence[str] = ()) -> list[Row]:
+        """The rows ``keys``; without any, those that the settings name, or else :meth:`default_rows`."""
+        settings = self.settings
+        return build_rows(
+            keys or settings.rows or self.default_rows(),
+            self.cascades,
+            self.load("teacher"),
+            self.teacher,
+            settings.seeds,
+            teacher_steps=settings.teacher_steps,
+            overrides=settings.overrides,
+        )
 
     def provenance(self) -> dict[str, Any]:
         """What was measured, as both reports say it."""

@@ -109,13 +109,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The tables of ``quality.md``."""
-    settings, device = report["settings"], report["device"]
     lines = [
-        "# Quality on the held-out sets",
-        "",
-        f"Written by `{report['command']}` on {device['name']} ({device['cpus']} CPUs). Sampling seeds "
-        f"{', '.join(map(str, settings['seeds']))}; the teacher once. {versions_line(report['versions'])}",
-        "",
+        *heading("Quality on the held-out sets", report),
         f"Features are EfficientNet-Lite0's, computed in {report['features']['dtype']}. {_READING}",
     ]
     for entry in report["sets"]:
@@ -165,6 +160,17 @@ def cell(estimate: Mapping[str, Any] | None, digits: int) -> str:
     return f"{value} ± {estimate['deviation']:.{digits}f}"
 
 
-def versions_line(versions: Mapping[str, str]) -> str:
-    """Packages and versions in a sentence."""
+def heading(title: str, report: Mapping[str, Any], size: str = "") -> list[str]:
+    """The title, and by what command, where and with what the report was made."""
+    settings, device = report["settings"], report["device"]
+    return [
+        f"# {title}",
+        "",
+        f"Written by `{report['command']}` on {device['name']} ({device['cpus']} CPUs){size}. Sampling seeds "
+        f"{', '.join(map(str, settings['seeds']))}; the teacher once. {_versions(report['versions'])}",
+        "",
+    ]
+
+
+def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."

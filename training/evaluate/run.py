@@ -14,7 +14,7 @@ from training.evaluate.film_run import evaluate_films
 from training.evaluate.measure import RowResult, SetMeasurer, reference_rows, style_counts
 from training.evaluate.models import EvaluationSettings, Models
 from training.evaluate.report import command_line, environment, set_report, write_report
-from training.evaluate.rows import PictureCache, Row, build_rows, generate, psnr, reconstruct
+from training.evaluate.rows import PictureCache, Row, generate, psnr, reconstruct
 from training.evaluate.sets import (
     LARGEST_SET,
     SETS,
@@ -57,15 +57,7 @@ def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share
     pictures = PictureSet.load(settings.data)
     cache = PictureCache(settings.cache)
     store = FeatureStore(cache, settings, report)
-    rows = build_rows(
-        settings.rows or models.default_rows(),
-        models.cascades,
-        models.load("teacher"),
-        models.teacher,
-        settings.seeds,
-        teacher_steps=settings.teacher_steps,
-        overrides=settings.overrides,
-    )
+    rows = models.rows()
     tests = [held_out_set(pictures, name, settings.limit or LARGEST_SET, settings.skip) for name in names]
     train = pictures.indices("train")
     train_features = store.of_set(pictures, train)  # of all: any of them may have been copied

@@ -15,7 +15,7 @@ from training.data.split import Split, unit_hash
 from training.evaluate.film_sheets import draw_film_sheets, save_png
 from training.evaluate.metrics import unit_rows
 from training.evaluate.models import EvaluationSettings, Models
-from training.evaluate.rows import PictureCache, Pictures, build_rows, generate, generate_with_first_stage
+from training.evaluate.rows import PictureCache, Pictures, generate, generate_with_first_stage
 from training.evaluate.sets import HeldOutSet, composites, held_out_set
 from training.evaluate.store import FeatureStore
 
@@ -140,10 +140,7 @@ def draw_sheets(
     store = FeatureStore(cache, settings, report)
     schedule = models.default
     keys = ["teacher", f"student-{schedule}", f"naive-{schedule}"]
-    teacher, student, naive = build_rows(
-        keys, models.cascades, models.load("teacher"), models.teacher, settings.seeds,
-        teacher_steps=settings.teacher_steps, overrides=settings.overrides,
-    )  # fmt: skip
+    teacher, student, naive = models.rows(keys)
     train = pictures.indices("train")
     train_features = unit_rows(store.of_set(pictures, train))
     written: list[Path] = []
