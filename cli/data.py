@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from training.data.dataset import PictureSet
+    from training.embedded.data.dataset import PictureSet
 
 
 def command(
@@ -35,8 +35,8 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from training.data.build import build_pictures
-    from training.data.sources import DEFAULT_PACKAGES, FLUENT_GRADIENT
+    from training.embedded.data.build import build_pictures
+    from training.embedded.data.sources import DEFAULT_PACKAGES, FLUENT_GRADIENT
 
     console = Console()
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -64,9 +64,9 @@ def _films(pictures: PictureSet, folder: Path, model: Path, films: int, singles:
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from training.data.films import FilmSource
-    from training.film_latents import FilmEncoder, write_prompts, write_shards
-    from training.interrupts import stopped_by_signals
+    from training.embedded.data.films import FilmSource
+    from training.embedded.film_latents import FilmEncoder, write_prompts, write_shards
+    from training.runtime.interrupts import stopped_by_signals
 
     encoder = FilmEncoder(model)
     source = FilmSource(pictures, fits=encoder.fits)

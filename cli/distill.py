@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from training.distil import Distillation
-    from training.prompts import PromptSet
-    from training.settings import DistillSettings
+    from training.distill.prompts import PromptSet
+    from training.distill.run import Distillation
+    from training.distill.settings import DistillSettings
 
 _SHEET_PROMPTS = 8
 
@@ -55,7 +55,7 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; accelerate launch chooses by itself.")] = "auto",
 ) -> None:
     """Distil a teacher into a few-step cascade. SIGTERM saves and stops; --resume goes on."""
-    from training.settings import DistillSettings, parse_assignments
+    from training.distill.settings import DistillSettings, parse_assignments
 
     flags: dict[str, Any] = {
         **parse_assignments(settings or []),
@@ -106,11 +106,11 @@ def _run(
     import torch
 
     from rmd.dtypes import parse_dtype
-    from training.checkpointing import checkpoints
-    from training.distil import PRECISIONS, Distillation
-    from training.export import check_out
-    from training.processes import processes
-    from training.teacher_folder import Teacher, training_cascade
+    from training.distill.export import check_out
+    from training.distill.run import PRECISIONS, Distillation
+    from training.distill.teacher import Teacher, training_cascade
+    from training.runtime.checkpoints import checkpoints
+    from training.runtime.processes import processes
 
     if not resume and checkpoints(run / "checkpoints"):
         raise ValueError(f"{run} already holds checkpoints; --resume goes on with them, another --run starts anew")
@@ -161,7 +161,7 @@ def _prompts(
 ) -> PromptSet:
     import random
 
-    from training.prompts import caption_prompts, encode_prompts, read_prompt_file
+    from training.distill.prompts import caption_prompts, encode_prompts, read_prompt_file
 
     if not needed:
         return encode_prompts(teacher.backbone, [""], run / "prompts")
@@ -188,7 +188,7 @@ def _train(distillation: Distillation) -> bool:
         TimeRemainingColumn,
     )
 
-    from training.trainer import Hooks
+    from training.distill.trainer import Hooks
 
     trainer, settings = distillation.trainer, distillation.settings
     prompts = list(settings.sheet_prompts) or _spread(distillation)

@@ -40,7 +40,7 @@ def command(
 
     A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on from its last state when the command is given again.
     """
-    from training.film_run import FilmRun
+    from training.embedded.film_run import FilmRun
 
     job = FilmRun(films, run, model, threads=threads, device=device, log=typer.echo)
     trainer = job.train(

@@ -40,10 +40,10 @@ def command(
 
     A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on from its last state when the command is given again.
     """
-    from training.data.dataset import PictureSet
+    from training.embedded.data.dataset import PictureSet
 
     PictureSet.load(data)  # a missing cache is said before torch and diffusers are imported
-    from training.teacher_run import TeacherRun
+    from training.embedded.teacher_run import TeacherRun
 
     job = TeacherRun(
         data, run, models, text_encoder=text_encoder, threads=threads, device=device, sheets=sheets, log=typer.echo

@@ -12,12 +12,12 @@ from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import Cascade
 from rmd.noise_schedule import RectifiedFlow
 from rmd.size import Size
-from training.methods import METHODS
-from training.methods.base import DistillationMethod
-from training.networks import Networks
-from training.prompts import PromptSet
-from training.settings import DistillSettings
-from training.trainer import Hooks, Trainer
+from training.distill.methods import METHODS
+from training.distill.methods.base import DistillationMethod
+from training.distill.prompts import PromptSet
+from training.distill.roles import Networks
+from training.distill.settings import DistillSettings
+from training.distill.trainer import Hooks, Trainer
 
 LOW, FULL = Size(32, 32), Size(64, 64)
 TRANSFORMER: dict[str, Any] = {

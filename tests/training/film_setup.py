@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import PictureSet, Record
-from training.data.films import FilmSpec, render_films
+from training.embedded.data.dataset import PictureSet, Record
+from training.embedded.data.films import FilmSpec, render_films
 from training.evaluate.films import to_bytes
 
 SIDE = 96

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
-from training.data.dataset import PictureSet, Record
+from training.embedded.data.dataset import PictureSet, Record
 
 LABELS = ["red circle", "blue square", "dot", "line"]
 

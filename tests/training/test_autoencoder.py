@@ -11,7 +11,7 @@ import torch
 
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from tests.training.picture_setup import four_pictures, tiny_autoencoder
-from training.autoencoder import (
+from training.embedded.autoencoder import (
     AutoencoderConfig,
     flatten_pictures,
     measure,
@@ -20,7 +20,7 @@ from training.autoencoder import (
     train_autoencoder,
     upsample_twice,
 )
-from training.data.dataset import PictureSet
+from training.embedded.data.dataset import PictureSet
 
 
 @pytest.fixture

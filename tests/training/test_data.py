@@ -14,13 +14,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data import build as build_module
-from training.data.build import base_of, build_pictures, normalise_hexcode
-from training.data.captions import GROUNDS, compose_caption
-from training.data.dataset import PictureSet, Record, caption
-from training.data.names import match_names
-from training.data.sources import DEFAULT_PACKAGES, Package, SourceError, Tarball, digest_of, fetch, notice_text
-from training.data.split import (
+from training.embedded.data import build as build_module
+from training.embedded.data.build import base_of, build_pictures, normalise_hexcode
+from training.embedded.data.captions import GROUNDS, compose_caption
+from training.embedded.data.dataset import PictureSet, Record, caption
+from training.embedded.data.names import match_names
+from training.embedded.data.sources import (
+    DEFAULT_PACKAGES,
+    Package,
+    SourceError,
+    Tarball,
+    digest_of,
+    fetch,
+    notice_text,
+)
+from training.embedded.data.split import (
     assign_splits,
     held_drawings,
     is_unseen_concept,

@@ -25,7 +25,6 @@ from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from rmd.sampler import sample
 from rmd.size import Size
-from training.checkpointing import checkpoints
 from training.decoder.export import check_decoder_out
 from training.decoder.latents import LatentSource, read_shards, shard_file, write_shards
 from training.decoder.losses import PatchDiscriminator, discriminator_loss, feature_maps, perceptual_loss
@@ -34,6 +33,7 @@ from training.decoder.run import DecoderRun
 from training.decoder.settings import DecoderSettings
 from training.decoder.trainer import DecoderTrainer
 from training.evaluate.features import EfficientNetLite0, load_efficientnet_lite0, prepare
+from training.runtime.checkpoints import checkpoints
 
 PROMPTS = ["a red fox", "a ship", "an old lighthouse", "a star"]
 LOW, FULL = Size(32, 32), Size(64, 64)

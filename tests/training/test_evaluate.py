@@ -17,8 +17,8 @@ from PIL import Image
 from rmd.backbones.decoders import TinyDecoder
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.dtypes import dtype_name, native_dtype
-from training.data.dataset import PictureSet, Record
-from training.data.split import twin_of, unit_hash
+from training.embedded.data.dataset import PictureSet, Record
+from training.embedded.data.split import twin_of, unit_hash
 from training.evaluate.alignment import _fit, fit_projection
 from training.evaluate.features import (
     FEATURE_WIDTH,

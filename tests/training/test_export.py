@@ -18,15 +18,15 @@ from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from rmd.presets import preset
-from training import export as export_module
-from training.checkpointing import save_checkpoint
-from training.distil import Distillation
-from training.export import ExportError, check_out, export_checkpoint, verify
-from training.files import load_tensors
-from training.networks import merged_network
-from training.prompts import encode_prompts, read_prompt_file
-from training.settings import DistillSettings
-from training.teacher_folder import Teacher, exported_cascades, training_cascade
+from training.distill import export as export_module
+from training.distill.export import ExportError, check_out, export_checkpoint, verify
+from training.distill.prompts import encode_prompts, read_prompt_file
+from training.distill.roles import merged_network
+from training.distill.run import Distillation
+from training.distill.settings import DistillSettings
+from training.distill.teacher import Teacher, exported_cascades, training_cascade
+from training.runtime.checkpoints import save_checkpoint
+from training.runtime.files import load_tensors
 
 
 @pytest.fixture(scope="module")

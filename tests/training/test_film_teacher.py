@@ -15,11 +15,11 @@ from rmd.backbones.film_transformer import FilmTransformer
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
 from tests.training.film_setup import many_pictures
-from training import film_latents, velocity
-from training.data.films import FilmSource
-from training.film_latents import FilmData, FilmEncoder, captions_of, shard_file, write_shards
-from training.film_run import FilmRun
-from training.film_teacher import FilmTrainer, initial_film_transformer
+from training.embedded import film_latents, velocity
+from training.embedded.data.films import FilmSource
+from training.embedded.film_latents import FilmData, FilmEncoder, captions_of, shard_file, write_shards
+from training.embedded.film_run import FilmRun
+from training.embedded.film_teacher import FilmTrainer, initial_film_transformer
 
 SIDES = (48, 32)
 SETTINGS: dict[str, Any] = {
@@ -55,7 +55,7 @@ def job(cache: Path, model: Path, run: Path) -> FilmRun:
 
 
 def trainer(cache: Path, model: Path, run: Path, **settings: Any) -> FilmTrainer:
-    from training.film_teacher import FilmSettings
+    from training.embedded.film_teacher import FilmSettings
 
     empty = torch.zeros(1, 24, 32).bfloat16(), torch.zeros(1, 32).bfloat16()
     return FilmTrainer(FilmSettings(**{**SETTINGS, "initial": model, **settings}), FilmData(cache), empty, run)

@@ -16,10 +16,10 @@ from rmd.cascade import Cascade
 from rmd.noise_schedule import RectifiedFlow
 from rmd.size import Size
 from rmd.upsampling import upsample
-from training.methods import RMD
-from training.methods.base import Matched, ScoreSample
-from training.randomness import Randomness
-from training.settings import DistillSettings
+from training.distill.methods import RMD
+from training.distill.methods.base import Matched, ScoreSample
+from training.distill.settings import DistillSettings
+from training.runtime.randomness import Randomness
 
 F64 = torch.float64
 LOW, FULL = Size(2, 2), Size(4, 4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmd.noise_schedule import RectifiedFlow, VariancePreserving
-from training import losses
+from training.distill import losses
 
 
 def sample(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -25,12 +25,12 @@ from tests.training.distil_setup import (
     settings_for,
     tiny_backbone,
 )
-from training.methods import METHODS as METHOD_CLASSES
-from training.methods.base import DistillationMethod, Matched, tau_intervals
-from training.networks import Networks
-from training.prompts import PromptSet
-from training.randomness import Randomness
-from training.rollout import Rollout, State
+from training.distill.methods import METHODS as METHOD_CLASSES
+from training.distill.methods.base import DistillationMethod, Matched, tau_intervals
+from training.distill.prompts import PromptSet
+from training.distill.roles import Networks
+from training.distill.rollout import Rollout, State
+from training.runtime.randomness import Randomness
 
 METHODS = ["rmd", "tdm", "dmd2", "swd"]
 
@@ -269,7 +269,7 @@ def test_fake_weights_average_one_over_a_stage() -> None:
 
 def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
     with pytest.raises(ValueError, match="tdm works at one resolution"):
-        from training.methods import TDM
+        from training.distill.methods import TDM
 
         TDM(tiny_backbone(), cascade_for("rmd"), settings_for("tdm"), prompt_set(), 1.0)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from training.processes import processes
+from training.runtime.processes import processes
 
 WORKER = """
 import hashlib, json, sys
 from pathlib import Path
 from tests.training.distil_setup import make_trainer
-from training.processes import processes
+from training.runtime.processes import processes
 
 run = Path(sys.argv[1])
 accelerator = processes("cpu")

@@ -21,15 +21,15 @@ from rmd.backbones.registry import load_checkpoint
 from rmd.machine import device_name
 from rmd.size import Size
 from tests.training.picture_setup import LABELS, four_pictures, tiny_autoencoder
-from training.data.dataset import PictureSet
-from training.files import save_model
-from training.latents import TEXT_TOKENS, TeacherData, encode_text
-from training.prompts import PLAIN_WEIGHT, caption_prompts
-from training.teacher import TeacherSettings, TeacherTrainer, initial_transformer, picture_loss
-from training.teacher_export import teacher_card
-from training.teacher_run import TeacherRun
-from training.teacher_sheets import sheet_prompts
-from training.velocity import is_muon_matrix
+from training.distill.prompts import PLAIN_WEIGHT, caption_prompts
+from training.embedded.data.dataset import PictureSet
+from training.embedded.latents import TEXT_TOKENS, TeacherData, encode_text
+from training.embedded.teacher import TeacherSettings, TeacherTrainer, initial_transformer, picture_loss
+from training.embedded.teacher_export import teacher_card
+from training.embedded.teacher_run import TeacherRun
+from training.embedded.teacher_sheets import sheet_prompts
+from training.embedded.velocity import is_muon_matrix
+from training.runtime.files import save_model
 
 TINY_TRANSFORMER: dict[str, Any] = {
     "sample_size": 16,

@@ -14,13 +14,13 @@ import torch
 
 from rmd.machine import device_name
 from tests.training.distil_setup import make_trainer, prompt_set
-from training import checkpointing
-from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
-from training.networks import merged_network, network_of, with_weights
-from training.optimizer import AveragedWeights, MasterAdamW
-from training.randomness import Randomness
-from training.settings import DistillSettings, changed_settings, parse_assignments
-from training.trainer import Hooks, Trainer, TrainingError
+from training.distill.optimizer import AveragedWeights, MasterAdamW
+from training.distill.roles import merged_network, network_of, with_weights
+from training.distill.settings import DistillSettings, changed_settings, parse_assignments
+from training.distill.trainer import Hooks, Trainer, TrainingError
+from training.runtime import checkpoints as checkpoint_files
+from training.runtime.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from training.runtime.randomness import Randomness
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
 VARIANTS: list[dict[str, Any]] = [
@@ -81,14 +81,14 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path: Path, monkey
     trainer = make_trainer(tmp_path / "run", iterations=1)
     trainer.train()
     before = checkpoints(tmp_path / "run" / "checkpoints")
-    save = checkpointing.save_tensors
+    save = checkpoint_files.save_tensors
 
     def break_at_fake(tensors: Any, path: Path) -> None:
         if path.name == "fake.safetensors":
             raise OSError("No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(checkpointing, "save_tensors", break_at_fake)
+    monkeypatch.setattr(checkpoint_files, "save_tensors", break_at_fake)
     trainer.update()
     with pytest.raises(OSError, match="No space"):
         trainer.save()

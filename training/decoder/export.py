@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rmd.checkpoint import DECODER_RECORD, CheckpointFolder, read_json, write_cascade_json
-from training.files import save_model, write_json, write_text
+from training.runtime.files import save_model, write_json, write_text
 
 FORMAT = 1
 

@@ -19,7 +19,7 @@ from rmd.backbones.base import Backbone
 from rmd.cascade import Cascade, Step
 from rmd.sampler import sample
 from rmd.size import Size
-from training.files import load_tensors, save_tensors, write_json
+from training.runtime.files import load_tensors, save_tensors, write_json
 
 META_FILE = "latents.json"
 SHARD = 128

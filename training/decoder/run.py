@@ -19,8 +19,8 @@ from training.decoder.measure import compare, seconds
 from training.decoder.settings import DecoderSettings
 from training.decoder.trainer import DecoderTrainer
 from training.evaluate.features import EfficientNetLite0, default_weights, load_efficientnet_lite0
-from training.files import write_json
-from training.interrupts import stopped_by_signals
+from training.runtime.files import write_json
+from training.runtime.interrupts import stopped_by_signals
 
 
 class DecoderRun:

@@ -25,16 +25,16 @@ from rmd.backbones.base import weights_dtype
 from rmd.backbones.decoders import TinyDecoder, small_decoder_config
 from rmd.machine import device_name
 from rmd.size import Size
-from training.autoencoder import reconstruction_loss
-from training.checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from training.decoder.losses import PatchDiscriminator, discriminator_loss, perceptual_loss
 from training.decoder.settings import HOUSEKEEPING, DecoderSettings
+from training.distill.optimizer import AveragedWeights, MasterAdamW
+from training.embedded.autoencoder import reconstruction_loss
 from training.evaluate.features import EfficientNetLite0
-from training.interrupts import stopped_by_signals
-from training.optimizer import AveragedWeights, MasterAdamW
-from training.precision import native_autocast
-from training.randomness import Randomness
-from training.records import append_line, cut_lines
+from training.runtime.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from training.runtime.interrupts import stopped_by_signals
+from training.runtime.metrics import append_line, cut_lines
+from training.runtime.precision import native_autocast
+from training.runtime.randomness import Randomness
 
 _BETAS = (0.9, 0.98)
 

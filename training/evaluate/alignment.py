@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.data.split import unit_hash
+from training.embedded.data.split import unit_hash
 from training.evaluate.metrics import ranks_of_target, recall_at, unit_rows
 
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)

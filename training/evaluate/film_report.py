@@ -9,7 +9,7 @@ from typing import Any
 from training.evaluate.films import FILM_TITLES, FilmSet
 from training.evaluate.measure import RowResult
 from training.evaluate.report import FORMAT, cell, heading, over_teacher_lines, ratios
-from training.files import write_json, write_text
+from training.runtime.files import write_json, write_text
 
 _COLUMNS = (
     ("motion", "motion right", 3),

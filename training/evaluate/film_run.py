@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.dataset import PictureSet
-from training.data.films import FilmSplit
-from training.data.motions import MOTIONS
+from training.embedded.data.dataset import PictureSet
+from training.embedded.data.films import FilmSplit
+from training.embedded.data.motions import MOTIONS
 from training.evaluate.alignment import Projection, fit_projection, text_features
 from training.evaluate.film_report import film_set_report, write_film_report
 from training.evaluate.films import (

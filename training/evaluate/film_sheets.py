@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from training.data.dataset import PictureSet
-from training.data.split import unit_hash
+from training.embedded.data.dataset import PictureSet
+from training.embedded.data.split import unit_hash
 from training.evaluate.film_run import film_sets
 from training.evaluate.films import Films, FilmSet, read_films
 from training.evaluate.models import Models

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.dataset import PictureSet
-from training.data.films import FRAMES, FilmSource, FilmSpec, FilmSplit, render_films
-from training.data.motions import CROSSING, MOTIONS, X, Y
-from training.data.split import unit_hash
+from training.embedded.data.dataset import PictureSet
+from training.embedded.data.films import FRAMES, FilmSource, FilmSpec, FilmSplit, render_films
+from training.embedded.data.motions import CROSSING, MOTIONS, X, Y
+from training.embedded.data.split import unit_hash
 from training.evaluate.motion import FOREGROUND, apart_from_ground, motion_of, track
 from training.evaluate.sets import concept_text, measured_indices, without_twins
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.dataset import PictureSet
+from training.embedded.data.dataset import PictureSet
 from training.evaluate.alignment import Projection
 from training.evaluate.metrics import (
     Estimate,

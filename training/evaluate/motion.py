@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.motions import CROSSING
+from training.embedded.data.motions import CROSSING
 
 Array = NDArray[np.float64]
 

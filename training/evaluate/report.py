@@ -16,7 +16,7 @@ from rmd.machine import device_name
 from training.evaluate.measure import RowResult
 from training.evaluate.metrics import Estimate, recall_ratio
 from training.evaluate.sets import TITLES
-from training.files import write_json, write_text
+from training.runtime.files import write_json, write_text
 
 FORMAT = 1
 _COLUMNS = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.dataset import PictureSet
+from training.embedded.data.dataset import PictureSet
 from training.evaluate.alignment import Projection, fit_projection, text_features
 from training.evaluate.film_run import evaluate_films
 from training.evaluate.measure import RowResult, SetMeasurer, reference_rows, style_counts

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import PictureSet, Record, caption
-from training.data.split import Split, style_family, twin_of, unit_hash
+from training.embedded.data.dataset import PictureSet, Record, caption
+from training.embedded.data.split import Split, style_family, twin_of, unit_hash
 
 TEST_SETS: tuple[Split, ...] = ("unseen_pair", "unseen_concept")
 SETS: tuple[Split, ...] = (*TEST_SETS, "train")

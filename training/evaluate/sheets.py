@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rmd.cascade import Cascade
-from training.data.captions import GROUNDS
-from training.data.dataset import PictureSet
-from training.data.split import Split, unit_hash
+from training.embedded.data.captions import GROUNDS
+from training.embedded.data.dataset import PictureSet
+from training.embedded.data.split import Split, unit_hash
 from training.evaluate.film_sheets import draw_film_sheets, save_png
 from training.evaluate.metrics import unit_rows
 from training.evaluate.models import EvaluationSettings, Models

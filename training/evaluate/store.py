@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.dataset import PictureSet
+from training.embedded.data.dataset import PictureSet
 from training.evaluate.features import WEIGHTS_SHA256, extract_features, load_efficientnet_lite0
 from training.evaluate.models import EvaluationSettings
 from training.evaluate.rows import PictureCache, Pictures

@@ -1,0 +1,244 @@
+"""A distilled network to a checkpoint folder (diffusers and `cascade.json`), which counts once it was reloaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rmd.backbones.registry import load_checkpoint
+from rmd.cascade import Cascade
+from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
+from rmd.published.place import replace_folder
+from rmd.sampler import initial_noise
+from training.runtime.files import load_tensors, save_model
+
+SHARED = (
+    "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler",
+)  # fmt: skip
+
+
+class ExportError(ValueError):
+    """The written folder does not give back what was trained."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What goes into a checkpoint folder besides the weights.
+
+    Attributes:
+        backbone: key of the backbone registry.
+        component: the denoiser's sub-folder.
+        teacher_folder: where the shared components come from.
+        cascades: by schedule name.
+        default: the schedule that was trained.
+        teacher_steps, teacher_guidance, flow_shift: the teacher's own sampling.
+        record: of the distillation: settings, iterations, time.
+        share: "copy" the shared components, or "link" them relatively.
+        notice: text of NOTICE; the teacher's own by default.
+    """
+
+    backbone: str
+    component: str
+    teacher_folder: Path
+    cascades: Mapping[str, Cascade]
+    default: str
+    teacher_steps: int
+    teacher_guidance: float
+    flow_shift: float = 1.0
+    record: Mapping[str, Any] = field(default_factory=dict)
+    share: Literal["copy", "link"] = "copy"
+    notice: str | None = None
+
+
+def check_out(out: Path, teacher_folder: Path) -> None:
+    """Refuse to write where something else than a former export would be lost.
+
+    Raises:
+        ValueError: `out` is the teacher, or holds something that is no checkpoint.
+    """
+    if out.resolve() == teacher_folder.resolve():
+        raise ValueError(f"--out {out} is the teacher's own folder, which the export would replace; give another --out")
+    former = (out / CASCADE_FILE).is_file() or (out.is_dir() and not any(out.iterdir()))
+    if out.exists() and not former:
+        raise ValueError(f"--out {out} exists and is no checkpoint folder: it would be lost; give another --out")
+
+
+@torch.no_grad()
+def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a checkpoint folder in one rename, after it was loaded again and compared tensor by tensor.
+
+    Args:
+        network: the diffusers model of the denoiser, LoRA merged; it is left as it was.
+        out: the folder; an older one of that name is replaced.
+        export: everything else.
+        dtype: of the stored weights.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ExportError: a reloaded tensor differs, or the reloaded model gives values that are not finite.
+        ValueError: see :func:`check_out`.
+        FileNotFoundError: the teacher's folder lacks a component.
+    """
+    check_out(out, export.teacher_folder)
+    out = _physical(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        expected = _write_network(network, scratch / export.component, dtype)
+        _write_shared(scratch, out, export)
+        write_cascade_json(
+            scratch,
+            backbone=export.backbone,
+            cascades=export.cascades,
+            default=export.default,
+            teacher=TeacherSpec(
+                export.teacher_steps,
+                export.teacher_guidance,
+                export.flow_shift,
+                folder=os.path.relpath(_physical(export.teacher_folder), out),
+            ),
+            distillation=export.record,
+        )
+        (scratch / "README.md").write_text(model_card(out.name, export), encoding="utf-8")
+        (scratch / "NOTICE").write_text(_notice(export), encoding="utf-8")
+        scratch.chmod(0o755)
+        verify(scratch, export, expected, dtype)
+        replace_folder(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def _physical(path: Path) -> Path:
+    """The path without links or dots before its last part: relative paths from it mean what they say."""
+    path = Path.cwd() / path
+    return path.parent.resolve() / path.name
+
+
+def _write_network(network: Any, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Save the network in `dtype`; returns what was stored."""
+    state = {
+        name: (value.to(dtype) if value.is_floating_point() else value).detach().contiguous().cpu()
+        for name, value in network.state_dict().items()
+    }
+    save_model(network, folder, dtype)
+    return state
+
+
+def _write_shared(scratch: Path, out: Path, export: Export) -> None:
+    teacher = export.teacher_folder
+    index = teacher / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{index} does not exist; --teacher must be a diffusers folder")
+    shutil.copy2(index, scratch / index.name)
+    for name in SHARED:
+        source = teacher / name
+        if not source.is_dir():
+            continue
+        # A teacher may itself link into the folder that is being replaced: that must become a real copy.
+        if export.share == "link" and out not in source.resolve().parents:
+            # The scratch folder stands beside the final one, so the relative path is the same.
+            (scratch / name).symlink_to(os.path.relpath(source.resolve(), scratch), target_is_directory=True)
+        else:
+            shutil.copytree(source, scratch / name, symlinks=False)
+
+
+def _notice(export: Export) -> str:
+    if export.notice is not None:
+        return export.notice
+    for name in ("NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md"):
+        path = export.teacher_folder / name
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return f"Distilled from {export.teacher_folder.name}. The teacher's licence and credits apply to these weights.\n"
+
+
+def model_card(name: str, export: Export) -> str:
+    """The README of a checkpoint folder."""
+    cascade = export.cascades[export.default]
+    record = dict(export.record)
+    steps = "\n".join(
+        f"| {index} | {step.size} | {step.timestep} | {step.teacher_timestep} |"
+        for index, step in enumerate(cascade.steps)
+    )
+    lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in record.items() if not isinstance(value, dict)]
+    before = record.get("initial")
+    while before:
+        lines.append(
+            f"- before that: {before.get('iterations')} iterations of batch size {before.get('batch_size')} with "
+            f"guidance scale {before.get('guidance_scale')} in {before.get('seconds')} seconds, on "
+            f"{before.get('device')}"
+        )
+        before = before.get("initial")
+    facts = "\n".join(lines)
+    return f"""# {name}
+
+A few-step student of the backbone `{export.backbone}`, distilled with {record.get("method", "rmd").upper()} from
+`{export.teacher_folder.name}` ({export.teacher_steps} steps, guidance {export.teacher_guidance:g}). The student itself
+needs no guidance.
+
+Schedule **{export.default}** ({cascade.num_steps} network passes):
+
+| step | size | timestep | teacher's timestep |
+|---:|---|---:|---:|
+{steps}
+
+{facts}
+
+`cascade.json` holds the schedules ({", ".join(export.cascades)}; trained for {export.default}), the intensity of noise
+re-injection at inference ({cascade.transition_noise_intensity:g}) and the settings of the distillation. The weights are
+bfloat16 safetensors.
+
+```
+rmd generate --checkpoint path/to/{name} "a prompt"
+rmd serve --checkpoint path/to/{name}
+```
+
+Credits and licences: see NOTICE.
+"""
+
+
+@torch.no_grad()
+def verify(folder: Path, export: Export, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Load a written folder as a user would, compare every tensor, and run the default schedule's first step.
+
+    One step at the low size: a whole schedule of a film model would take hours on a CPU, and the comparison has shown
+    that the weights are the trained ones.
+
+    Raises:
+        ExportError: something differs or is not finite.
+    """
+    stored: dict[str, Tensor] = {}
+    for file in sorted((folder / export.component).glob("*.safetensors")):
+        stored |= load_tensors(file)
+    missing = sorted(set(expected) ^ set(stored))
+    if missing:
+        raise ExportError(f"the export has other weights than the network: {len(missing)}, such as {missing[0]!r}")
+    for name, value in expected.items():
+        if not torch.equal(stored[name], value):
+            raise ExportError(f"the exported weight {name!r} differs from the trained one")
+    backbone, checkpoint = load_checkpoint(folder, dtype=dtype)
+    denoiser = backbone.component_modules()["denoiser"]
+    reloaded = dict(denoiser.named_parameters())
+    prefix = next(iter(dict(denoiser.named_children()))) + "."
+    for name, parameter in reloaded.items():
+        plain = name.removeprefix(prefix)
+        if plain not in expected or not torch.equal(parameter.cpu(), expected[plain].to(parameter.dtype)):
+            raise ExportError(f"the reloaded parameter {plain!r} differs from the trained one")
+    cascade = checkpoint.default_cascade
+    conditioning = backbone.encode_prompts(["a red circle"])
+    first = cascade.steps[0]
+    noise = initial_noise(backbone.latent_shape(first.size), [0])
+    x0 = backbone.predict_x0(noise, torch.tensor([first.t], dtype=torch.float64), conditioning, first.size)
+    if not bool(torch.isfinite(x0).all()):
+        raise ExportError("the reloaded model gives values that are not finite")

@@ -1,0 +1,136 @@
+"""The three roles: a frozen teacher, and a student and a fake score that start as copies of it or of a student."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmd.backbones.base import Backbone
+from training.distill.settings import DistillSettings
+
+
+@dataclass
+class Networks:
+    """Denoiser components by role.
+
+    Attributes:
+        teacher, student, fake: the modules that hold the weights.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    fake: nn.Module
+
+    @classmethod
+    def build(cls, backbone: Backbone, settings: DistillSettings, initial: nn.Module | None = None) -> Networks:
+        """Copy the backbone's denoiser for student and fake score; the backbone's own is the teacher.
+
+        Args:
+            initial: a denoiser of the same class whose weights the student starts from instead.
+        """
+        teacher = backbone.component_modules()["denoiser"].eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # a LoRA's first weights are random
+            torch.manual_seed(settings.seed)
+            student = trainable_copy(initial if initial is not None else teacher, settings)
+            fake = trainable_copy(teacher, settings)
+        if settings.compile:
+            for module in (teacher, student, fake):
+                compile_blocks(network_of(module)[1])
+        return cls(teacher, student, fake)
+
+
+def compile_blocks(network: Any) -> None:
+    """Compile the blocks of a diffusers model in place, each kind once for every shape it meets.
+
+    Blocks rather than the network as one graph: the network's backward does not compile on the CPU with torch 2.13, and
+    equal blocks share their code.
+    """
+    # Three roles, sides and batches: more shapes of one block than dynamo keeps by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if hasattr(network, "get_base_model"):  # a LoRA's wrapper
+        network = network.get_base_model()
+    for child in network.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                block.compile(dynamic=False)
+
+
+def trainable_copy(teacher: nn.Module, settings: DistillSettings) -> nn.Module:
+    """A copy whose weights (all, or those of a LoRA) are trained."""
+    # Under a LoRA the weights stay as they are, and all roles may hold the same ones: 28 GB each for Wan-14B.
+    shared = {id(weight): weight for weight in teacher.parameters()} if settings.lora_rank else {}
+    module = copy.deepcopy(teacher, shared).requires_grad_(settings.lora_rank == 0)
+    name, network = network_of(module)
+    if settings.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if settings.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_rank,
+            target_modules=list(settings.lora_targets),
+            init_lora_weights="gaussian",
+        )
+        # Adapters in the network's own dtype, over float32 masters like any other trained weight.
+        setattr(module, name, get_peft_model(network, config, autocast_adapter_dtype=False))
+    return module
+
+
+def network_of(denoiser: nn.Module) -> tuple[str, Any]:
+    """The diffusers model inside a denoiser component, and the attribute that holds it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, child in denoiser.named_children():
+        if hasattr(child, "save_pretrained"):
+            return name, child
+    raise ValueError(f"{type(denoiser).__name__} holds no diffusers model")
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str:
+    """A digest over up to 64 evenly spaced values of each parameter: tells two sets of weights apart in a moment.
+
+    Of the values in bfloat16, so that weights read in another precision are still the same ones.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        values = parameter.flatten()
+        some = values[:: max(1, values.numel() // 64)][:64]
+        digest.update(name.encode() + some.bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a trained module, without gradients, that carries other (averaged) weights.
+
+    Raises:
+        KeyError: a weight's name is not one of the module's.
+    """
+    copied = copy.deepcopy(module).requires_grad_(False)
+    own = dict(copied.named_parameters())
+    for name, value in weights.items():
+        own[name].copy_(value)
+    return copied
+
+
+def merged_network(module: nn.Module) -> Any:
+    """The plain diffusers model of a denoiser, with a LoRA merged into its weights."""
+    _, network = network_of(module)
+    if hasattr(network, "merge_and_unload"):
+        network = network.merge_and_unload()
+    return network

@@ -1,0 +1,252 @@
+"""Puts a distillation together: teacher folder and settings in, run folder and checkpoint folder out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rmd.backbones.base import Backbone
+from rmd.backbones.registry import get_backbone
+from rmd.cascade import Cascade
+from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
+from rmd.sampler import sample
+from rmd.size import Size
+from training.distill.export import Export, export_checkpoint
+from training.distill.methods import METHODS
+from training.distill.methods.adversary import TokenTap
+from training.distill.methods.base import DistillationMethod
+from training.distill.prompts import PromptSet
+from training.distill.roles import Networks, merged_network, network_of, with_weights
+from training.distill.settings import DistillSettings
+from training.distill.sheets import draw_pictures, teacher_sampling, with_denoiser, write_sheet
+from training.distill.teacher import Teacher, exported_cascades, training_cascade
+from training.distill.trainer import Trainer
+from training.runtime.attention import training_attention
+from training.runtime.checkpoints import checkpoints, load_checkpoint
+from training.runtime.files import load_tensors, save_tensors, write_json
+from training.runtime.randomness import Randomness
+
+PRECISIONS = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
+INITIAL_FILE = "initial.json"
+
+
+@dataclass
+class Distillation:
+    """Everything of one run, put together by :meth:`build`."""
+
+    teacher: Teacher
+    method: DistillationMethod
+    networks: Networks
+    trainer: Trainer
+    settings: DistillSettings
+    run: Path
+
+    @classmethod
+    def build(
+        cls,
+        teacher: Teacher,
+        prompts: PromptSet,
+        settings: DistillSettings,
+        run: Path,
+        say: Callable[[str], None] = lambda _text: None,
+        *,
+        to_export: bool = False,
+        accelerator: Accelerator | None = None,
+    ) -> Distillation:
+        """Set up method, networks and trainer; draws the teacher's samples where the method needs some.
+
+        Args:
+            to_export: nothing is trained, so no samples are needed.
+            accelerator: the run's processes; this one alone by default.
+        """
+        cascade = training_cascade(teacher, settings)
+        scale = settings.guidance_scale if settings.guidance_scale is not None else teacher.guidance_scale
+        method = METHODS[settings.method](teacher.backbone, cascade, settings, prompts, scale)
+        networks = Networks.build(teacher.backbone, settings, initial_denoiser(teacher, settings))
+        attach = getattr(method, "attach_adversary", None)
+        if attach is not None and (settings.gan_weight or settings.method == "swd"):
+            real = rows = torch.zeros(0)
+            if not to_export:
+                say(f"drawing {settings.real_samples} samples of the teacher")
+                real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
+            # In any case: a discriminator's head is among the weights that a checkpoint holds.
+            attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
+        tokens = teacher.backbone.tokens(cascade.full_size)
+        trainer = Trainer(method, networks, settings, run, accelerator=accelerator, tokens=tokens)
+        if trainer.accelerator.is_main_process:
+            keep_initial_record(settings, run)
+        return cls(teacher, method, networks, trainer, settings, run)
+
+    def student(self, averaged: bool = True) -> torch.nn.Module:
+        """A copy of the student's denoiser with its averaged (or last) weights, in the working dtype."""
+        trainer = self.trainer
+        weights = trainer.ema.weights if averaged else trainer.student_optimizer.master_state()
+        return with_weights(self.networks.student, weights)
+
+    def exported_student(self) -> torch.nn.Module:
+        """The student as it is exported: if asked for, the mean of several checkpoints, or of them and the teacher.
+
+        Raises:
+            ValueError: fewer checkpoints are kept than asked for, or the teacher has no such weights (LoRA).
+        """
+        settings = self.settings
+        averaged = settings.export_weights == "ema"
+        if settings.export_checkpoints == 1 and not settings.export_teacher_share:
+            return self.student(averaged)
+        kept = checkpoints(self.run / "checkpoints")[-settings.export_checkpoints :]
+        if len(kept) < settings.export_checkpoints:
+            raise ValueError(
+                f"export_checkpoints={settings.export_checkpoints}: {self.run} keeps {len(kept)}; nothing is lost, "
+                f"export with --export-only --set export_checkpoints={len(kept)}"
+            )
+        states = [load_checkpoint(path)[0]["ema" if averaged else "student"] for path in kept]
+        mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+        if share := settings.export_teacher_share:
+            teacher = dict(self.teacher.backbone.component_modules()["denoiser"].named_parameters())
+            if absent := mean.keys() - teacher.keys():
+                raise ValueError(f"export_teacher_share: the teacher has no {min(absent)}; it needs lora_rank=0")
+            mean = {name: torch.lerp(value, teacher[name].to(value), share) for name, value in mean.items()}
+        return with_weights(self.networks.student, mean)
+
+    def _exported_weights(self) -> str:
+        settings = self.settings
+        count, share = settings.export_checkpoints, settings.export_teacher_share
+        several = f", mean of {count} checkpoints" if count > 1 else ""
+        return settings.export_weights + several + (f", {share:g} of the teacher's weights" if share else "")
+
+    def inference_cascade(self) -> Cascade:
+        """The trained cascade with the re-injection intensity that is exported."""
+        intensity = self.settings.inference_noise_intensity
+        cascade = self.method.cascade
+        return cascade if intensity is None else replace(cascade, transition_noise_intensity=intensity)
+
+    def draw_sheet(self, prompts: Sequence[str]) -> Path:
+        """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's."""
+        backbone, cascade = self.teacher.backbone, self.inference_cascade()
+        teacher_file = self.run / "sheets" / "teacher.safetensors"
+        text = json.dumps([list(prompts), self.teacher.steps, self.teacher.guidance_scale, str(cascade.full_size)])
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        rows = load_tensors(teacher_file) if teacher_file.is_file() else {}
+        if key not in rows:
+            own = teacher_sampling(backbone, cascade.full_size, self.teacher.steps, self.teacher.guidance_scale)
+            rows = {key: draw_pictures(backbone, own, prompts)}
+            save_tensors(rows, teacher_file)
+        student = with_denoiser(backbone, self.student())
+        pictures = {"teacher": rows[key], "student": draw_pictures(student, cascade, prompts)}
+        path = self.run / "sheets" / f"{self.trainer.progress.iteration:06d}.png"
+        write_sheet(pictures, prompts, path)
+        return path
+
+    def export(self, out: Path, share: str = "copy") -> Path:
+        """Write the student as a checkpoint folder (see :mod:`training.distill.export`)."""
+        settings, progress = self.settings, self.trainer.progress
+        student = self.exported_student()
+        cascade = self.inference_cascade()
+        cascades = exported_cascades(self.teacher, cascade)
+        record: dict[str, Any] = {
+            "method": settings.method,
+            "weights": self._exported_weights(),
+            "iterations": progress.iteration,
+            "seconds": round(progress.seconds),
+            "device": ", ".join(progress.devices),
+            "batch_size": settings.batch_size * self.trainer.accelerator.num_processes,
+            "guidance_scale": self.method.guidance_scale,
+            **({"initial_student": Path(settings.initial_student).name} if settings.initial_student else {}),
+            "settings": settings.to_record(),
+        }
+        if (kept := self.run / INITIAL_FILE).is_file():
+            record["initial"] = json.loads(kept.read_text(encoding="utf-8"))
+        component = network_of(student)[0]
+        return export_checkpoint(
+            merged_network(student),
+            out,
+            Export(
+                backbone=self.teacher.backbone.name,
+                component=component,
+                teacher_folder=self.teacher.folder,
+                cascades=cascades,
+                default=cascade.schedule_name,
+                teacher_steps=self.teacher.steps,
+                teacher_guidance=self.teacher.guidance_scale,
+                flow_shift=self.teacher.backbone.flow_shift,
+                record=record,
+                share="link" if share == "link" else "copy",
+            ),
+        )
+
+
+def keep_initial_record(settings: DistillSettings, run: Path) -> None:
+    """Keep in the run how the student that it starts from was distilled: an export may overwrite that folder."""
+    folder = None if settings.initial_student is None else Path(settings.initial_student)
+    if folder is not None and (folder / CASCADE_FILE).is_file() and not (run / INITIAL_FILE).is_file():
+        write_json(run / INITIAL_FILE, dict(CheckpointFolder.read(folder).distillation))
+
+
+def initial_denoiser(teacher: Teacher, settings: DistillSettings) -> torch.nn.Module | None:
+    """The denoiser that the settings let the student start from, None for the teacher's.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is none, or not of the teacher's kind.
+    """
+    if settings.initial_student is None:
+        return None
+    backbone = get_backbone(teacher.backbone.name).load(
+        Path(settings.initial_student), dtype=teacher.backbone.dtype, device=teacher.backbone.device
+    )
+    denoiser = backbone.component_modules()["denoiser"]
+    shapes, own = (
+        {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        for module in (denoiser, teacher.backbone.component_modules()["denoiser"])
+    )
+    odd = [name for name in sorted(set(shapes) | set(own)) if shapes.get(name) != own.get(name)]
+    if odd:
+        raise ValueError(
+            f"initial_student {settings.initial_student}: its denoiser is not of the teacher's shape, "
+            f"{odd[0]!r} is {shapes.get(odd[0])} there and {own.get(odd[0])} in the teacher"
+        )
+    return denoiser
+
+
+@torch.no_grad()
+def teacher_samples(
+    teacher: Teacher, prompts: PromptSet, size: Size, settings: DistillSettings, run: Path, batch: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Clean latents (N, C, [T], H, W) drawn by the teacher, and their prompts' rows; kept in the run's folder."""
+    made_of = [prompts.digest, str(teacher.folder), teacher.steps, teacher.guidance_scale, str(size)]
+    made_of += [settings.seed, settings.real_samples]
+    path = run / f"real-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        stored = load_tensors(path)
+        return stored["latents"], stored["rows"]
+    rows = prompts.draw(Randomness(settings.seed + 17), settings.real_samples)
+    cascade = teacher_sampling(teacher.backbone, size, teacher.steps, teacher.guidance_scale)
+    parts = []
+    with training_attention(teacher.backbone.device.type, teacher.backbone.tokens(size)):
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            uncond = prompts.unconditional(len(part))
+            seeds = [settings.seed + start + i for i in range(len(part))]
+            parts.append(sample(teacher.backbone, cascade, prompts.conditioning(part), seeds, uncond).cpu())
+    latents = torch.cat(parts)
+    save_tensors({"latents": latents, "rows": rows}, path)
+    return latents, rows
+
+
+@torch.no_grad()
+def token_width(backbone: Backbone, networks: Networks, size: Size) -> int:
+    """Channels of the tokens that the fake network's middle block puts out."""
+    tap = TokenTap(networks.fake)
+    latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
+    with tap.listening():
+        backbone.predict_x0(
+            latents, torch.full((1,), 0.5), backbone.random_conditioning(1), size, denoiser=networks.fake
+        )
+    return int(tap.take().shape[-1])

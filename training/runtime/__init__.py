@@ -1,0 +1,1 @@
+"""What every training loop stands on: files, checkpoints, metrics, random generators, processes."""
