@@ -19,7 +19,7 @@ from bench.serving.measures import bootstrap, percentile
 from bench.serving.outcomes import Outcome, whole_rate
 from bench.serving.servers import OURS, ROOT, Server, free_port, plain, start_ours
 from bench.serving.traces import make_trace
-from server.front.engine import waiting_policy
+from server.front.engine import thread_policy
 
 THEIRS = "litserve"
 
@@ -169,8 +169,8 @@ def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
 
 
 def _environment(settings: RivalSettings) -> dict[str, str]:
-    """Both wait for threads in the same way."""
-    found = {**waiting_policy(os.environ), **os.environ}
+    """Threads of both behave in the same way."""
+    found = {**thread_policy(os.environ), **os.environ}
     paths = [str(ROOT), *([str(settings.packages)] if settings.packages else [])]
     found["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     return found

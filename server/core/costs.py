@@ -14,11 +14,11 @@ from server.core.stations import StationKey
 MIN_GAIN = 1.02
 """A wider batch must serve at least this many times more rows a second than the narrower one."""
 
-_REMEMBERED = 21  # batches of one width, whose median is its base: one stalled batch moves nothing
+_REMEMBERED = 15  # batches of one width, whose median is its base: one stalled batch moves nothing
 _BELIEVED = 3  # of them is the first timing worth: a few slow batches must not rule out a width that runs no more
 _MOODS, _LEAST_MOODS = 31, 5  # batches of any kind that tell a mood
 _FALLBACK_SECONDS = 0.05
-_EXPLORE_EVERY = 64  # batches of a station between two that are wider, or narrower, than what looks best
+_DOUBTED_AFTER = 1024  # batches of a station: a width that did not run among them is hoped to cost half as much
 
 
 class CostTable:
@@ -39,17 +39,19 @@ class CostTable:
         self._first: dict[StationKey, dict[int, float]] = {}
         self._opened: dict[tuple[StationKey, int], float] = {}  # the first timing over the mood it met
         self._latest: dict[tuple[StationKey, int], deque[float]] = {}
+        self._bases: dict[tuple[StationKey, int], float] = {}  # the medians of these
         self._ratios: deque[tuple[StationKey, float]] = deque(maxlen=_MOODS)
         self._moods: dict[StationKey, float] = {}
         self._batches: dict[StationKey, int] = {}
+        self._ran: dict[tuple[StationKey, int], int] = {}  # how many these were when a width last ran
         for key, widths in measured.items():
             self.replace(key, widths)
 
     def replace(self, key: StationKey, widths: Mapping[int, float]) -> None:
         """Forget what a station cost, since it runs on something else now."""
         for width in self._first.get(key, {}):
-            self._latest.pop((key, width), None)
-            self._opened.pop((key, width), None)
+            for known in (self._latest, self._bases, self._opened, self._ran):
+                known.pop((key, width), None)
         for width, seconds in widths.items():
             self._opened[key, width] = seconds / self._mood(key)
         if widths:  # at once: others read meanwhile
@@ -99,9 +101,10 @@ class CostTable:
         if (key, width) not in self._latest:
             self._latest[key, width] = deque([opened] * _BELIEVED, maxlen=_REMEMBERED)
         self._latest[key, width].append(seconds / self._mood(key))
+        self._bases[key, width] = median(self._latest[key, width])
         self._ratios.append((key, seconds / max(opened, 1e-9)))
         self._moods.clear()
-        self._batches[key] = self._batches.get(key, 0) + 1
+        self._batches[key] = self._ran[key, width] = self._batches.get(key, 0) + 1
 
     def narrow(self, key: StationKey, rows: int) -> None:
         """Forget the widths of ``rows`` rows and more, which ran out of memory; the smallest stays."""
@@ -117,45 +120,41 @@ class CostTable:
 
         ``rows[i]`` is ticket i's number of rows (2 where it is guided). A larger width is taken only where it serves
         ``MIN_GAIN`` times more tickets a second. At least one ticket is served, even one that is wider than any width.
-        Now and then another width is taken, see :meth:`astray`.
         """
-        offers = self.offers(key, rows)
-        best, best_rate = 0, 0.0
-        for place, (count, seconds) in enumerate(offers):
+        best, best_rate = 1, 0.0
+        for count, seconds in self.offers(key, rows):
             rate = count / max(seconds, 1e-9)
             if rate >= best_rate * MIN_GAIN:
-                best, best_rate = place, rate
-        return offers[self.astray(key, best, len(offers))][0]
+                best, best_rate = count, rate
+        return best
 
     def offers(self, key: StationKey, rows: Sequence[int]) -> list[tuple[int, float]]:
-        """Return the batches that can be made of the waiting tickets, in this order: (tickets, seconds), ascending.
+        """Return what batches can be made of the waiting tickets, in this order: (tickets, hoped seconds), ascending.
 
         The first is one ticket's; then one for each width that holds more.
         """
-        offers = [(1, self.seconds(key, rows[0]))]
+        offers = [(1, self.hoped(key, rows[0]))]
         for width in self.widths(key):
             count = _fitting(rows, width)
             if count > offers[-1][0]:
-                offers.append((count, self.seconds(key, sum(rows[:count]))))
+                offers.append((count, self.hoped(key, sum(rows[:count]))))
         return offers
 
-    def astray(self, key: StationKey, best: int, offers: int) -> int:
-        """Return which of a station's ``offers`` to take where ``best`` looks best.
+    def hoped(self, key: StationKey, rows: int) -> float:
+        """Return what one batch of ``rows`` rows may cost, for choosing between widths.
 
-        Now and then the next wider one is taken, or the next narrower one, so that a cost that has changed is noticed.
+        The longer a width has not run, the less is known of it, and the better it is hoped to be: so that each is tried
+        again, soon where it looks little worse than the best and seldom where it looks much worse.
         """
-        turn, rest = divmod(self._batches.get(key, 0), _EXPLORE_EVERY)
-        if rest < _EXPLORE_EVERY - 1 or offers < 2:
-            return best
-        aside = best + 1 if turn % 2 == 0 else best - 1
-        return aside if 0 <= aside < offers else 2 * best - aside
+        width = next((width for width in self.widths(key) if width >= rows), None)
+        missed = 0 if width is None else self._batches.get(key, 0) - self._ran.get((key, width), 0)
+        return self.seconds(key, rows) / (1 + missed / _DOUBTED_AFTER)
 
     def _of_width(self, key: StationKey, width: int) -> float:
-        latest = self._latest.get((key, width))
-        if latest:
-            return median(latest) * self._mood(key)
-        opened = self._opened.get((key, width))
-        return _FALLBACK_SECONDS * width if opened is None else opened * self._mood(key)
+        base = self._bases.get((key, width))
+        if base is None:
+            base = self._opened.get((key, width))
+        return _FALLBACK_SECONDS * width if base is None else base * self._mood(key)
 
     def _mood(self, key: StationKey) -> float:
         """How far the other stations' latest batches were from their first timings; 1 where few are known."""

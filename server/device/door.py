@@ -8,7 +8,8 @@ import numpy as np
 import zmq
 
 from rmd.pixels import Pixels
-from server.core.messages import Began, Command, Ended, Message, pack, unpack_command
+from server.core.messages import Began, Command, Encoded, Ended, Message, pack, unpack_command
+from server.core.messages import Pixels as PixelsMessage
 from server.device.settings import RECORD
 
 _PARENT_SECONDS = 1.0
@@ -34,19 +35,29 @@ class Door:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(address)
+        self._frames: list[bytes | memoryview] = []
         # What runs is also written to a file, which outlasts this process: a message may not have left before it dies.
         self._record = os.open(address.removeprefix("ipc://") + RECORD, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def send(self, message: Message, pixels: Pixels | None = None) -> None:
-        """Send a message; pixels travel as they lie in memory."""
+        """Send a message; pixels travel as they lie in memory.
+
+        What a batch gave goes out together with the word that the next one begins, or as soon as there is none: each
+        sending wakes two threads, on cores that have better things to do.
+        """
         if isinstance(message, Began | Ended):
             content = pack(message) if isinstance(message, Began) else b""
             os.pwrite(self._record, len(content).to_bytes(4, "big") + content, 0)
-        if pixels is None:
-            self._socket.send(pack(message))
-            return
-        self._socket.send(pack(message), zmq.SNDMORE)
-        self._socket.send(np.ascontiguousarray(pixels).data, copy=False)
+        self._frames.append(pack(message))
+        if pixels is not None:
+            self._frames.append(np.ascontiguousarray(pixels).data)
+        if not isinstance(message, Ended | Encoded | PixelsMessage):
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._frames:
+            self._socket.send_multipart(self._frames, copy=False)
+            self._frames = []
 
     def receive(self, timeout: float) -> Command | None:
         """Return the next command, or None after ``timeout`` seconds.
@@ -54,6 +65,8 @@ class Door:
         Raises:
             ParentGone: nobody is left to work for.
         """
+        if timeout > 0:
+            self._flush()
         left = timeout
         while True:
             slice_seconds = min(left, _PARENT_SECONDS)
@@ -67,6 +80,7 @@ class Door:
 
     def close(self) -> None:
         """Send what is under way, then close."""
+        self._flush()
         self._socket.close()
         os.close(self._record)
         if self._parent is not None:

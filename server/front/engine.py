@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from server.core.messages import Began, Command, Message, Stop, pack, unpack_message
+from server.core.messages import Began, Command, Message, Pixels, Stop, pack, unpack_message
 from server.device.settings import RECORD, EngineSettings
 from server.start.settings import ServerSettings
 
@@ -63,6 +64,7 @@ class Doorway:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.SNDTIMEO, 0)
         self.socket.bind(self.address)
+        self._received: deque[Received] = deque()
 
     def send(self, command: Command) -> None:
         """Give the engine something to do. Where it has died, nothing happens: what it had is handed out again."""
@@ -75,10 +77,14 @@ class Doorway:
         Raises:
             msgspec.DecodeError: the engine speaks another version's language.
         """
-        if not self.socket.poll(int(1000 * timeout)):
-            return None
-        head, *frames = self.socket.recv_multipart(copy=False)
-        return unpack_message(head.bytes), frames[0].buffer if frames else None
+        if not self._received:
+            if not self.socket.poll(int(1000 * timeout)):
+                return None
+            frames = iter(self.socket.recv_multipart(copy=False))
+            for frame in frames:
+                message = unpack_message(frame.bytes)
+                self._received.append((message, next(frames).buffer if isinstance(message, Pixels) else None))
+        return self._received.popleft()
 
     def last_batch(self) -> Began | None:
         """Return the batch that runs, or ran when the engine died, as it wrote down itself."""
@@ -107,7 +113,7 @@ class EngineProcess(Doorway):
         self.process = subprocess.Popen(
             [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
-            env={**waiting_policy(os.environ), **os.environ, **visible, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**thread_policy(os.environ), **os.environ, **visible, "PYTHONPATH": os.pathsep.join(paths)},
         )
         self.pid = self.process.pid
         assert self.process.stdin is not None
@@ -183,11 +189,12 @@ def own_device(device: str, environment: Mapping[str, str]) -> tuple[str, dict[s
     return kind, {"CUDA_VISIBLE_DEVICES": names[int(index)] if names else index}
 
 
-def waiting_policy(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return how OpenMP's threads are to wait for each other, unless the environment says.
+def thread_policy(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return how libraries' threads are to behave, unless the environment says.
 
-    By default they spin for long: beside other work on the same cores, that is time taken from the very thread that is
-    waited for.
+    OpenMP's wait for each other by spinning, for long: beside other work on the same cores, that is time taken from the
+    very thread that is waited for. The tokenizer's would share a dozen short texts out among cores that are at work.
     """
     chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & environment.keys()
-    return {} if chosen else {"GOMP_SPINCOUNT": "6000", "KMP_BLOCKTIME": "1"}
+    waiting = {} if chosen else {"GOMP_SPINCOUNT": "6000", "KMP_BLOCKTIME": "1"}
+    return {"TOKENIZERS_PARALLELISM": "false", **waiting}

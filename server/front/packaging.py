@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,8 @@ from server.core.messages import Pixels
 from server.core.work import PictureRecord
 from server.front.generation import Event, FinishedPicture, Generation, PartialPicture
 from server.front.media import encode_film, encode_picture, encode_spritesheet, encode_thumbnail
+
+_NICE = 5
 
 Done = Callable[[Generation, Pixels, Event | Exception | None], None]
 
@@ -28,7 +33,7 @@ class Packager:
     """
 
     def __init__(self, threads: int, done: Done) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rmd-package")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rmd-package", initializer=_step_back)
         self._done = done
 
     def submit(self, generation: Generation, message: Pixels, values: memoryview) -> None:
@@ -47,6 +52,12 @@ class Packager:
         except Exception as error:  # told to whoever counts endings: a thread pool would swallow it
             result = error
         self._done(generation, message, result)
+
+
+def _step_back() -> None:
+    """Let the device's threads go first, which wait for each other: one that is kept from its core holds up all."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
 
 
 def _package(generation: Generation, message: Pixels, values: memoryview, since: float) -> Event:

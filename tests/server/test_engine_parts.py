@@ -37,7 +37,7 @@ from server.device.model import DeviceModel
 from server.device.prompts import EncodedText, PromptCache
 from server.device.steps import StageRunner
 from server.front import member as member_module
-from server.front.engine import Doorway, waiting_policy
+from server.front.engine import Doorway, thread_policy
 from server.front.member import Health, Member, WatchLimits
 from tests.server.house import Clock, House
 
@@ -105,15 +105,23 @@ def test_a_published_students_schedule_passes_the_door_unchanged(model: DeviceMo
     assert messages.unpack_message(messages.pack(ready)) == ready
 
 
-def test_pixels_pass_the_door_unchanged() -> None:
+def test_pixels_pass_the_door_unchanged_and_all_in_its_order() -> None:
     way = Doorway()
     door = Door(way.address)
     try:
         pixels = np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8)
-        door.send(Pixels("a", 0, pixels[:, ::2].shape, "48x24x5"), pixels[:, ::2])
-        received = way.receive(10)
-        assert received is not None and received[1] is not None and isinstance(received[0], Pixels)
-        assert (np.frombuffer(received[1], np.uint8).reshape(received[0].shape) == pixels[:, ::2]).all()
+        ended = Ended(1, LOW, 2, 2, 0.1, ())
+        door.send(ended)
+        for index in range(2):
+            door.send(Pixels("a", index, pixels[index:, ::2].shape, "48x24x5"), pixels[index:, ::2])
+        assert way.receive() is None, "a batch's results leave together"
+        assert door.receive(0.001) is None, "at the latest when there is nothing else to do"
+        assert way.receive(10) == (ended, None)
+        for index in range(2):
+            received = way.receive()
+            assert received is not None and received[1] is not None and isinstance(received[0], Pixels)
+            values = np.frombuffer(received[1], np.uint8).reshape(received[0].shape)
+            assert received[0].index == index and (values == pixels[index:, ::2]).all()
         way.send(Submit(WORK))
         assert door.receive(10) == Submit(WORK) and door.receive(0.0) is None
     finally:
@@ -206,8 +214,8 @@ def test_what_the_user_has_to_mend_is_not_tried_again(clock: Clock) -> None:
 
 
 def test_threads_wait_for_each_other_without_spinning_for_long_unless_told() -> None:
-    assert set(waiting_policy({})) == {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
-    assert waiting_policy({"OMP_WAIT_POLICY": "active"}) == {}
+    assert set(thread_policy({})) == {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "TOKENIZERS_PARALLELISM"}
+    assert set(thread_policy({"OMP_WAIT_POLICY": "active"})) == {"TOKENIZERS_PARALLELISM"}
 
 
 def test_a_dead_engine_takes_no_command_and_holds_nobody_up() -> None:

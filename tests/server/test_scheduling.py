@@ -236,7 +236,8 @@ def test_a_batch_that_ran_out_of_memory_is_not_tried_as_wide_again(house: House)
     house.gate.before = limited
     for _ in range(3):
         assert len(house.draw(n=4).json()["data"]) == 4
-    assert [batch for component, _, batch in house.gate.calls if component == "denoiser" and batch > 2] == [4]
+    wide = [size for component, size, batch in house.gate.calls if component == "denoiser" and batch > 2]
+    assert wide and len(wide) == len(set(wide)), "once at each size"
 
 
 def test_a_failure_within_a_stream_reaches_the_official_client(house: House) -> None:

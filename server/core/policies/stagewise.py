@@ -87,7 +87,7 @@ class StagewisePolicy:
         units = _units(graded) if key.kind == "encode" else [[pair] for pair in graded]
         rows = [1 if key.kind == "encode" else unit[0][1].rows for unit in units]
         coming = len(units) if key.kind == "encode" else coming
-        quickest = min(costs.seconds(key, width) / min(width, max(coming * rows[0], 1)) for width in costs.widths(key))
+        quickest = min(costs.hoped(key, width) / min(width, max(coming * rows[0], 1)) for width in costs.widths(key))
         offers = costs.offers(key, rows)
         worths, urges, place = list[float](), 0.0, 0
         for count, seconds in offers:
@@ -97,7 +97,7 @@ class StagewisePolicy:
             wasted = max(seconds - quickest * sum(rows[:count]), 0.0)
             worths.append(urges * offers[0][1] / max(seconds + wasted * waiting, 1e-9))
         best = max(range(len(offers)), key=worths.__getitem__)
-        count = offers[costs.astray(key, best, len(offers))][0]
+        count = offers[best][0]
         chosen = [ticket for unit in units[:count] for _, ticket in unit]
         return (graded[0][0][0], worths[best]), Choice(station, chosen)
 

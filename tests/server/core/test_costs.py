@@ -127,9 +127,21 @@ def _count_widths(table: CostTable, truth: dict[int, float], batches: int) -> li
 
 def test_a_width_that_was_timed_in_a_bad_moment_is_found_again() -> None:
     """Five starts on one noisy machine gave five sets of widths, and each stayed until the next start."""
-    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.5}}), {1: 0.1, 2: 0.11}, 320)
-    assert counts[:63] == [1] * 63 and counts[63] == 2, "a wider batch is tried now and then"
-    assert set(counts[256:319]) == {2} and sum(count == 2 for count in counts[:192]) == 3
+    counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.22}}), {1: 0.1, 2: 0.11}, 600)
+    first = counts.index(2)
+    assert 50 < first < 250, "what looks a little worse is tried before long"
+    assert counts[first + 1] == 1, "and believed only after some more"
+    assert counts[500:].count(2) > 95
+
+
+def test_what_looks_bad_is_tried_seldom() -> None:
+    costs = {width: 0.1 * width for width in (1, 2)} | {4: 0.8}
+    table = CostTable({LOW: costs})
+    counts = list[int]()
+    for _ in range(4000):
+        counts.append(table.best_count(LOW, [1] * 4))
+        table.observe(LOW, counts[-1], costs[counts[-1]])
+    assert 1 <= counts.count(4) <= 6
 
 
 def test_a_width_that_was_timed_in_a_good_moment_is_dropped_again() -> None:
