@@ -45,16 +45,18 @@ def step_noise(
         step_index: the step that was just predicted: one number, or one an item.
 
     Returns:
-        (len(seeds), *shape), drawn in float32 on the CPU, then moved and cast.
+        (len(seeds), *shape), drawn in float32 on the CPU, then moved and cast. To a GPU the copy is queued, so that the
+        host neither waits for what runs there nor keeps it waiting.
     """
     steps = [step_index] * len(seeds) if isinstance(step_index, int) else list(step_index)
     if len(steps) != len(seeds):
         raise ValueError(f"{len(seeds)} seeds and {len(steps)} step indices: give one of each an item")
-    noise = torch.empty((len(seeds), *shape), dtype=torch.float32)
+    queued = torch.device(device).type == "cuda"
+    noise = torch.empty((len(seeds), *shape), dtype=torch.float32, pin_memory=queued)
     for item, (seed, step) in enumerate(zip(seeds, steps, strict=True)):
         generator = torch.Generator().manual_seed(noise_key(int(seed), int(step)))
         torch.randn(tuple(shape), generator=generator, out=noise[item])
-    return noise.to(device=device, dtype=dtype)
+    return noise.to(device=device, dtype=dtype, non_blocking=queued)
 
 
 def initial_noise(

@@ -40,7 +40,7 @@ class CostTable:
         self._opened: dict[tuple[StationKey, int], float] = {}  # the first timing over the mood it met
         self._latest: dict[tuple[StationKey, int], deque[float]] = {}
         self._bases: dict[tuple[StationKey, int], float] = {}  # the medians of these
-        self._ratios: deque[tuple[StationKey, float]] = deque(maxlen=_MOODS)
+        self._ratios: deque[tuple[int, float]] = deque(maxlen=_MOODS)  # of which station, by its key's hash
         self._moods: dict[StationKey, float] = {}
         self._batches: dict[StationKey, int] = {}
         self._ran: dict[tuple[StationKey, int], int] = {}  # how many these were when a width last ran
@@ -102,7 +102,7 @@ class CostTable:
             self._latest[key, width] = deque([opened] * _BELIEVED, maxlen=_REMEMBERED)
         self._latest[key, width].append(seconds / self._mood(key))
         self._bases[key, width] = median(self._latest[key, width])
-        self._ratios.append((key, seconds / max(opened, 1e-9)))
+        self._ratios.append((hash(key), seconds / max(opened, 1e-9)))
         self._moods.clear()
         self._batches[key] = self._ran[key, width] = self._batches.get(key, 0) + 1
 
@@ -160,7 +160,8 @@ class CostTable:
         """How far the other stations' latest batches were from their first timings; 1 where few are known."""
         mood = self._moods.get(key)
         if mood is None:
-            others = [ratio for station, ratio in self._ratios if station != key]
+            own = hash(key)
+            others = [ratio for station, ratio in self._ratios if station != own]
             mood = self._moods[key] = median(others) if len(others) >= _LEAST_MOODS else 1.0
         return mood
 

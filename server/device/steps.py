@@ -177,7 +177,7 @@ def _predict(backbone: Backbone, size: Size, pictures: Sequence[Picture], latent
     output = backbone.predict_output(rows, row_times, conditioning, size)
     given = output[: len(pictures)]
     if guided:
-        scales = torch.tensor([pictures[i].request.cascade.guidance_scale for i in guided], device=output.device)
+        scales = _numbers([pictures[i].request.cascade.guidance_scale for i in guided], output).float()
         scales = scales.view(-1, *[1] * (output.ndim - 1))
         without = output[len(pictures) :]
         given = given.clone()
@@ -222,7 +222,9 @@ def _advance(backbone: Backbone, pictures: Sequence[Picture], latents: Tensor, x
 
 
 def _numbers(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)
+    """A step's constants. To a GPU they are queued: a plain copy would wait for the network, then it for the host."""
+    numbers = torch.tensor(values, dtype=torch.float64, pin_memory=like.is_cuda)
+    return numbers.to(like.device, non_blocking=True)
 
 
 def _step(picture: Picture) -> Step:
