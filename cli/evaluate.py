@@ -61,9 +61,9 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from training.evaluate.models import EvaluationSettings
-    from training.evaluate.run import evaluate
-    from training.evaluate.sheets import draw_sheets
+    from training.evaluate.embedded.models import EvaluationSettings
+    from training.evaluate.embedded.run import evaluate
+    from training.evaluate.embedded.sheets import draw_sheets
 
     if compile and engines is not None:
         raise ValueError("--compile is for eager networks: leave it out, or leave out --engines")

@@ -19,8 +19,14 @@ from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.dtypes import dtype_name, native_dtype
 from training.embedded.data.dataset import PictureSet, Record
 from training.embedded.data.split import twin_of, unit_hash
-from training.evaluate.alignment import _fit, fit_projection
-from training.evaluate.features import (
+from training.evaluate.embedded.alignment import _fit, fit_projection
+from training.evaluate.embedded.models import EvaluationSettings, Models
+from training.evaluate.embedded.report import markdown
+from training.evaluate.embedded.rows import PictureCache, generate
+from training.evaluate.embedded.run import evaluate
+from training.evaluate.embedded.sets import SETS, held_out_set, measured_indices, other_style_pictures, same_style_mix
+from training.evaluate.embedded.sheets import chosen, contact_sheet, draw_sheets
+from training.evaluate.shared.features import (
     FEATURE_WIDTH,
     SameConv2d,
     default_weights,
@@ -28,7 +34,7 @@ from training.evaluate.features import (
     load_efficientnet_lite0,
     prepare,
 )
-from training.evaluate.metrics import (
+from training.evaluate.shared.metrics import (
     Estimate,
     frechet_distance,
     kernel_distance,
@@ -40,12 +46,6 @@ from training.evaluate.metrics import (
     recall_at,
     recall_ratio,
 )
-from training.evaluate.models import EvaluationSettings, Models
-from training.evaluate.report import markdown
-from training.evaluate.rows import PictureCache, generate
-from training.evaluate.run import evaluate
-from training.evaluate.sets import SETS, held_out_set, measured_indices, other_style_pictures, same_style_mix
-from training.evaluate.sheets import chosen, contact_sheet, draw_sheets
 
 
 def test_kernel_distance_of_two_constant_sets_is_the_kernels_closed_form() -> None:

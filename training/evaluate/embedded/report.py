@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from rmd.machine import device_name
-from training.evaluate.measure import RowResult
-from training.evaluate.metrics import Estimate, recall_ratio
-from training.evaluate.sets import TITLES
+from training.evaluate.embedded.measure import RowResult
+from training.evaluate.embedded.sets import TITLES
+from training.evaluate.shared.metrics import Estimate, recall_ratio
 from training.runtime.files import write_json, write_text
 
 FORMAT = 1

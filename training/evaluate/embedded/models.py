@@ -17,8 +17,8 @@ from rmd.checkpoint import CASCADE_FILE, FULL_DECODER, CheckpointFolder, Teacher
 from rmd.dtypes import dtype_name, native_dtype
 from rmd.presets import preset
 from rmd.profiles import PROFILES
-from training.evaluate.features import WEIGHTS_SHA256
-from training.evaluate.rows import Row, build_rows
+from training.evaluate.embedded.rows import Row, build_rows
+from training.evaluate.shared.features import WEIGHTS_SHA256
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EvaluationSettings:
         cache: folder of generated pictures and features, kept between runs.
         sets: splits to measure on; the test sets when empty. "train" is there to choose among checkpoints without
             looking at those.
-        rows: see :func:`training.evaluate.rows.build_rows`; :meth:`Models.default_rows` when empty.
+        rows: see :func:`training.evaluate.embedded.rows.build_rows`; :meth:`Models.default_rows` when empty.
         seeds: sampling seeds; the teacher takes the first.
         limit: pictures or films of each set; as many as the medium's tables have when None.
         skip: leave out the first so many of each set: what one table measures another run may choose by.
