@@ -31,7 +31,6 @@ from training.evaluate.embedded.films import (
 )
 from training.evaluate.embedded.measure import RECALLS, RowResult
 from training.evaluate.embedded.models import Models
-from training.evaluate.embedded.report import command_line, environment
 from training.evaluate.embedded.rows import PictureCache, Row, generate, reconstruct
 from training.evaluate.embedded.sets import concept_text
 from training.evaluate.embedded.store import FeatureStore, Report
@@ -45,6 +44,7 @@ from training.evaluate.shared.metrics import (
     recall_at,
     unit_rows,
 )
+from training.evaluate.shared.provenance import command_line, environment
 
 FILMS_OF_A_SET = 64
 FITTED_FRAMES = 3000

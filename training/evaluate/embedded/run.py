@@ -13,7 +13,7 @@ from training.evaluate.embedded.alignment import Projection, fit_projection, tex
 from training.evaluate.embedded.film_run import evaluate_films
 from training.evaluate.embedded.measure import RowResult, SetMeasurer, reference_rows, style_counts
 from training.evaluate.embedded.models import EvaluationSettings, Models
-from training.evaluate.embedded.report import command_line, environment, set_report, write_report
+from training.evaluate.embedded.report import set_report, write_report
 from training.evaluate.embedded.rows import PictureCache, Row, generate, psnr, reconstruct
 from training.evaluate.embedded.sets import (
     LARGEST_SET,
@@ -26,6 +26,7 @@ from training.evaluate.embedded.sets import (
     measured_indices,
 )
 from training.evaluate.embedded.store import FeatureStore, Report
+from training.evaluate.shared.provenance import command_line, environment
 
 
 def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share: None) -> dict[str, Any]:
