@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from rmd.backbones.decoders import TinyDecoder
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.dtypes import dtype_name, native_dtype
+from rmd.presets import preset
 from training.embedded.data.dataset import PictureSet, Record
 from training.embedded.data.split import twin_of, unit_hash
 from training.evaluate.embedded.alignment import _fit, fit_projection
@@ -418,6 +420,31 @@ def test_pictures_do_not_depend_on_the_batch_and_a_damaged_file_is_drawn_again(
     for path in (tmp_path / "cache").rglob("*.npy"):
         path.write_bytes(path.read_bytes()[:50])
     assert np.array_equal(generate(backbone, "w", cascade, prompts, seeds, cache, batch=3), whole)
+
+
+def test_a_checkpoint_of_other_sizes_is_measured_at_its_own(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "lab"
+    shutil.copytree(checkpoint, copy)
+    record = json.loads((copy / "cascade.json").read_text())
+    stored = record["schedules"]
+
+    def models(*names: str) -> Models:
+        kept = {"default": names[0], "schedules": {name: stored[name] for name in names}}
+        (copy / "cascade.json").write_text(json.dumps({**record, **kept}))
+        return Models(_settings(copy, data, tmp_path, rows=()))
+
+    found = models("2+2")
+    assert list(found.cascades) == ["2+2", "0+4", "1+3", "3+1"]
+    assert {name: [str(size) for size in cascade.sizes] for name, cascade in found.cascades.items()} == {
+        "2+2": ["32x32", "64x64"],
+        "0+4": ["64x64"],
+        "1+3": ["32x32", "64x64"],
+        "3+1": ["32x32", "64x64"],
+    }
+    shipped = [step.timestep for step in preset("embedded", schedule="1+3").steps]
+    assert [step.timestep for step in found.cascades["1+3"].steps] == shipped
+    single = models("0+4")
+    assert list(single.cascades) == ["0+4"] and single.default_rows() == ("teacher", "student-0+4", "naive-0+4")
 
 
 def test_the_transition_intensity_can_be_ablated(checkpoint: Path, data: Path, tmp_path: Path) -> None:

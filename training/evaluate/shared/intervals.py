@@ -10,6 +10,7 @@ from scipy import stats
 
 RESAMPLES = 10_000
 _LEVEL = 0.95
+_LARGEST_TABLE = 1_000_000  # values drawn at once: 8 MB
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def bootstrap_mean(values: NDArray[np.float64]) -> Interval:
     """
     if len(values) < 2:
         raise ValueError(f"an interval needs at least 2 prompts; there is {len(values)}")
+    at_once = max(1, _LARGEST_TABLE // len(values))
     found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=_LEVEL, method="percentile", batch=100, rng=0
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=_LEVEL, method="percentile", batch=at_once, rng=0
     ).confidence_interval
     return Interval(float(values.mean()), float(found.low), float(found.high))
 

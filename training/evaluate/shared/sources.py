@@ -127,16 +127,16 @@ def draw_source(
 
 
 def drawn_by(pipe: CascadePipeline, schedule: str) -> dict[str, Any]:
-    """What a file drawn by this checkpoint depends on beside prompt and seed."""
+    """What a file drawn by this checkpoint depends on beside prompt and seed: not where the checkpoint lies."""
     folder = pipe.checkpoint.teacher_path if schedule == TEACHER else pipe.checkpoint.path
     assert folder is not None
     decoder = pipe.checkpoint.decoder_path
     digests = json.dumps([loaded_digests(folder), loaded_digests(decoder) if decoder is not None else {}])
     return {
-        "checkpoint": str(pipe.checkpoint.path),
         "weights": hashlib.sha256(digests.encode()).hexdigest(),
         "dtype": dtype_name(pipe.dtype),
         "device": pipe.device.type,
+        "executor": type(pipe.backbone.executor).__name__,
         "cascade": pipe.cascade(schedule).to_dict(),
     }
 
