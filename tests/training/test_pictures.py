@@ -171,7 +171,18 @@ def test_a_checkpoints_pictures_are_drawn_once_and_a_stopped_run_goes_on(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     options = ["--prompts", prompts, "--weights", networks["folder"], "--out", tmp_path / "out", "--seeds", "0,1"]
-    options += ["--cache", tmp_path / "drawn", "--schedule", "2+2", "--schedule", "0+4", "--batch", "2"]
+    options += [
+        "--cache",
+        tmp_path / "drawn",
+        "--schedule",
+        "2+2",
+        "--schedule",
+        "0+4",
+        "--batch",
+        "2",
+        "--dtype",
+        "float32",
+    ]
     first = _run("pictures", checkpoint, *options)
     assert first.exit_code == 0, first.output
     content = json.loads((tmp_path / "out" / "pictures.json").read_text())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -22,7 +21,7 @@ from transformers import (
 from training.evaluate.pictures.open_clip import is_open_clip, to_transformers
 
 WEIGHTS = "model.safetensors"
-_HEAD = re.compile(r"layers\.(\d+)\.weight")
+_HEAD = "layers."
 
 
 def load_clip(folder: Path, device: str) -> Any:
@@ -33,11 +32,10 @@ def load_clip(folder: Path, device: str) -> Any:
         ValueError: a weight is missing or of another shape.
     """
     config = _config(CLIPConfig, folder)
-    path = folder / WEIGHTS
-    if path.is_file() and is_open_clip(_names(path)):
-        tensors = to_transformers(load_file(path))
-        return _load(CLIPModel, None, device, config=config, state_dict=tensors)
-    return _load(CLIPModel, folder, device, config=config)
+    tensors = _tensors(folder)
+    if is_open_clip(tensors):
+        tensors = to_transformers(tensors)
+    return _load(CLIPModel, device, config, tensors)
 
 
 def load_vision(folder: Path, device: str) -> Any:
@@ -47,7 +45,9 @@ def load_vision(folder: Path, device: str) -> Any:
         OSError: a file is missing.
         ValueError: a weight is missing or of another shape.
     """
-    return _load(CLIPVisionModelWithProjection, folder, device, config=_config(CLIPVisionConfig, folder))
+    config, tensors = _config(CLIPVisionConfig, folder), _tensors(folder)
+    tower = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
+    return _load(CLIPVisionModelWithProjection, device, config, tower)
 
 
 def load_head(folder: Path, width: int, device: str) -> nn.Module:
@@ -63,22 +63,18 @@ def load_head(folder: Path, width: int, device: str) -> nn.Module:
     declared = " ".join(_config(CLIPVisionConfig, folder).architectures or ())
     if "relu" in declared.lower():
         raise ValueError(f"{declared} has a ReLU between its layers; the score is that of the linear one")
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    with safe_open(path, "pt") as file:
-        numbers = sorted(int(match[1]) for name in file.keys() if (match := _HEAD.fullmatch(name)))  # noqa: SIM118
-        pairs = [(file.get_tensor(f"layers.{n}.weight"), file.get_tensor(f"layers.{n}.bias")) for n in numbers]
+    tensors = {name: tensor for name, tensor in _tensors(folder).items() if name.startswith(_HEAD)}
     layers: list[nn.Module] = []
-    for weight, bias in pairs:
-        if weight.shape[1] != width:
-            raise ValueError(f"{path}: a layer of the head takes {weight.shape[1]} values and is given {width}")
-        width = weight.shape[0]
-        layer = nn.Linear(weight.shape[1], width)
+    for name in sorted({name.rpartition(".")[0] for name in tensors}, key=lambda name: int(name.removeprefix(_HEAD))):
+        weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+        if weight is None or bias is None or weight.shape != (len(bias), width):
+            raise ValueError(f"the head's {name} has no weight and bias, or does not take {width} values")
+        layer = nn.Linear(width, len(bias))
         layer.load_state_dict({"weight": weight, "bias": bias})
         layers.append(layer)
+        width = len(bias)
     if not layers or width != 1:
-        raise ValueError(f"{path} holds no linear layers (layers.N.weight) that end in one score")
+        raise ValueError("the head's linear layers (layers.N) are missing, or do not end in one score")
     return nn.Sequential(*layers).to(device, torch.float32).eval()
 
 
@@ -106,20 +102,18 @@ def _config(kind: Any, folder: Path) -> Any:
     return kind.from_pretrained(folder, local_files_only=True)
 
 
-def _names(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
-def _load(kind: Any, folder: Path | None, device: str, **options: Any) -> Any:
+def _load(kind: Any, device: str, config: Any, tensors: Mapping[str, Tensor]) -> Any:
     try:
         model, told = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            None, config=config, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
         )
     except RuntimeError as error:  # transformers has printed which
         raise ValueError("the weights have other shapes than config.json says") from error
