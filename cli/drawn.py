@@ -29,17 +29,13 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Prompts drawn together.")
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """How checkpoints draw."""
+class Runtime:
+    """What checkpoints run in."""
 
-    seeds: tuple[int, ...]
-    cache: Path
-    schedules: Sequence[str] = ()
-    engines: Path | None = None
-    decoder: str | None = None
-    device: str = "cpu"
-    dtype: str = "auto"
-    batch: int = 4
+    engines: Path | None
+    decoder: str | None
+    device: str
+    dtype: str
 
     def pipeline(self, checkpoint: Path) -> CascadePipeline:
         """The checkpoint's pipeline."""
@@ -48,6 +44,17 @@ class Drawn:
         return CascadePipeline.from_pretrained(
             checkpoint, torch_dtype=self.dtype, device=self.device, engines=self.engines, decoder=self.decoder
         )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What checkpoints draw, and where it is kept."""
+
+    runtime: Runtime
+    seeds: tuple[int, ...]
+    cache: Path
+    schedules: Sequence[str]
+    batch: int
 
     def sources(
         self, paths: Sequence[Path], prompts: Sequence[str], media: str | None, progress: Callable[[str, float], None]
@@ -73,7 +80,7 @@ class Drawn:
             if not (folder / CASCADE_FILE).is_file():
                 found.append(read_source(folder, prompts, suffixes))
                 continue
-            pipe = self.pipeline(folder)
+            pipe = self.runtime.pipeline(folder)
             if media is not None and pipe.backbone.media != media:
                 raise ValueError(f"{path} draws films: see rmd evaluate films")
             schedules = self.schedules or [pipe.checkpoint.default]

@@ -15,6 +15,7 @@ from cli.drawn import (
     DtypeOption,
     EnginesOption,
     PromptsOption,
+    Runtime,
     SchedulesOption,
     SeedsOption,
     writer,
@@ -49,13 +50,12 @@ def pictures(
 
     texts = read_prompt_file(prompts)
     available(weights)  # before anything is drawn
-    drawn = Drawn(
-        whole_numbers("--seeds", seeds, least=0), cache, schedule or (), engines, decoder, device, dtype, batch
-    )
+    runtime = Runtime(engines, decoder, device, dtype)
+    drawn = Drawn(runtime, whole_numbers("--seeds", seeds, least=0), cache, schedule or (), batch)
     with progress_bar() as show:
         found = drawn.sources(sources, texts, "image", show)
         evaluate_pictures(found, texts, weights, out, device, progress=show)
-    typer.echo((out / "pictures.md").read_text())
+    typer.echo((out / "pictures.md").read_text(encoding="utf-8"))
 
 
 def films(
@@ -79,8 +79,7 @@ def films(
     from training.evaluate.films.run import draw_films, prompt_files
 
     files = prompt_files(prompts)
-    drawn = Drawn((seed,), out, engines=engines, decoder=decoder, device=device, dtype=dtype)
-    pipe = drawn.pipeline(checkpoint_folder(checkpoint))
+    pipe = Runtime(engines, decoder, device, dtype).pipeline(checkpoint_folder(checkpoint))
     name = schedule or pipe.checkpoint.default
     with progress_bar() as show:
         folders = draw_films(pipe, name, layout, files, out, writer(pipe), first_seed=seed, batch=batch, progress=show)

@@ -16,6 +16,7 @@ from cli.drawn import (
     DtypeOption,
     EnginesOption,
     PromptsOption,
+    Runtime,
     SchedulesOption,
     SeedsOption,
 )
@@ -55,9 +56,8 @@ def page(
     from training.evaluate.study.page import KEY, PAGE, make_study
 
     texts = read_prompt_file(prompts)
-    drawn = Drawn(
-        whole_numbers("--seeds", seeds, least=0), cache, schedule or (), engines, decoder, device, dtype, batch
-    )
+    runtime = Runtime(engines, decoder, device, dtype)
+    drawn = Drawn(runtime, whole_numbers("--seeds", seeds, least=0), cache, schedule or (), batch)
     with progress_bar() as show:
         found = drawn.sources(sources, texts, None, show)
     if len(found) != 2:
