@@ -1,4 +1,4 @@
-"""`rmd evaluate`: tables of quality on the held-out sets, or the contact sheets."""
+"""`rmd evaluate`: the embedded models on their held-out sets; any model by the metrics of others (pictures, films)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.evaluate_any import films, pictures
+from cli.groups import DefaultCommand
 from cli.numbers import whole_numbers
 from cli.options import DecoderOption
+from cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from rmd.backbones.base import Executor
 
 
-def command(
+app = typer.Typer(cls=DefaultCommand, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def _root() -> None:
+    """Measure what a model draws. Without a command's name: embedded."""
+
+
+@app.command()
+def embedded(
     checkpoint: Annotated[Path, typer.Option(help="The student's folder.")] = Path("models/embedded"),
     teacher: Annotated[Path | None, typer.Option(help="By default the one that the checkpoint names.")] = None,
     data: Annotated[Path, typer.Option(help="Picture cache, as `rmd data` makes it.")] = Path("data"),
@@ -57,13 +69,10 @@ def command(
     ] = "unseen_pair",
     sheets: Annotated[bool, typer.Option("--sheets", help="Draw contact sheets instead.")] = False,
 ) -> None:
-    """Measure a checkpoint on the held-out sets, or draw its contact sheets (--sheets)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    from training.evaluate.models import EvaluationSettings
-    from training.evaluate.run import evaluate
-    from training.evaluate.sheets import draw_sheets
+    """Measure an embedded checkpoint on the held-out sets, or draw its contact sheets (--sheets)."""
+    from training.evaluate.embedded.models import EvaluationSettings
+    from training.evaluate.embedded.run import evaluate
+    from training.evaluate.embedded.sheets import draw_sheets
 
     if compile and engines is not None:
         raise ValueError("--compile is for eager networks: leave it out, or leave out --engines")
@@ -93,14 +102,7 @@ def command(
         decoder=decoder,
         device=device,
     )
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("reading", total=1.0)
-
-        def show(what: str, share: float) -> None:
-            bar.update(task, description=what, completed=min(1.0, share))
-
+    with progress_bar() as show:
         if not sheets:
             report = evaluate(settings, show)["report"]
             written = [out / f"{report}.json", out / f"{report}.md"]
@@ -110,7 +112,11 @@ def command(
                 raise ValueError(f"--hero-split {hero_split!r} is not unseen_pair, unseen_concept or train")
             written = draw_sheets(settings, folder, show, hero_split)  # type: ignore[arg-type]
     for path in written:
-        console.print(str(path))
+        typer.echo(str(path))
+
+
+app.command()(pictures)
+app.command()(films)
 
 
 def _parts(text: str) -> tuple[str, ...]:

@@ -30,12 +30,13 @@ def parse_split(split: str) -> list[int]:
     return [count for count in counts if count > 0]
 
 
-def _from_profile(
+def from_profile(
     profile: BackboneProfile,
     thresholds: Sequence[float] | None = None,
     resolution_map: str | None = None,
     schedule: str | None = None,
 ) -> Cascade:
+    """The cascade of a backbone's profile; the options are :func:`preset`'s."""
     noise_schedule = profile.noise_schedule()
     split = schedule or profile.default_split
     counts = parse_split(split)
@@ -98,7 +99,7 @@ def family_of(backbone: str) -> str:
 
 
 PRESETS: dict[str, Callable[..., Cascade]] = {
-    **{name: partial(_from_profile, profile) for name, profile in PROFILES.items()},
+    **{name: partial(from_profile, profile) for name, profile in PROFILES.items()},
     **{name: partial(_from_step_list, name, entry) for name, entry in STEP_LISTS.items()},
 }
 

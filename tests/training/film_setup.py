@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from training.embedded.data.dataset import PictureSet, Record
 from training.embedded.data.films import FilmSpec, render_films
-from training.evaluate.films import to_bytes
+from training.evaluate.embedded.films import to_bytes
 
 SIDE = 96
 

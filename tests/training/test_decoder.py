@@ -32,7 +32,7 @@ from training.decoder.measure import compare
 from training.decoder.run import DecoderRun
 from training.decoder.settings import DecoderSettings
 from training.decoder.trainer import DecoderTrainer
-from training.evaluate.features import EfficientNetLite0, load_efficientnet_lite0, prepare
+from training.evaluate.shared.features import EfficientNetLite0, load_efficientnet_lite0, prepare
 from training.runtime.checkpoints import checkpoints
 
 PROMPTS = ["a red fox", "a ship", "an old lighthouse", "a star"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,17 @@ from PIL import Image
 from rmd.backbones.decoders import TinyDecoder
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.dtypes import dtype_name, native_dtype
+from rmd.presets import preset
 from training.embedded.data.dataset import PictureSet, Record
 from training.embedded.data.split import twin_of, unit_hash
-from training.evaluate.alignment import _fit, fit_projection
-from training.evaluate.features import (
+from training.evaluate.embedded.alignment import _fit, fit_projection
+from training.evaluate.embedded.models import EvaluationSettings, Models
+from training.evaluate.embedded.report import markdown
+from training.evaluate.embedded.rows import PictureCache, generate
+from training.evaluate.embedded.run import evaluate
+from training.evaluate.embedded.sets import SETS, held_out_set, measured_indices, other_style_pictures, same_style_mix
+from training.evaluate.embedded.sheets import chosen, contact_sheet, draw_sheets
+from training.evaluate.shared.features import (
     FEATURE_WIDTH,
     SameConv2d,
     default_weights,
@@ -28,7 +36,7 @@ from training.evaluate.features import (
     load_efficientnet_lite0,
     prepare,
 )
-from training.evaluate.metrics import (
+from training.evaluate.shared.metrics import (
     Estimate,
     frechet_distance,
     kernel_distance,
@@ -40,12 +48,6 @@ from training.evaluate.metrics import (
     recall_at,
     recall_ratio,
 )
-from training.evaluate.models import EvaluationSettings, Models
-from training.evaluate.report import markdown
-from training.evaluate.rows import PictureCache, generate
-from training.evaluate.run import evaluate
-from training.evaluate.sets import SETS, held_out_set, measured_indices, other_style_pictures, same_style_mix
-from training.evaluate.sheets import chosen, contact_sheet, draw_sheets
 
 
 def test_kernel_distance_of_two_constant_sets_is_the_kernels_closed_form() -> None:
@@ -418,6 +420,31 @@ def test_pictures_do_not_depend_on_the_batch_and_a_damaged_file_is_drawn_again(
     for path in (tmp_path / "cache").rglob("*.npy"):
         path.write_bytes(path.read_bytes()[:50])
     assert np.array_equal(generate(backbone, "w", cascade, prompts, seeds, cache, batch=3), whole)
+
+
+def test_a_checkpoint_of_other_sizes_is_measured_at_its_own(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "lab"
+    shutil.copytree(checkpoint, copy)
+    record = json.loads((copy / "cascade.json").read_text())
+    stored = record["schedules"]
+
+    def models(*names: str) -> Models:
+        kept = {"default": names[0], "schedules": {name: stored[name] for name in names}}
+        (copy / "cascade.json").write_text(json.dumps({**record, **kept}))
+        return Models(_settings(copy, data, tmp_path, rows=()))
+
+    found = models("2+2")
+    assert list(found.cascades) == ["2+2", "0+4", "1+3", "3+1"]
+    assert {name: [str(size) for size in cascade.sizes] for name, cascade in found.cascades.items()} == {
+        "2+2": ["32x32", "64x64"],
+        "0+4": ["64x64"],
+        "1+3": ["32x32", "64x64"],
+        "3+1": ["32x32", "64x64"],
+    }
+    shipped = [step.timestep for step in preset("embedded", schedule="1+3").steps]
+    assert [step.timestep for step in found.cascades["1+3"].steps] == shipped
+    single = models("0+4")
+    assert list(single.cascades) == ["0+4"] and single.default_rows() == ("teacher", "student-0+4", "naive-0+4")
 
 
 def test_the_transition_intensity_can_be_ablated(checkpoint: Path, data: Path, tmp_path: Path) -> None:

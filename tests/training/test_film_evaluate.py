@@ -14,13 +14,13 @@ from PIL import Image
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.dtypes import dtype_name, native_dtype
 from tests.training.film_setup import many_pictures
-from training.evaluate import film_run
-from training.evaluate.film_report import film_markdown
-from training.evaluate.films import FILM_TITLES, film_set, read_films
-from training.evaluate.models import EvaluationSettings, Models
-from training.evaluate.rows import PictureCache, build_rows, generate
-from training.evaluate.run import evaluate
-from training.evaluate.sheets import draw_sheets
+from training.evaluate.embedded import film_run
+from training.evaluate.embedded.film_report import film_markdown
+from training.evaluate.embedded.films import FILM_TITLES, film_set, read_films
+from training.evaluate.embedded.models import EvaluationSettings, Models
+from training.evaluate.embedded.rows import PictureCache, build_rows, generate
+from training.evaluate.embedded.run import evaluate
+from training.evaluate.embedded.sheets import draw_sheets
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,8 +13,8 @@ from training.embedded.data.captions import GROUNDS
 from training.embedded.data.dataset import PictureSet
 from training.embedded.data.films import FilmSource, FilmSpec, film_caption, is_held_motion, render_films
 from training.embedded.data.motions import CROSSING, MOTIONS, SPEEDS, X, Y, path
-from training.evaluate.films import ends, film_set, lasting_things, read_films, single_things, training_frames
-from training.evaluate.motion import read_motion, track
+from training.evaluate.embedded.films import ends, film_set, lasting_things, read_films, single_things, training_frames
+from training.evaluate.embedded.motion import read_motion, track
 
 
 @pytest.fixture(scope="module")

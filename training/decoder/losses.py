@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from training.evaluate.features import EfficientNetLite0
+from training.evaluate.shared.features import EfficientNetLite0
 
 # Blocks after which the features are compared: at 1/2, 1/4, 1/8 and 1/16 of the picture's side, besides the stem.
 _TAPS = (0, 2, 4, 10)

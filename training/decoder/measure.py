@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rmd.backbones.base import weights_dtype
 from rmd.size import Size
-from training.evaluate.features import EfficientNetLite0, extract_features
-from training.evaluate.metrics import kid
+from training.evaluate.shared.features import EfficientNetLite0, extract_features
+from training.evaluate.shared.metrics import kid
 
 _BATCH = 16
 _REPEATS = 15

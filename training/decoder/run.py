@@ -18,7 +18,7 @@ from training.decoder.latents import SHARD, LatentSource, read_shards, write_sha
 from training.decoder.measure import compare, seconds
 from training.decoder.settings import DecoderSettings
 from training.decoder.trainer import DecoderTrainer
-from training.evaluate.features import EfficientNetLite0, default_weights, load_efficientnet_lite0
+from training.evaluate.shared.features import EfficientNetLite0, default_weights, load_efficientnet_lite0
 from training.runtime.files import write_json
 from training.runtime.interrupts import stopped_by_signals
 

@@ -29,7 +29,7 @@ from training.decoder.losses import PatchDiscriminator, discriminator_loss, perc
 from training.decoder.settings import HOUSEKEEPING, DecoderSettings
 from training.distill.optimizer import AveragedWeights, MasterAdamW
 from training.embedded.autoencoder import reconstruction_loss
-from training.evaluate.features import EfficientNetLite0
+from training.evaluate.shared.features import EfficientNetLite0
 from training.runtime.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from training.runtime.interrupts import stopped_by_signals
 from training.runtime.metrics import append_line, cut_lines

@@ -31,7 +31,7 @@ from training.embedded.teacher_export import (
 )
 from training.embedded.teacher_sheets import draw_teacher, sheet_prompts, write_teacher_sheet
 from training.embedded.velocity import STATE_FILE
-from training.evaluate.sets import hash_order, measured_indices
+from training.evaluate.embedded.sets import hash_order, measured_indices
 from training.runtime.files import write_json
 from training.runtime.metrics import append_line, cut_lines
 

@@ -1,1 +1,1 @@
-"""Measuring a checkpoint on the held-out pictures: features, distances, text alignment, tables and contact sheets."""
+"""Measuring: a room for what is shared, one for the embedded models on their held-out sets."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.evaluate.films import FILM_TITLES, FilmSet
-from training.evaluate.measure import RowResult
-from training.evaluate.report import FORMAT, cell, heading, over_teacher_lines, ratios
+from training.evaluate.embedded.films import FILM_TITLES, FilmSet
+from training.evaluate.embedded.measure import RowResult
+from training.evaluate.embedded.report import FORMAT, cell, heading, over_teacher_lines, ratios
 from training.runtime.files import write_json, write_text
 
 _COLUMNS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, FULL_DECODER, CheckpointFolder, TeacherSpec, file_digest, folder_digest
 from rmd.dtypes import dtype_name, native_dtype
-from rmd.presets import preset
+from rmd.presets import from_profile, parse_split
 from rmd.profiles import PROFILES
-from training.evaluate.features import WEIGHTS_SHA256
-from training.evaluate.rows import Row, build_rows
+from training.evaluate.embedded.rows import Row, build_rows
+from training.evaluate.shared.features import WEIGHTS_SHA256
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EvaluationSettings:
         cache: folder of generated pictures and features, kept between runs.
         sets: splits to measure on; the test sets when empty. "train" is there to choose among checkpoints without
             looking at those.
-        rows: see :func:`training.evaluate.rows.build_rows`; :meth:`Models.default_rows` when empty.
+        rows: see :func:`training.evaluate.embedded.rows.build_rows`; :meth:`Models.default_rows` when empty.
         seeds: sampling seeds; the teacher takes the first.
         limit: pictures or films of each set; as many as the medium's tables have when None.
         skip: leave out the first so many of each set: what one table measures another run may choose by.
@@ -93,10 +93,13 @@ class Models:
             teacher_folder = folder
         kind = get_backbone(self.backbone_name)
         self.media, self.frames_per_second = kind.media, kind.frames_per_second
-        low, full = map(int, PROFILES[kind.profile].default_split.split("+"))
-        for first in range(low + full):
-            schedule = f"{first}+{low + full - first}"
-            self.cascades.setdefault(schedule, preset(kind.profile, schedule=schedule))
+        profile = PROFILES[kind.profile]
+        if self.cascades:  # what it does not store is measured at its own sizes, not at the backbone's
+            profile = replace(profile, sizes=self.cascades[self.default].sizes)
+        total = sum(parse_split(profile.default_split))
+        for first in range(total if len(profile.sizes) > 1 else 1):
+            schedule = f"{first}+{total - first}"
+            self.cascades.setdefault(schedule, from_profile(profile, schedule=schedule))
         self.folders = {"student": folder, "teacher": settings.teacher or teacher_folder}
         self.dtype = native_dtype(settings.device)
         self._loaded: dict[str, Backbone] = {}
@@ -104,8 +107,8 @@ class Models:
     def default_rows(self) -> tuple[str, ...]:
         """The teacher; the student's cascade, the same without distillation, and as many steps at the full size."""
         split = PROFILES[get_backbone(self.backbone_name).profile].default_split
-        full = f"0+{sum(map(int, split.split('+')))}"
-        return "teacher", f"student-{self.default}", f"naive-{split}", f"naive-{full}"
+        naive = [name for name in (split, f"0+{sum(parse_split(split))}") if name in self.cascades]
+        return "teacher", f"student-{self.default}", *(f"naive-{name}" for name in naive)
 
     def rows(self, keys: Sequence[str] = ()) -> list[Row]:
         """The rows ``keys``; without any, those that the settings name, or else :meth:`default_rows`."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from training.embedded.data.dataset import PictureSet
-from training.evaluate.features import WEIGHTS_SHA256, extract_features, load_efficientnet_lite0
-from training.evaluate.models import EvaluationSettings
-from training.evaluate.rows import PictureCache, Pictures
-from training.evaluate.sets import composites
+from training.evaluate.embedded.models import EvaluationSettings
+from training.evaluate.embedded.rows import PictureCache, Pictures
+from training.evaluate.embedded.sets import composites
+from training.evaluate.shared.features import WEIGHTS_SHA256, extract_features, load_efficientnet_lite0
 
 Report = Callable[[str, float], None]
 

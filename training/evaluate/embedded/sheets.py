@@ -12,12 +12,12 @@ from rmd.cascade import Cascade
 from training.embedded.data.captions import GROUNDS
 from training.embedded.data.dataset import PictureSet
 from training.embedded.data.split import Split, unit_hash
-from training.evaluate.film_sheets import draw_film_sheets, save_png
-from training.evaluate.metrics import unit_rows
-from training.evaluate.models import EvaluationSettings, Models
-from training.evaluate.rows import PictureCache, Pictures, generate, generate_with_first_stage
-from training.evaluate.sets import HeldOutSet, composites, held_out_set
-from training.evaluate.store import FeatureStore
+from training.evaluate.embedded.film_sheets import draw_film_sheets, save_png
+from training.evaluate.embedded.models import EvaluationSettings, Models
+from training.evaluate.embedded.rows import PictureCache, Pictures, generate, generate_with_first_stage
+from training.evaluate.embedded.sets import HeldOutSet, composites, held_out_set
+from training.evaluate.embedded.store import FeatureStore
+from training.evaluate.shared.metrics import unit_rows
 
 SHEET_PROMPTS = 24
 COLUMNS = 8

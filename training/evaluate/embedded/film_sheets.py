@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from training.embedded.data.dataset import PictureSet
 from training.embedded.data.split import unit_hash
-from training.evaluate.film_run import film_sets
-from training.evaluate.films import Films, FilmSet, read_films
-from training.evaluate.models import Models
-from training.evaluate.rows import PictureCache, generate
-from training.evaluate.store import Report
+from training.evaluate.embedded.film_run import film_sets
+from training.evaluate.embedded.films import Films, FilmSet, read_films
+from training.evaluate.embedded.models import Models
+from training.evaluate.embedded.rows import PictureCache, generate
+from training.evaluate.embedded.store import Report
 
 STRIPS, ANIMATED, COLUMNS = 24, 16, 8
 ANIMATION_FILE = "films.gif"

@@ -15,8 +15,8 @@ from training.embedded.data.dataset import PictureSet
 from training.embedded.data.films import FRAMES, FilmSource, FilmSpec, FilmSplit, render_films
 from training.embedded.data.motions import CROSSING, MOTIONS, X, Y
 from training.embedded.data.split import unit_hash
-from training.evaluate.motion import FOREGROUND, apart_from_ground, motion_of, track
-from training.evaluate.sets import concept_text, measured_indices, without_twins
+from training.evaluate.embedded.motion import FOREGROUND, apart_from_ground, motion_of, track
+from training.evaluate.embedded.sets import concept_text, measured_indices, without_twins
 
 Films = NDArray[np.uint8]
 TEST_FILMS: tuple[FilmSplit, ...] = ("unseen_pair", "unseen_motion", "unseen_concept")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from training.embedded.data.dataset import PictureSet
-from training.evaluate.alignment import Projection
-from training.evaluate.metrics import (
+from training.evaluate.embedded.alignment import Projection
+from training.evaluate.embedded.sets import HeldOutSet, other_style_pictures, same_style_mix
+from training.evaluate.shared.metrics import (
     Estimate,
     frechet_distance,
     kid,
@@ -23,7 +24,6 @@ from training.evaluate.metrics import (
     recall_at,
     unit_rows,
 )
-from training.evaluate.sets import HeldOutSet, other_style_pictures, same_style_mix
 
 RECALLS = (1, 5)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from training.embedded.data.dataset import PictureSet
 from training.embedded.data.films import FilmSplit
 from training.embedded.data.motions import MOTIONS
-from training.evaluate.alignment import Projection, fit_projection, text_features
-from training.evaluate.film_report import film_set_report, write_film_report
-from training.evaluate.films import (
+from training.evaluate.embedded.alignment import Projection, fit_projection, text_features
+from training.evaluate.embedded.film_report import film_set_report, write_film_report
+from training.evaluate.embedded.films import (
     FILM_TITLES,
     TEST_FILMS,
     Films,
@@ -29,8 +29,12 @@ from training.evaluate.films import (
     single_things,
     training_frames,
 )
-from training.evaluate.measure import RECALLS, RowResult
-from training.evaluate.metrics import (
+from training.evaluate.embedded.measure import RECALLS, RowResult
+from training.evaluate.embedded.models import Models
+from training.evaluate.embedded.rows import PictureCache, Row, generate, reconstruct
+from training.evaluate.embedded.sets import concept_text
+from training.evaluate.embedded.store import FeatureStore, Report
+from training.evaluate.shared.metrics import (
     Estimate,
     kid,
     mean_over_concepts,
@@ -40,11 +44,7 @@ from training.evaluate.metrics import (
     recall_at,
     unit_rows,
 )
-from training.evaluate.models import Models
-from training.evaluate.report import command_line, environment
-from training.evaluate.rows import PictureCache, Row, generate, reconstruct
-from training.evaluate.sets import concept_text
-from training.evaluate.store import FeatureStore, Report
+from training.evaluate.shared.provenance import command_line, environment
 
 FILMS_OF_A_SET = 64
 FITTED_FRAMES = 3000

