@@ -1,4 +1,4 @@
-"""LoRA out: stock diffusers and peft draw with the file what the merged checkpoint draws, and an import gives it back."""
+"""LoRA out: stock readers draw with the file what the merged checkpoint draws, and an import gives it back."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_pictures_of_a_full_rank_lora_are_the_checkpoints_but_for_what_it_cannot
 
 def test_the_header_says_where_it_comes_from(student: Student, base: TinyFolder, tmp_path: Path) -> None:
     checkpoint = student("sdxl", ["attention"])
-    (base("sdxl") / "README.md").write_text("---\nlicense: openrail++\n---\n", encoding="utf-8")
+    (checkpoint.path / "README.md").write_text("---\nlicense: openrail++\n---\n", encoding="utf-8")
     export_adapters(checkpoint, tmp_path / "adapters.safetensors", "kohya", torch.float16)
     export_difference(checkpoint, tmp_path / "cut.safetensors", base("sdxl"), rank=3)
     weight = "diffusion_pytorch_model.safetensors"
@@ -232,7 +232,7 @@ def test_the_header_says_where_it_comes_from(student: Student, base: TinyFolder,
         assert json.loads(header["rmd.base_sha256"]) == {weight: file_digest(base("sdxl") / "unet" / weight)}
         assert header["rmd.checkpoint_sha256"] == checkpoint.digest("denoiser")
         assert str(tmp_path) not in json.dumps(dict(header))
-    assert header["modelspec.license"] == "openrail++"
+        assert header["modelspec.license"] == "openrail++"
     settings = json.loads(header["lora_adapter_metadata"])
     assert settings["unet.r"] == settings["unet.lora_alpha"] == 3
 
