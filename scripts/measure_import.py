@@ -1,4 +1,4 @@
-"""Seconds and peak memory of `rmd import` at a published model's real shapes: random weights on disk, a LoRA of all layers.
+"""Seconds and peak memory of `rmd import` at a model's real shapes: random weights on disk, and a LoRA of all layers.
 
 Needs 3 times the model's bytes on the disk (SDXL: 20 GB), and removes what it wrote.
 
