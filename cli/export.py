@@ -93,7 +93,7 @@ def _difference(
             checkpoint,
             out,
             base,
-            rank=rank if rank is not None or error is not None else _DEFAULT_RANK,
+            rank=rank or _DEFAULT_RANK,
             error=error,
             layout=layout,
             dtype=dtype or torch.float16,

@@ -135,7 +135,7 @@ def export_difference(
     out: Path,
     base: Path | str,
     *,
-    rank: int | None = None,
+    rank: int = 64,
     error: float | None = None,
     layout: LoraFormat | None = None,
     dtype: torch.dtype = torch.float16,
@@ -147,7 +147,7 @@ def export_difference(
     Args:
         base: a diffusers folder, or owner/name@revision.
         rank: of every layer's factors.
-        error: instead of a rank: the smallest rank whose relative error over all layers is at most this.
+        error: instead of it the smallest rank whose relative error over all layers is at most this.
         layout, dtype: see :func:`export_adapters`.
         device: where the decompositions run.
         progress: called with what is being done, layers done and layers in all.
@@ -163,40 +163,36 @@ def export_difference(
     opened = open_base(str(base), None, (denoiser.component,))
     changes = Changes.between(checkpoint.path, opened, denoiser.component, torch.device(device))
     report = progress or (lambda _what, _done, _total: None)
-    layers = [name for name in denoiser.layers if f"{name}.weight" in changes.student]
     if error is not None:
         spectra = []
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(denoiser.layers):
             spectra.append(squared_singular_values(changes[f"{layer}.weight"]).cpu())
-            report("singular values", number + 1, len(layers))
-        if not any(float(values.sum()) for values in spectra):
-            raise ValueError(f"{checkpoint.path}: no layer differs from {opened.name}")
+            report("singular values", number + 1, len(denoiser.layers))
         rank = smallest_rank(spectra, error)
-    assert rank is not None
-    modules, errors, squares = {}, {}, {"all": 0.0, "lost": 0.0}
-    for number, layer in enumerate(layers):
+    modules, errors = {}, {}
+    whole = lost = 0.0
+    for number, layer in enumerate(denoiser.layers):
         change = changes[f"{layer}.weight"]
-        whole = float(change.square().sum(dtype=torch.float64))
-        if whole:
+        if square := _square(change):
             factors = best_factors(change, rank).to(dtype)
-            finite(factors.up, layer, out), finite(factors.down, layer, out)
-            lost = float((change - factors.change()).square().sum(dtype=torch.float64))
-            modules[layer], errors[layer] = Factors(factors.down.cpu(), factors.up.cpu()), math.sqrt(lost / whole)
-            squares["all"] += whole
-            squares["lost"] += lost
-        report("factors", number + 1, len(layers))
+            modules[layer] = Factors(*(finite(part.cpu(), layer, out) for part in (factors.down, factors.up)))
+            missing = _square(change - factors.change())
+            errors[layer] = math.sqrt(missing / square)
+            whole, lost = whole + square, lost + missing
+        report("factors", number + 1, len(denoiser.layers))
     if not modules:
         raise ValueError(f"{checkpoint.path}: no layer differs from {opened.name}")
-    left_out = []
-    for name in changes.student:
-        if name.removesuffix(".weight") not in layers and (square := float(changes[name].double().square().sum())):
-            left_out.append(name)
-            squares["all"] += square
-            squares["lost"] += square
+    held = {f"{layer}.weight" for layer in denoiser.layers}
+    others = {name: square for name in changes.student if name not in held and (square := _square(changes[name]))}
+    beyond = sum(others.values())
     origin = describe_base(opened.name, changes.base, licence_of(folder=opened.folder.path))
     written = write_lora(out, modules, denoiser, layout, origin | describe(checkpoint))
-    total = math.sqrt(squares["lost"] / squares["all"])
-    return ExportedLora(written, modules, errors, total, tuple(left_out), opened)
+    total = math.sqrt((lost + beyond) / (whole + beyond))
+    return ExportedLora(written, modules, errors, total, tuple(others), opened)
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.square().sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)
