@@ -205,9 +205,8 @@ def _refuse_over(work: Work, files: WeightFiles, prefixes: tuple[str, ...]) -> N
 
 
 def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> None:
-    folds = work.unfolded is not None and component == work.kind.denoiser_folder
-    target, config = work.kind.components[component], work.unfolded if folds else work.configs[component]
-    assert config is not None
+    unfolded = work.unfolded if component == work.kind.denoiser_folder else None
+    target, config = work.kind.components[component], unfolded or work.configs[component]
     network = read_network(
         files,
         Expected.of(target, config),
@@ -216,7 +215,7 @@ def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> No
         prefix=prefix,
         allow_unmatched=work.request.allow_unmatched,
     )
-    if folds and work.request.fold_guidance is not None:
+    if unfolded and work.request.fold_guidance is not None:
         network = with_guidance_folded(network, config, work.request.fold_guidance)
     work.networks[component] = network
     work.left_out += [f"{files.path.name}: {key}" for key in network.left_out]

@@ -97,7 +97,10 @@ def _identity(work: Work) -> str:
     """What an import's files are made of: every file that is read, as it is now, and what is done with them."""
     request = work.request
     read = [file for path in sources(work) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    states = [(str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in read]
+    read += [] if work.network_files is None else work.network_files.files  # where an index was named
+    states = [
+        (str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in read if file.is_file()
+    ]
     chosen = {item.name: str(getattr(request, item.name)) for item in fields(request) if item.name != "out"}
     return json.dumps([version("rmd"), chosen, states])
 

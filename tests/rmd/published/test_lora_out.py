@@ -217,10 +217,10 @@ def test_pictures_of_a_full_rank_lora_are_the_checkpoints_but_for_what_it_cannot
 
 
 def test_the_header_says_where_it_comes_from(student: Student, base: TinyFolder, tmp_path: Path) -> None:
-    checkpoint = student("sdxl", ["attention"])
+    checkpoint = student("sd3", ["attention"])
     (checkpoint.path / "README.md").write_text("---\nlicense: openrail++\n---\n", encoding="utf-8")
     export_adapters(checkpoint, tmp_path / "adapters.safetensors", "kohya", torch.float16)
-    export_difference(checkpoint, tmp_path / "cut.safetensors", base("sdxl"), rank=3)
+    export_difference(checkpoint, tmp_path / "cut.safetensors", base("sd3"), rank=3)
     weight = "diffusion_pytorch_model.safetensors"
     for file in ("adapters.safetensors", "cut.safetensors"):
         with safe_open(tmp_path / file, framework="pt") as opened:
@@ -228,13 +228,13 @@ def test_the_header_says_where_it_comes_from(student: Student, base: TinyFolder,
             assert {opened.get_tensor(key).dtype for key in opened.keys() if "lora" in key.rpartition(".lora")[1]} == {  # noqa: SIM118
                 torch.float16
             }
-        assert header["rmd.schedule"] == "2+2" and header["rmd.method"] == "rmd" and header["rmd.base"] == "sdxl"
-        assert json.loads(header["rmd.base_sha256"]) == {weight: file_digest(base("sdxl") / "unet" / weight)}
+        assert header["rmd.schedule"] == "2+2" and header["rmd.method"] == "rmd" and header["rmd.base"] == "sd3"
+        assert json.loads(header["rmd.base_sha256"]) == {weight: file_digest(base("sd3") / "transformer" / weight)}
         assert header["rmd.checkpoint_sha256"] == checkpoint.digest("denoiser")
         assert str(tmp_path) not in json.dumps(dict(header))
         assert header["modelspec.license"] == "openrail++"
     settings = json.loads(header["lora_adapter_metadata"])
-    assert settings["unet.r"] == settings["unet.lora_alpha"] == 3
+    assert settings["transformer.r"] == settings["transformer.lora_alpha"] == 3
 
 
 def test_what_does_not_fit_is_refused(student: Student, base: TinyFolder, tmp_path: Path) -> None:

@@ -300,6 +300,19 @@ import_model(ImportRequest(base={str(base("pixart"))!r}, preset="pixart", backbo
     assert not (tmp_path / "out" / "transformer" / next(iter(finished))).exists()
 
 
+def test_what_an_interrupted_run_has_finished_stays_and_what_a_failed_one_wrote_goes(tmp_path: Path) -> None:
+    out, left = tmp_path / "out", tmp_path / ".out.importing"
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, "these files") as scratch:
+        (scratch / "part").touch()
+        raise KeyboardInterrupt
+    assert (left / "part").is_file()
+    with pytest.raises(OSError, match="full"), whole_folder(out, "these files", said.append) as scratch:
+        assert (scratch / "part").is_file()
+        raise OSError("the disk is full")
+    assert len(said) == 1 and not left.exists() and not out.exists()
+
+
 def test_two_imports_to_one_place(imported: Import, tmp_path: Path) -> None:
     hold = "\n".join(
         [
