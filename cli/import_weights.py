@@ -25,13 +25,20 @@ def command(
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Where a preset fits two: wan-1.3b or wan-14b.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; by default as published.")] = None,
+    fold_guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Of a UNet that takes its guidance as an input (LCM's): the one to fold in; 1 is none."
+        ),
+    ] = None,
     allow_unmatched: Annotated[
         bool, typer.Option("--allow-unmatched", help="Leave out what finds no place, and say so.")
     ] = False,
 ) -> None:
     """Merge published weights into a checkpoint folder that `rmd build`, `generate` and `serve` take.
 
-    Every key of every file must find its place. LoRAs are added in float32 and rounded once.
+    Every key of every file must find its place. LoRAs are added in float32 and rounded once. A run that was stopped
+    goes on when it is given again.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -49,6 +56,7 @@ def command(
         backbone=backbone,
         dtype=None if dtype is None else parse_dtype(dtype, "cpu"),
         allow_unmatched=allow_unmatched,
+        fold_guidance=fold_guidance,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns) as bar:
@@ -57,7 +65,7 @@ def command(
         def report(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        imported = import_model(request, report)
+        imported = import_model(request, report, say=lambda text: typer.echo(text, err=True))
     for key in imported.left_out[:_SHOWN_KEYS]:
         typer.echo(f"left out: {key}")
     if len(imported.left_out) > _SHOWN_KEYS:

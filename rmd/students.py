@@ -155,7 +155,7 @@ _SDXL = {
     ),
     "lcm-sdxl-unet": _sdxl(
         _GRID_4, "latent-consistency/lcm-sdxl", "whole UNet", "openrail++", noise_rule="fresh",
-        note="takes its guidance as an input: fold one guidance in first (rmd.backbones.guidance_fold)",
+        note="takes its guidance as an input: rmd import --fold-guidance 8 makes one a bias",
     ),
     "tcd-sdxl": _sdxl(
         _GRID_4, "h1t/TCD-SDXL-LoRA", "pytorch_lora_weights.safetensors", "", noise_rule="tcd", eta=0.3,

@@ -19,6 +19,8 @@ from rmd.backbones.base import BackboneError
 _PROJECTION = "time_embedding.cond_proj.weight"
 _WEIGHT, _BIAS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias"
 GUIDANCE_INPUT = "time_cond_proj_dim"
+TOUCHED = (_PROJECTION, _WEIGHT, _BIAS)
+"""The weights that folding looks at: the first goes, the last changes."""
 
 
 def guidance_code(guidance_scale: float, width: int) -> Tensor:
@@ -50,10 +52,10 @@ def fold_guidance(
     width = config.get(GUIDANCE_INPUT)
     if width is None:
         raise BackboneError(f"this network takes no guidance as an input ({GUIDANCE_INPUT} is not set)")
-    for name in (_PROJECTION, _WEIGHT, _BIAS):
+    for name in TOUCHED:
         if name not in weights:
             raise BackboneError(f"this network takes its guidance as an input and lacks the weight {name!r}")
-    projection, weight, bias = (weights[name].double() for name in (_PROJECTION, _WEIGHT, _BIAS))
+    projection, weight, bias = (weights[name].double() for name in TOUCHED)
     if projection.shape != (weight.shape[1], width):
         raise BackboneError(f"{_PROJECTION} has shape {tuple(projection.shape)}, not {(weight.shape[1], width)}")
     folded = bias + weight @ (projection @ guidance_code(guidance_scale, int(width)))

@@ -118,7 +118,10 @@ def _of_network(name: str, facts: FolderFacts) -> Iterable[str]:
     if channels != expected:
         yield f"it works on {expected} channels, and the network takes {channels}"
     if facts.denoiser.get("time_cond_proj_dim") is not None:
-        yield "the network takes its guidance as an input (time_cond_proj_dim): fold one guidance in first"
+        yield (
+            "the network takes its guidance as an input (time_cond_proj_dim): fold one guidance in first "
+            "(rmd import --fold-guidance)"
+        )
     if facts.scheduler.get("rescale_betas_zero_snr"):
         yield "the scheduler rescales its table to zero terminal SNR, which is not supported"
     if any("to_gate_compress" in weight for weight in facts.weight_names):

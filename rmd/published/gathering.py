@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rmd.backbones.family import DiffusersBackbone
+from rmd.backbones.guidance_fold import GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.backbones.student_fit import FolderFacts, contradictions
 from rmd.cascade import Cascade
@@ -19,7 +20,7 @@ from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.lora import Lora
 from rmd.published.merge import Plan, plan_merge
 from rmd.published.naming import Names
-from rmd.published.networks import Expected, Network, is_table, read_network
+from rmd.published.networks import Expected, Network, is_table, read_network, with_guidance_folded
 from rmd.published.originals import DENOISER_PREFIX, PARTS
 from rmd.published.source import Base, open_base
 from rmd.published.writing import LARGEST_FILE
@@ -42,6 +43,7 @@ class ImportRequest:
         backbone: of those that share the preset's family, which one; by default the preset's own.
         dtype: of the stored weights; by default as published (eight bits become bfloat16).
         allow_unmatched: leave keys without a place out instead of refusing.
+        fold_guidance: of a UNet that takes its guidance as an input, the one that is folded into it; 1 is none.
         largest: bytes of one weight file.
     """
 
@@ -54,6 +56,7 @@ class ImportRequest:
     backbone: str | None = None
     dtype: torch.dtype | None = None
     allow_unmatched: bool = False
+    fold_guidance: float | None = None
     largest: int = LARGEST_FILE
 
 
@@ -64,7 +67,8 @@ class Work:
     Attributes:
         kind: the backbone's class.
         networks: components that are written anew; the others are copied.
-        configs: of the components and the scheduler.
+        configs: of the components and the scheduler, as they are written.
+        unfolded: the denoiser's, where its guidance input is folded away.
         network_files: of the request's network, if it has one.
         plan: what the LoRAs add, and where.
         left_out: keys without a place, with their file's name.
@@ -76,6 +80,7 @@ class Work:
     cascade: Cascade
     networks: dict[str, Network] = field(default_factory=dict)
     configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    unfolded: Mapping[str, Any] | None = None
     network_files: WeightFiles | None = None
     loras: list[Lora] = field(default_factory=list)
     plan: Plan = field(default_factory=lambda: Plan({}, ()))
@@ -110,6 +115,14 @@ def _open(request: ImportRequest) -> Work:
             work.configs[component] = base.folder.config(component)
     work.configs["scheduler"] = base.folder.config("scheduler")
     _take_networks_config(work)
+    if request.fold_guidance is not None:
+        work.unfolded = config = work.configs[kind.denoiser_folder]
+        if config.get(GUIDANCE_INPUT) is None:
+            raise ImportRefused(
+                f"--fold-guidance: the configuration of this network has no {GUIDANCE_INPUT}, so it takes no guidance "
+                f"as an input; give the student's whole folder as --network"
+            )
+        work.configs[kind.denoiser_folder] = {**config, GUIDANCE_INPUT: None}
     entry = STEP_LISTS.get(request.preset)
     if entry is not None and entry.prediction == "sample":  # how a network that gives x0 itself is recognised later
         work.configs["scheduler"] = {**work.configs["scheduler"], "prediction_type": "sample"}
@@ -192,7 +205,8 @@ def _refuse_over(work: Work, files: WeightFiles, prefixes: tuple[str, ...]) -> N
 
 
 def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> None:
-    target, config = work.kind.components[component], work.configs[component]
+    unfolded = work.unfolded if component == work.kind.denoiser_folder else None
+    target, config = work.kind.components[component], unfolded or work.configs[component]
     network = read_network(
         files,
         Expected.of(target, config),
@@ -201,6 +215,8 @@ def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> No
         prefix=prefix,
         allow_unmatched=work.request.allow_unmatched,
     )
+    if unfolded and work.request.fold_guidance is not None:
+        network = with_guidance_folded(network, config, work.request.fold_guidance)
     work.networks[component] = network
     work.left_out += [f"{files.path.name}: {key}" for key in network.left_out]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rmd.checkpoint import PICKLE_SUFFIXES, write_cascade_json
 from rmd.published.card import model_card, notice
 from rmd.published.files import WeightFiles, finite, folder_weights, refuse_other_formats
 from rmd.published.gathering import ImportRequest, Work, gather, sources
-from rmd.published.place import check_out, whole_folder
+from rmd.published.place import check_out, finished_file, whole_folder
 from rmd.published.record import import_record
 from rmd.published.writing import Progress, stored_dtype, write_network
 
@@ -36,12 +37,19 @@ class Imported:
     left_out: Sequence[str]
 
 
-def import_model(request: ImportRequest, progress: Callable[[str, int, int], None] | None = None) -> Imported:
+def import_model(
+    request: ImportRequest,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Imported:
     """Write a checkpoint folder from published weights, in one rename.
+
+    A run that was killed or interrupted is gone on with, file by file, if it was made of the same files and settings.
 
     Args:
         request: what to import.
         progress: called with what is being written, the bytes done and the bytes in all.
+        say: told whether a stopped run is gone on with.
 
     Raises:
         ImportRefused: a file is not taken or does not fit; the message says which, why, and the way out.
@@ -61,7 +69,7 @@ def import_model(request: ImportRequest, progress: Callable[[str, int, int], Non
         if progress is not None:
             progress(what, done, total)
 
-    with whole_folder(request.out) as scratch:
+    with whole_folder(request.out, _identity(work), say) as scratch:
         for component in present:
             _write_component(work, component, scratch, report)
         _write_json(scratch / "scheduler" / "scheduler_config.json", work.configs["scheduler"])
@@ -83,6 +91,18 @@ def import_model(request: ImportRequest, progress: Callable[[str, int, int], Non
         )
         scratch.chmod(0o755)
     return Imported(request.out, record, tuple(work.left_out))
+
+
+def _identity(work: Work) -> str:
+    """What an import's files are made of: every file that is read, as it is now, and what is done with them."""
+    request = work.request
+    read = [file for path in sources(work) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    read += [] if work.network_files is None else work.network_files.files  # where an index was named
+    states = [
+        (str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in read if file.is_file()
+    ]
+    chosen = {item.name: str(getattr(request, item.name)) for item in fields(request) if item.name != "out"}
+    return json.dumps([version("rmd"), chosen, states])
 
 
 def _present(work: Work) -> list[str]:
@@ -142,12 +162,14 @@ def _write_component(work: Work, component: str, scratch: Path, report: Progress
         )
         _write_json(folder / "config.json", work.configs[component])
         return
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for file in _files_of(work.base.folder, component):
-        if file.suffix == ".safetensors":
-            for name, tensor in WeightFiles.open(file).items():
-                finite(tensor, name, file)
-        shutil.copyfile(file, folder / file.name)
+        if not (folder / file.name).is_file():
+            if file.suffix == ".safetensors":
+                for name, tensor in WeightFiles.open(file).items():
+                    finite(tensor, name, file)
+            with finished_file(folder / file.name) as partial:
+                shutil.copyfile(file, partial)
         report(component, file.stat().st_size)
 
 

@@ -19,7 +19,7 @@ from rmd.published.files import ImportRefused, WeightFiles, finite, refuse_other
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-_DIFFUSERS_CONFIG = "lora_adapter_metadata"
+DIFFUSERS_CONFIG = "lora_adapter_metadata"
 
 _PARTS = {
     "down": r"\.lora_(?:down|A)(?:\.default)?\.weight|\.lora(?:_linear_layer)?\.down\.weight",
@@ -193,12 +193,12 @@ def _open_peft(folder: Path) -> tuple[WeightFiles, dict[str, Scaling]]:
 
 def _diffusers_scalings(files: WeightFiles) -> dict[str, Scaling]:
     """What diffusers' ``save_lora_weights`` writes into the header: peft's settings, prefixed by component."""
-    if _DIFFUSERS_CONFIG not in files.metadata:
+    if DIFFUSERS_CONFIG not in files.metadata:
         return {}
     try:
-        stored = mapping(json.loads(files.metadata[_DIFFUSERS_CONFIG]))
+        stored = mapping(json.loads(files.metadata[DIFFUSERS_CONFIG]))
     except ValueError:
-        raise ImportRefused(f"{files.path}: the header's {_DIFFUSERS_CONFIG} is no JSON object") from None
+        raise ImportRefused(f"{files.path}: the header's {DIFFUSERS_CONFIG} is no JSON object") from None
     by_prefix: dict[str, dict[str, Any]] = {}
     for key, value in stored.items():
         prefix, _, name = key.rpartition(".")

@@ -75,7 +75,7 @@ class Names:
                     plain = module.removeprefix(_TEXT_WRAPPER)
                     found[_flat(plain)] = found[_flat(_TEXT_WRAPPER + plain)] = place
             if component == denoiser and family == "sd3":
-                for original, places in _sd3_originals(component, list(modules)):
+                for original, places in sd3_originals(component, list(modules)):
                     found.setdefault(_flat(original), places)
 
     def find(self, name: str) -> tuple[Place, ...]:
@@ -190,7 +190,7 @@ _SD3_FUSED = {
 }
 
 
-def _sd3_originals(component: str, modules: list[str]) -> Iterator[tuple[str, tuple[Place, ...]]]:
+def sd3_originals(component: str, modules: list[str]) -> Iterator[tuple[str, tuple[Place, ...]]]:
     """SD3's first names with their places. diffusers converts whole checkpoints of it, but no LoRA."""
     known = set(modules)
     numbers = [int(match[1]) for module in modules if (match := re.match(r"transformer_blocks\.(\d+)\.", module))]

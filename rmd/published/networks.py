@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rmd.backbones.guidance_fold import TOUCHED, fold_guidance
 from rmd.backbones.random_weights import build_random
 from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.originals import DENOISER_PREFIX, Traced, converter_of, trace
@@ -79,6 +80,22 @@ class Network(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def with_guidance_folded(network: Network, config: Mapping[str, Any], guidance_scale: float) -> Network:
+    """A UNet that takes its guidance as an input, at one guidance: see :mod:`rmd.backbones.guidance_fold`.
+
+    Raises:
+        BackboneError: it takes none.
+    """
+    kept, _ = fold_guidance({name: network[name] for name in TOUCHED if name in network.shapes}, config, guidance_scale)
+    left = [name for name in network.shapes if name in kept or name not in TOUCHED]
+    return replace(
+        network,
+        shapes={name: network.shapes[name] for name in left},
+        dtypes={name: network.dtypes[name] for name in left},
+        _converted={**network._converted, **kept},
+    )
 
 
 def read_network(

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,12 +27,21 @@ def check_out(out: Path, *sources: Path) -> None:
         raise ValueError(f"--out {out} exists and is no checkpoint folder: it would be lost; give another --out")
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A scratch folder beside ``out`` that becomes ``out`` when the block ends well, and is removed when it does not.
+_MADE_OF = ".made-of"
 
-    What a killed run left is removed by the next one; two at once are refused. A scratch folder is never a checkpoint
-    to serve unless its ``cascade.json``, written last, is there.
+
+@contextmanager
+def whole_folder(out: Path, made_of: str = "", say: Callable[[str], None] = lambda _text: None) -> Iterator[Path]:
+    """A scratch folder beside ``out`` that becomes ``out`` when the block ends well, and is removed when it fails.
+
+    A run that was killed or interrupted leaves it behind: the next one finds its files there if it is made of the same
+    things, and an empty folder otherwise. Two at once are refused. A scratch folder is never a checkpoint to serve
+    unless its ``cascade.json``, written last, is there.
+
+    Args:
+        out: the folder's place.
+        made_of: what tells one run's files from another's; nothing is found again when empty.
+        say: told when files are found again, or why they are not.
 
     Raises:
         ValueError: another run writes to the same place.
@@ -51,14 +60,44 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if not scratch.is_dir() or os.fstat(lock).st_ino != scratch.stat().st_ino:
             raise ValueError(f"another import has just written {out}; look at it, and import again if need be")
         try:
-            for left in scratch.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            _prepare(scratch, made_of, say)
             yield scratch
+            (scratch / _MADE_OF).unlink(missing_ok=True)
             replace_folder(scratch, out)
-        finally:
+        except Exception:
             shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        except BaseException:  # interrupted
+            if not made_of:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
     finally:
         os.close(lock)
+
+
+def _prepare(scratch: Path, made_of: str, say: Callable[[str], None]) -> None:
+    """Keep what a stopped run of the same things left, and clear away anything else."""
+    mark = scratch / _MADE_OF
+    left = list(scratch.iterdir())
+    if made_of and mark.is_file() and mark.read_text(encoding="utf-8") == made_of:
+        say("going on with the files that a stopped run has finished")
+        return
+    if left and made_of:
+        say("starting anew: what a stopped run left was made of other files or settings")
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if made_of:
+        mark.write_text(made_of, encoding="utf-8")
+
+
+@contextmanager
+def finished_file(path: Path) -> Iterator[Path]:
+    """A name to write to; the file takes its own once it is whole, so that one of that name always is."""
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def replace_folder(scratch: Path, out: Path) -> None:

@@ -45,6 +45,8 @@ def import_record(work: Work) -> dict[str, Any]:
             "licence": licence_of(student, student.path if student.path.is_dir() else None),
             "sha256": student.digests(),
         }
+    if request.fold_guidance is not None:
+        imported["folded_guidance"] = request.fold_guidance
     return {"method": "import", "preset": request.preset, "imported": imported}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rmd.published.files import EIGHT_BIT, finite
 from rmd.published.merge import Change
+from rmd.published.place import finished_file
 
 LARGEST_FILE = 5 * 10**9
 Progress = Callable[[str, int], None]
@@ -38,7 +39,7 @@ def write_network(
     source: Path,
     largest: int = LARGEST_FILE,
 ) -> None:
-    """Write ``<stem>.safetensors``, or parts of at most ``largest`` bytes with their index.
+    """Write ``<stem>.safetensors``, or parts of at most ``largest`` bytes with their index; a part that is there stays.
 
     Args:
         folder: made if absent.
@@ -57,15 +58,19 @@ def write_network(
     total = 0
     for number, names in enumerate(parts, start=1):
         file = f"{stem}.safetensors" if len(parts) == 1 else f"{stem}-{number:05}-of-{len(parts):05}.safetensors"
+        sizes = {name: _size(tensors, dtypes, name) for name in names}
+        total += sum(sizes.values())
+        weight_map |= dict.fromkeys(names, file)
+        if (folder / file).is_file():
+            progress(folder.name, sum(sizes.values()))
+            continue
         state: dict[str, Tensor] = {}
         for name in names:
             state[name] = _merged(tensors[name], changes.get(name, ()), dtypes[name], name, source)
-            size = state[name].numel() * state[name].element_size()
-            total += size
-            weight_map[name] = file
-            progress(folder.name, size)
+            progress(folder.name, sizes[name])
         try:
-            save_file(state, folder / file, metadata={"format": "pt"})
+            with finished_file(folder / file) as partial:
+                save_file(state, partial, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"{folder / file} could not be written: {error}") from error
     if len(parts) > 1:
@@ -84,12 +89,16 @@ def _merged(tensor: Tensor, changes: Sequence[Change], dtype: torch.dtype, name:
     return finite(wide.to(dtype).contiguous(), name, changes[-1].lora.path)
 
 
-def _parts(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], largest: int) -> list[list[str]]:
+def _size(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], name: str) -> int:
     shapes: Mapping[str, tuple[int, ...]] = tensors.shapes  # type: ignore[attr-defined]
+    return math.prod(shapes[name]) * dtypes[name].itemsize
+
+
+def _parts(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], largest: int) -> list[list[str]]:
     parts: list[list[str]] = [[]]
     filled = 0
     for name in tensors:
-        size = math.prod(shapes[name]) * dtypes[name].itemsize
+        size = _size(tensors, dtypes, name)
         if parts[-1] and filled + size > largest:
             parts.append([])
             filled = 0

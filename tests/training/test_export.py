@@ -18,6 +18,8 @@ from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from rmd.presets import preset
+from rmd.published.gathering import ImportRequest
+from rmd.published.importing import import_model
 from training.distill import export as export_module
 from training.distill.export import ExportError, check_out, export_checkpoint, verify
 from training.distill.prompts import encode_prompts, read_prompt_file
@@ -26,7 +28,7 @@ from training.distill.run import Distillation
 from training.distill.settings import DistillSettings
 from training.distill.teacher import Teacher, exported_cascades, training_cascade
 from training.runtime.checkpoints import save_checkpoint
-from training.runtime.files import load_tensors
+from training.runtime.files import load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +293,43 @@ def test_the_command_distils_resumes_and_exports(teacher_folder: Path, tmp_path:
     result = runner.invoke(app, [*base, "--export-only", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert CheckpointFolder.read(tmp_path / "out").distillation["iterations"] == 2
+
+
+def test_adapters_of_a_public_student_are_trained_exported_and_given_back(teacher_folder: Path, tmp_path: Path) -> None:
+    before = load_tensors(teacher_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    layer = "transformer.proj_out"
+    down, up = torch.randn(2, 32) / 10, torch.randn(len(before["proj_out.weight"]), 2) / 10
+    save_tensors({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, tmp_path / "public.safetensors")
+    start = tmp_path / "public"
+    public = ImportRequest(str(teacher_folder), "sd3", start, loras=((tmp_path / "public.safetensors", 1.0),))
+    import_model(public)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n")
+    groups = "[attention, mlp, convolutions, projections]"
+    options = [
+        "--prompts", prompts, "--batch-size", "2", "--device", "cpu", "--iterations", "1", "--run", tmp_path / "run",
+        "--set", "sheet_every=0", "--set", "low_stage_iterations=0", "--set", "precision=fp32", "--set", "lora_rank=2",
+        "--set", "generator_rate=0.01", "--set", f"lora_targets={groups}", "--set", f"initial_student={start}",
+    ]  # fmt: skip
+    out = tmp_path / "student"
+    runner = CliRunner()
+    result = runner.invoke(app, list(map(str, ["distill", "--teacher", teacher_folder, "--out", out, *options])))
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "lora.safetensors"
+    result = runner.invoke(app, ["export", "--checkpoint", str(out), "--lora", str(file)])
+    assert result.exit_code == 0 and "as they were trained" in result.output, result.output
+    adapters = load_tensors(file)
+    kinds = ("attn.to_q", "ff.net.0.proj", "pos_embed.proj", "norm1.linear", "proj_out")
+    assert all(any(f"{kind}.lora_B" in key and bool(value.any()) for key, value in adapters.items()) for kind in kinds)
+    again = ImportRequest(str(public.out), "sd3", tmp_path / "again", loras=((file, 1.0),), dtype=torch.bfloat16)
+    import_model(again)
+    weight = "transformer/diffusion_pytorch_model.safetensors"
+    trained, given = load_tensors(out / weight), load_tensors(again.out / weight)
+    different = sum(int((trained[name] != given[name]).sum()) for name in trained)
+    assert trained.keys() == given.keys() and different <= 5  # float32 sums in another order may tip a tie
+    moved = sum(int((trained[name] != load_tensors(public.out / weight)[name].bfloat16()).sum()) for name in trained)
+    assert moved > 1000
+    result = runner.invoke(app, ["export", "--checkpoint", str(out), "--lora", str(file), "--rank", "8"])
+    assert result.exit_code == 0, result.output
+    said = result.output.splitlines()
+    assert f"{file}: rank 8, " in said[-2] and said[-1].startswith("pictures differ by 0.0")

@@ -16,6 +16,8 @@ from torch import Tensor
 from rmd.backbones.registry import load_checkpoint
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
+from rmd.published.exporting import keep_adapters
+from rmd.published.factors import Factors
 from rmd.published.place import replace_folder
 from rmd.sampler import initial_noise
 from training.runtime.files import load_tensors, save_model
@@ -43,6 +45,8 @@ class Export:
         record: of the distillation: settings, iterations, time.
         share: "copy" the shared components, or "link" them relatively.
         notice: text of NOTICE; the teacher's own by default.
+        adapters: what a LoRA has learnt, by layer, if it was one; kept beside the merged weights.
+        adapted: the folder whose denoiser they are to be added to; the teacher's by default.
     """
 
     backbone: str
@@ -56,6 +60,8 @@ class Export:
     record: Mapping[str, Any] = field(default_factory=dict)
     share: Literal["copy", "link"] = "copy"
     notice: str | None = None
+    adapters: Mapping[str, Factors] = field(default_factory=dict)
+    adapted: Path | None = None
 
 
 def check_out(out: Path, teacher_folder: Path) -> None:
@@ -96,6 +102,8 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
     try:
         expected = _write_network(network, scratch / export.component, dtype)
         _write_shared(scratch, out, export)
+        if export.adapters:
+            keep_adapters(scratch, export.backbone, export.adapters, export.adapted or export.teacher_folder)
         write_cascade_json(
             scratch,
             backbone=export.backbone,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rmd.backbones.base import Backbone
+from training.distill.adapters import adapted_layers
 from training.distill.settings import DistillSettings
 
 
@@ -75,7 +77,8 @@ def trainable_copy(teacher: nn.Module, settings: DistillSettings) -> nn.Module:
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_rank,
-            target_modules=list(settings.lora_targets),
+            # As one pattern: names in a list would also stand for the ends of others.
+            target_modules="|".join(map(re.escape, adapted_layers(network, settings.lora_targets))),
             init_lora_weights="gaussian",
         )
         # Adapters in the network's own dtype, over float32 masters like any other trained weight.

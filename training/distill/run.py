@@ -19,6 +19,7 @@ from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.sampler import sample
 from rmd.size import Size
+from training.distill.adapters import learnt_adapters
 from training.distill.export import Export, export_checkpoint
 from training.distill.methods import METHODS
 from training.distill.methods.adversary import TokenTap
@@ -164,7 +165,8 @@ class Distillation:
         }
         if (kept := self.run / INITIAL_FILE).is_file():
             record["initial"] = json.loads(kept.read_text(encoding="utf-8"))
-        component = network_of(student)[0]
+        component, network = network_of(student)
+        adapters = learnt_adapters(network) if settings.lora_rank else {}
         return export_checkpoint(
             merged_network(student),
             out,
@@ -179,6 +181,8 @@ class Distillation:
                 flow_shift=self.teacher.backbone.flow_shift,
                 record=record,
                 share="link" if share == "link" else "copy",
+                adapters=adapters,
+                adapted=Path(settings.initial_student or self.teacher.folder),
             ),
         )
 

@@ -109,7 +109,10 @@ class DistillSettings(BaseSettings):
     gradient_checkpointing: bool = False
     compile: bool = False
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        description="attention, mlp, convolutions, projections, or the ends of layers' names",
+    )
     export_weights: Literal["ema", "student"] = "ema"
     export_checkpoints: int = Field(1, ge=1, description="export the mean over the newest so many checkpoints kept")
     export_teacher_share: float = Field(

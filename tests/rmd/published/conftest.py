@@ -42,7 +42,8 @@ def imported(base: TinyFolder, tmp_path: Path) -> Callable[..., Imported]:
         options.setdefault("base", str(base(name)))
         options.setdefault("out", tmp_path / "out")
         options.setdefault("preset", PRESETS[name])
-        return import_model(ImportRequest(backbone=name, **options))
+        say = options.pop("say", lambda _text: None)
+        return import_model(ImportRequest(backbone=name, **options), say=say)
 
     return run
 

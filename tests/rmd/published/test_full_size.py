@@ -10,12 +10,13 @@ import torch
 
 from rmd.backbones.configs import published_config
 from rmd.backbones.registry import get_backbone
+from rmd.published.factors import Factors
 from rmd.published.lora import Lora
+from rmd.published.lora_names import named
 from rmd.published.merge import plan_merge
 from rmd.published.naming import Names
 from rmd.published.networks import Expected
 from tests.rmd.published.conftest import save
-from tests.rmd.published.test_lora_merge import _sgm
 
 
 @pytest.mark.parametrize("name", ["sdxl", "pixart", "sd3", "wan-14b"])
@@ -41,15 +42,15 @@ def test_a_lora_of_every_matrix_is_planned(name: str, tmp_path: Path) -> None:
     plan = plan_merge([Lora.open(save(tmp_path / "flat.safetensors", state))], names, {denoiser: shapes})
     assert not plan.unmatched
     assert plan.changes[denoiser].keys() == {f"{module}.weight" for module in matrices}
-    if name != "sdxl":
-        return
-    # The names of SDXL's first code, as most of its LoRAs have them.
-    inside = {module: shape for module, shape in matrices.items() if ".attentions." in module or ".resnets." in module}
-    first = {_sgm(key, layers=2): value for key, value in state.items()}
-    first = {
-        key: value for key, value in first.items() if "input_blocks" in key or "output_blocks" in key or "middle" in key
+    # What is written of all layers is read again, under every name.
+    layers = tuple(matrices)
+    made = {
+        layer: Factors(*(state[f"lora_unet_{layer.replace('.', '_')}.lora_{part}.weight"] for part in ("down", "up")))
+        for layer in layers
     }
-    assert len(first) == 3 * len(inside)
-    plan = plan_merge([Lora.open(save(tmp_path / "first.safetensors", first))], names, {denoiser: shapes})
-    assert not plan.unmatched
-    assert plan.changes[denoiser].keys() == {f"{module}.weight" for module in inside}
+    for layout in ("peft",) if name == "pixart" else ("diffusers", "kohya"):
+        keys = named(made, layout, kind.profile, denoiser, config, layers)  # type: ignore[arg-type]
+        assert len(keys) == len({key.lower() for key in keys})
+        plan = plan_merge([Lora.open(save(tmp_path / f"{layout}.safetensors", keys))], names, {denoiser: shapes})
+        assert not plan.unmatched, layout
+        assert plan.changes[denoiser].keys() == {f"{module}.weight" for module in matrices}, layout

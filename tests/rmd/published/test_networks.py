@@ -247,6 +247,34 @@ def test_a_guidance_input_is_refused_before_anything_is_written(
         imported("sdxl", network=tmp_path / "lcm" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.parametrize("guidance", [1.0, 8.0])
+def test_a_guidance_input_is_folded_into_a_bias(
+    base: TinyFolder, imported: Import, tmp_path: Path, guidance: float
+) -> None:
+    """The stock UNet, told its guidance, and the imported one, which no longer asks: the same prediction."""
+    config = UNet2DConditionModel.load_config(base("sdxl") / "unet")
+    asks = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 16})
+    asks.save_pretrained(tmp_path / "lcm")
+    done = imported("sdxl", network=tmp_path / "lcm", preset="lcm-sdxl-unet", fold_guidance=guidance)
+    assert done.record["imported"]["folded_guidance"] == guidance and not done.left_out
+    told = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
+    assert told.config.time_cond_proj_dim is None
+    given = torch.randn(1, 4, 8, 8), torch.tensor([759]), torch.randn(1, 5, 64)
+    added = {"added_cond_kwargs": {"text_embeds": torch.randn(1, 32), "time_ids": torch.ones(1, 6)}}
+    code = get_guidance_scale_embedding(torch.tensor([guidance - 1]), 16)
+    with torch.no_grad():
+        expected = asks(*given, timestep_cond=code, **added).sample
+        torch.testing.assert_close(told(*given, **added).sample, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ImportRefused, match=r"--fold-guidance: .* has no time_cond_proj_dim"):
+        imported("sdxl", network=tmp_path / "lcm" / "diffusion_pytorch_model.safetensors", fold_guidance=guidance)
+
+
+def get_guidance_scale_embedding(w: Tensor, width: int) -> Tensor:
+    """diffusers' own, which is a method of its pipelines."""
+    code: Tensor = StableDiffusionXLPipeline.get_guidance_scale_embedding(None, w, embedding_dim=width)
+    return code
+
+
 def all_in_one(folder: Path) -> dict[str, Tensor]:
     """SDXL in one file, as its first code keeps it."""
     state = {f"model.diffusion_model.{_sdxl_key(name)}": value for name, value in weights(folder / "unet").items()}

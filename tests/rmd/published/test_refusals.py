@@ -248,31 +248,69 @@ def test_a_full_disk_leaves_the_old_checkpoint(base: TinyFolder, imported: Impor
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_killed_import_leaves_nothing_to_serve_and_the_next_one_cleans_up(
+def test_a_killed_import_leaves_nothing_to_serve_and_the_next_one_goes_on(
     base: TinyFolder, imported: Import, tmp_path: Path
 ) -> None:
     """Killed in the middle of writing: the process stops itself behind its first files, so that the moment is sure."""
-    script = f"""
+
+    def kill(count: int) -> None:
+        script = f"""
 import os, signal
 from pathlib import Path
 from rmd.published.gathering import ImportRequest
 from rmd.published.importing import import_model
-seen = []
 def report(what, done, total):
-    seen.append(what)
-    if what == "scheduler":
-        os.kill(os.getpid(), signal.SIGKILL)
-import_model(ImportRequest(base={str(base("pixart"))!r}, preset="pixart", out=Path({str(tmp_path / "out")!r})), report)
+    if what == "transformer":
+        report.left -= 1
+        if not report.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+report.left = {count}
+import_model(ImportRequest(base={str(base("pixart"))!r}, preset="pixart", backbone="pixart", largest=30_000,
+    out=Path({str(tmp_path / "out")!r})), report)
 """
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+        killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    kill(60)
     (left,) = tmp_path.iterdir()
-    assert left.name == ".out.importing" and (left / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    finished = {path.name: path.stat().st_ino for path in (left / "transformer").glob("*.safetensors")}
+    assert left.name == ".out.importing" and len(finished) > 2
     with pytest.raises(FileNotFoundError, match=r"cascade\.json does not exist"):
         CheckpointFolder.read(left)
-    imported("pixart")
+    said: list[str] = []
+    imported("pixart", largest=30_000, say=said.append)
+    assert said == ["going on with the files that a stopped run has finished"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     CheckpointFolder.read(tmp_path / "out")
+    again = {path.name: path.stat().st_ino for path in (tmp_path / "out" / "transformer").glob("*.safetensors")}
+    assert len(again) > len(finished) and finished.items() <= again.items()
+    imported("pixart", largest=30_000, out=tmp_path / "whole")
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 10 and not any(name.name.endswith(".partial") for name in files)
+    differing = [
+        name for name in files if (tmp_path / "out" / name).read_bytes() != (tmp_path / "whole" / name).read_bytes()
+    ]
+    assert differing == [Path("README.md")]  # it names its folder
+
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "whole", tmp_path / ".out.importing")
+    (tmp_path / ".out.importing" / ".made-of").write_text("something else")
+    imported("pixart", say=said.append)
+    assert said[1:] == ["starting anew: what a stopped run left was made of other files or settings"]
+    assert not (tmp_path / "out" / "transformer" / next(iter(finished))).exists()
+
+
+def test_what_an_interrupted_run_has_finished_stays_and_what_a_failed_one_wrote_goes(tmp_path: Path) -> None:
+    out, left = tmp_path / "out", tmp_path / ".out.importing"
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, "these files") as scratch:
+        (scratch / "part").touch()
+        raise KeyboardInterrupt
+    assert (left / "part").is_file()
+    with pytest.raises(OSError, match="full"), whole_folder(out, "these files", said.append) as scratch:
+        assert (scratch / "part").is_file()
+        raise OSError("the disk is full")
+    assert len(said) == 1 and not left.exists() and not out.exists()
 
 
 def test_two_imports_to_one_place(imported: Import, tmp_path: Path) -> None:
