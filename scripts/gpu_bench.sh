@@ -27,7 +27,7 @@ DEVICE=${DEVICE:-cuda}
 bench() { # a report of one backbone; the log is named after the step, further arguments go to the bench
   local log=$1 backbone=$2
   shift 2
-  timeout -k 20 $((MINUTES * 60 + 60)) "$PYTHON" -m engines.benchmark.speedup \
+  timeout -k 20 $((MINUTES * 60 + 60)) "$PYTHON" -m bench.speedup.run \
     --device cuda --backbone "$backbone" --minutes "$MINUTES" --out "$OUT" "$@" 2>&1 | tee "$OUT/$log.log"
 }
 
@@ -36,7 +36,7 @@ step() {
   case $1 in
     list) sed -n '2,20s/^# \{0,1\}//p' "$0" ;;
     probe)
-      timeout -k 20 300 "$PYTHON" -m engines.benchmark.probe --device "$DEVICE" --out "$OUT" || failed=$?
+      timeout -k 20 300 "$PYTHON" -m bench.gpu.probe --device "$DEVICE" --out "$OUT" || failed=$?
       return $failed
       ;;
     check)
@@ -44,7 +44,7 @@ step() {
       "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)' \
         || failed=$?
       for backbone in sdxl pixart sd3 wan-14b; do
-        timeout -k 20 120 "$PYTHON" -m engines.benchmark.speedup --device "$DEVICE" --backbone "$backbone" --scale tiny \
+        timeout -k 20 120 "$PYTHON" -m bench.speedup.run --device "$DEVICE" --backbone "$backbone" --scale tiny \
           --batches 1,2 --repeats 3 --variants eager,eager+graphs --out "$OUT/rehearsal" \
           || { failed=$?; echo "rehearsal of $backbone failed"; }
       done

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from cli.main import app
-from engines.build import build_checkpoint
-from engines.runner import EngineExecutor
+from engines.build.checkpoint import build_checkpoint
+from engines.run.executor import EngineExecutor
 from rmd.backbones.base import Backbone
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder

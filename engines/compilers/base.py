@@ -17,7 +17,7 @@ from engines.manifest import Manifest
 from engines.sources import code_digest
 from engines.spec import EngineSpec, TensorSpec, graph_digest
 from engines.target import Target, package_version
-from engines.weights import WeightBank
+from engines.weights.bank import WeightBank
 
 
 @dataclass(frozen=True)

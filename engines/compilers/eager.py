@@ -21,14 +21,14 @@ from engines.compilers.base import (
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec
-from engines.weights import WeightBank
+from engines.weights.bank import WeightBank
 
 
 class EagerCompiler(Compiler):
     """Runs anywhere, on a CPU any number of rows, and is what the others are measured against."""
 
     name = "eager"
-    sources = ("engines.compilers.eager", "engines.weights")
+    sources = ("engines.compilers.eager", "engines.weights.bank")
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""

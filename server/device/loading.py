@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from engines.buckets import place_of
-from engines.choice import loadable_ladder
 from engines.compilers import get_compiler
 from engines.errors import EngineError
-from engines.live import LiveExecutor
-from engines.planning import CheckpointPlan, EngineOptions
+from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+from engines.run.buckets import place_of
+from engines.run.choice import loadable_ladder
+from engines.run.live import LiveExecutor
 from engines.store import EngineStore
 from rmd.backbones.base import Backbone
 from rmd.backbones.family import DiffusersBackbone

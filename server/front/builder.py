@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from engines.background import BackgroundBuild
-from engines.progress import BuildProgress
+from engines.build.background import BackgroundBuild
+from engines.build.progress import BuildProgress
 from server.core.card import ModelCard
 from server.start.settings import ServerSettings
 

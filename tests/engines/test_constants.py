@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build import build_engine
+from engines.build.checkpoint import build_engine
 from engines.compilers import get_compiler
 from engines.compilers.base import EngineRequest
-from engines.compilers.inductor import CONSTANTS, _save, _saved
+from engines.compilers.inductor.compiler import CONSTANTS, _save, _saved
 from engines.manifest import Manifest
 from engines.spec import graph_digest
 from engines.store import EngineStore
 from engines.target import this_machine
-from engines.weights import Recipe, WeightBank, storage_bytes, strides_of
+from engines.weights.bank import Recipe, WeightBank, storage_bytes, strides_of
 from tests.engines.conftest import Net
 
 

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from engines import compilers
-from engines.build import BuildReport, build_checkpoint, build_engine
-from engines.choice import loadable_ladder, loadable_options
+from engines.build.checkpoint import BuildReport, build_checkpoint, build_engine
+from engines.build.progress import BuildProgress
 from engines.compilers import backend_ladder
 from engines.compilers.eager import EagerCompiler
 from engines.errors import EngineError, NotEnoughDisk, NotEnoughMemory
-from engines.live import LiveExecutor
 from engines.manifest import Manifest
-from engines.memory import MemoryPlan
-from engines.planning import CheckpointPlan, EngineOptions
-from engines.progress import BuildProgress
+from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+from engines.plan.memory import MemoryPlan
+from engines.run.choice import loadable_ladder, loadable_options
+from engines.run.live import LiveExecutor
 from engines.spec import EngineSpec
 from engines.store import EngineStore
 from rmd.backbones.registry import load_checkpoint
@@ -188,7 +188,7 @@ def test_what_runs_long_is_not_recorded_on_the_spot(
 ) -> None:
     backbone, checkpoint = load_checkpoint(tiny_checkpoint, dtype=torch.float32)
     inputs = backbone.example_inputs("denoiser", SIZE, 3)
-    monkeypatch.setattr("engines.live.RECORDED_SECONDS", 0.0)
+    monkeypatch.setattr("engines.run.live.RECORDED_SECONDS", 0.0)
     live = LiveExecutor(plans(checkpoint, backbone)[2], EngineStore(tmp_path), wanted=[FULL])
     with caplog.at_level(logging.WARNING):
         assert live.adopt_all() == 0 and live.adopt_next() is None

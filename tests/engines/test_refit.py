@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from engines.compilers import tensorrt_refit
 from engines.compilers.exported import used_tensors
-from engines.compilers.tensorrt import TensorRTEngine
-from engines.compilers.tensorrt_refit import WeightIndex, read_rest, refit_plan, save_rest
+from engines.compilers.tensorrt import refit as tensorrt_refit
+from engines.compilers.tensorrt.compiler import TensorRTEngine
+from engines.compilers.tensorrt.refit import WeightIndex, read_rest, refit_plan, save_rest
 from engines.errors import EngineError
 from engines.manifest import Manifest
-from engines.weights import Recipe, lay_out
+from engines.weights.bank import Recipe, lay_out
 from tests.engines.conftest import Net, net_spec
 
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines import exhaustion
-from engines.build import build_checkpoint, measure, missing_engines, plan_checkpoint
-from engines.choice import loadable_options
+from engines.build.checkpoint import build_checkpoint, measure, missing_engines, plan_checkpoint
+from engines.build.worker import build_in_processes
 from engines.compilers import get_compiler
 from engines.compilers.eager import EagerCompiler, EagerEngine
 from engines.errors import (
@@ -27,16 +26,17 @@ from engines.errors import (
     EngineMissing,
     NotEnoughMemory,
 )
-from engines.exhaustion import is_out_of_memory
 from engines.manifest import MANIFEST, Manifest
-from engines.memory import MemoryPlan, meta_copy, weight_bytes, workspace_bytes
-from engines.planning import CheckpointPlan, EngineOptions
-from engines.runner import EngineExecutor
+from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+from engines.plan.memory import MemoryPlan, meta_copy, weight_bytes, workspace_bytes
+from engines.run import exhaustion
+from engines.run.choice import loadable_options
+from engines.run.executor import EngineExecutor
+from engines.run.exhaustion import is_out_of_memory
 from engines.spec import EngineSpec
 from engines.store import EngineStore
 from engines.target import package_version
-from engines.weights import WeightBank
-from engines.worker import build_in_processes
+from engines.weights.bank import WeightBank
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.checkpoint import CheckpointFolder

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from engines.compilers import COMPILERS, get_compiler, inductor
+from engines.compilers import COMPILERS, get_compiler
 from engines.compilers.exported import known_options, package
+from engines.compilers.inductor import compiler as inductor
 from engines.errors import EngineError
 from engines.sources import module_digest, with_helpers
 from engines.spec import graph_digest
@@ -84,10 +85,10 @@ def test_settings_in_lists_and_the_kind_of_attention_are_part_of_it() -> None:
 
 
 def test_comments_and_docstrings_of_our_own_code_are_no_part_of_a_key(tmp_path: Path) -> None:
-    path = Path(importlib.import_module("engines.progress").__file__ or "")
-    before = module_digest("engines.progress")
+    path = Path(importlib.import_module("engines.build.progress").__file__ or "")
+    before = module_digest("engines.build.progress")
     text = path.read_text()
-    module = sys.modules["engines.progress"]
+    module = sys.modules["engines.build.progress"]
     changed = tmp_path / "progress.py"
     for source, same in (
         ("# a comment\n" + text.replace("Where a build stands", "Where it stands"), True),
@@ -97,7 +98,7 @@ def test_comments_and_docstrings_of_our_own_code_are_no_part_of_a_key(tmp_path: 
         module_digest.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "__file__", str(changed))
-            assert (module_digest("engines.progress") == before) is same
+            assert (module_digest("engines.build.progress") == before) is same
     module_digest.cache_clear()
 
 
@@ -112,7 +113,7 @@ def test_every_module_that_a_compiler_needs_has_a_say_or_is_known_to_have_none(n
         found.add(module)
         tree = ast.parse(Path(importlib.import_module(module).__file__ or "").read_text())
         todo += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    assert found - {"engines.compilers.tensorrt_rtx"} == set(kind.sources)
+    assert found - {"engines.compilers.tensorrt.rtx"} == set(kind.sources)
 
 
 def test_variables_for_the_compiler_are_part_of_the_key(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cli.engines import app
 from engines.compilers import get_compiler
-from engines.compilers.inductor import PACKAGE
+from engines.compilers.inductor.compiler import PACKAGE
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
 from engines.manifest import MANIFEST, FileRecord, Manifest
 from engines.store import EngineStore
@@ -179,7 +179,7 @@ def test_a_truncated_engine_is_built_again(store: tuple[EngineStore, Manifest], 
     assert not engines.has(manifest.key)
     _, builder = eager_builder(net)
     with pytest.raises(EngineError, match=r"where .* was asked for"):
-        engines.build(manifest.key, builder)  # it did call the builder, which here makes another engine
+        engines.build.checkpoint(manifest.key, builder)  # it did call the builder, which here makes another engine
 
 
 @pytest.mark.parametrize(
