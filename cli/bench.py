@@ -293,7 +293,7 @@ def _engines_at_hand(
     checkpoint: Path, backend: str, device: str, dtype: str, buckets: tuple[int, ...] | None, decoder: str | None
 ) -> Path | None:
     """The usual folder, where it holds all the checkpoint's engines; else None, and the command that builds them."""
-    from engines.build.checkpoint import missing_engines, plan_checkpoint
+    from engines.plan.checkpoint import missing_engines, plan_checkpoint
     from engines.store import EngineStore
 
     store = EngineStore("engines-cache")

@@ -133,7 +133,8 @@ def _engines(
 
 def _engines_name(checkpoint: Path, backend: str, device: str, decoder: str | None) -> str:
     """Backend and the engines' keys: pictures by engines that were built differently are not taken from the cache."""
-    from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+    from engines.plan.checkpoint import CheckpointPlan
+    from engines.plan.options import EngineOptions
 
     plan = CheckpointPlan.read(checkpoint, EngineOptions.resolve(backend, device)[0], decoder)
     keys = "".join(engine.spec.key for engine in plan.engines)

@@ -21,7 +21,7 @@ from bench.report import (
 from bench.subjects import Runner, Subject, checkpoint_subject, parameter_bytes
 from bench.timing import Interleaved, Timing, time_interleaved
 from engines.manifest import Manifest
-from engines.plan.checkpoint import DEFAULT_BUCKETS
+from engines.plan.options import DEFAULT_BUCKETS
 from engines.run.executor import EngineExecutor
 from rmd.backbones.base import EagerExecutor
 from rmd.cascade import Cascade

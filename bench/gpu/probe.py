@@ -24,9 +24,12 @@ import torch
 from torch import nn
 
 from bench.report import command_line, environment, write_report
-from engines.build.checkpoint import as_it_runs, build_engine, median_latency, relative_l2
+from engines.build.measure import median_latency
+from engines.build.one import build_engine
 from engines.compilers import COMPILERS, get_compiler
 from engines.compilers.base import EngineRequest
+from engines.run.accuracy import relative_l2
+from engines.run.cuda_graphs import as_it_runs
 from engines.store import EngineStore
 from engines.target import this_machine
 from engines.weights.bank import WeightBank

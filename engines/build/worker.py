@@ -108,8 +108,9 @@ def main() -> None:
     """Serve one parent until it closes our input."""
     die_with_parent(int(sys.argv[1]))
     answers = answers_alone()
-    from engines.build.checkpoint import build_engine
-    from engines.plan.checkpoint import CheckpointPlan, EngineOptions, load_backbone
+    from engines.build.one import build_engine
+    from engines.plan.checkpoint import CheckpointPlan, load_backbone
+    from engines.plan.options import EngineOptions
     from engines.store import EngineStore
     from rmd.checkpoint import CheckpointFolder
     from rmd.size import Size

@@ -9,18 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.compilers.base import (
-    Capabilities,
-    Compiler,
-    Engine,
-    EngineMemory,
-    EngineRequest,
-    Stopwatch,
-    example_tensors,
-)
+from engines.compilers.base import Capabilities, Compiler, EngineRequest
+from engines.compilers.engine import Engine, EngineMemory
+from engines.compilers.examples import example_tensors
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec
+from engines.stopwatch import Stopwatch
 from engines.weights.bank import WeightBank
 
 
@@ -28,7 +23,11 @@ class EagerCompiler(Compiler):
     """Runs anywhere, on a CPU any number of rows, and is what the others are measured against."""
 
     name = "eager"
-    sources = ("engines.compilers.eager", "engines.weights.bank")
+    sources = (
+        "engines.compilers.eager",
+        "engines.weights.bank",
+        "engines.weights.recipes",
+    )
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""

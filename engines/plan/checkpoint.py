@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,20 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.compilers import backend_ladder, get_compiler
-from engines.compilers.base import Compiler, EngineRequest, example_tensors
+from engines.compilers import get_compiler
+from engines.compilers.base import Compiler, EngineRequest
+from engines.compilers.examples import example_tensors
 from engines.errors import EngineError
 from engines.plan.memory import MemoryPlan, available_bytes, meta_copy, weight_bytes, workspace_bytes
+from engines.plan.options import EngineOptions
 from engines.spec import EngineSpec
-from engines.target import parse_device, this_machine
-from rmd.backbones.base import Backbone, BackboneError, weights_dtype
+from engines.store import EngineStore
+from engines.target import this_machine
+from rmd.backbones.base import Backbone, weights_dtype
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
-from rmd.dtypes import dtype_name, parse_dtype
 from rmd.size import Size
 
-DEFAULT_BUCKETS = (1, 2, 4, 8)
-_CUDA_BUCKETS = (1, 2, 4, 8, 16)  # a 512 px step of SDXL serves 12 times as many pictures a second at 16 as at 1
+log = logging.getLogger(__name__)
+
 # Of the largest component, beside the loaded model: on the CPU each worker holds the model, a copy with random weights
 # and the packed constants.
 _BUILDING_COPIES = {"cpu": 3, "cuda": 1}
@@ -37,73 +40,6 @@ class PlannedEngine:
     component: str
     size: Size | None
     spec: EngineSpec
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a set of engines is built and loaded with.
-
-    Attributes:
-        backend: a resolved backend name.
-        device: "cpu" or "cuda", the first GPU.
-        dtype: such as "bfloat16"; "auto" becomes the device's own.
-        buckets: batch sizes of the denoiser; the decoder takes every other one, and so does the text encoder, but
-            compiled for a CPU, where it takes the second of those alone.
-    """
-
-    backend: str
-    device: str = "cpu"
-    dtype: str = "auto"
-    buckets: tuple[int, ...] = DEFAULT_BUCKETS
-
-    def __post_init__(self) -> None:
-        parse_device(self.device)
-        if not self.buckets or any(bucket < 1 for bucket in self.buckets):
-            raise EngineError(f"buckets {list(self.buckets)}: give batch sizes of at least 1, such as 1,2,4,8")
-        if list(self.buckets) != sorted(set(self.buckets)):
-            object.__setattr__(self, "buckets", tuple(sorted(set(self.buckets))))
-        try:
-            object.__setattr__(self, "dtype", dtype_name(parse_dtype(self.dtype, self.device)))
-        except BackboneError as error:
-            raise EngineError(str(error)) from None
-
-    @classmethod
-    def resolve(
-        cls,
-        backend: str = "auto",
-        device: str = "cpu",
-        dtype: str = "auto",
-        buckets: Sequence[int] | None = None,
-    ) -> tuple[EngineOptions, str]:
-        """Options with the backend chosen, and one sentence about the choice when it is not the first.
-
-        Raises:
-            BackendUnavailable: the named backend cannot build here.
-        """
-        ladder, note = cls.ladder(backend, device, dtype, buckets)
-        return ladder[0], note
-
-    @classmethod
-    def ladder(
-        cls,
-        backend: str = "auto",
-        device: str = "cpu",
-        dtype: str = "auto",
-        buckets: Sequence[int] | None = None,
-    ) -> tuple[tuple[EngineOptions, ...], str]:
-        """As :meth:`resolve`, followed by what "auto" steps down to where that fails.
-
-        Raises:
-            BackendUnavailable: the named backend cannot build here.
-        """
-        names, note = backend_ladder(backend, device)
-        sizes = default_buckets(device) if buckets is None else tuple(buckets)
-        return tuple(cls(name, device, dtype, sizes) for name in names), note
-
-
-def default_buckets(device: str) -> tuple[int, ...]:
-    """Batch sizes of the denoiser where none are named."""
-    return _CUDA_BUCKETS if device.startswith("cuda") else DEFAULT_BUCKETS
 
 
 class CheckpointPlan:
@@ -288,6 +224,32 @@ class CheckpointPlan:
             f"rmd build --checkpoint {self.checkpoint.path} --engines {store} --backend {self.options.backend} "
             f"--device {self.options.device} --dtype {self.options.dtype} --buckets {buckets}{threads}{decoder}"
         )
+
+
+def plan_checkpoint(
+    checkpoint: Path | str,
+    backend: str = "auto",
+    device: str = "cpu",
+    dtype: str = "auto",
+    buckets: Sequence[int] | None = None,
+    decoder: Path | str | None = None,
+) -> CheckpointPlan:
+    """Every engine that the checkpoint's schedules need, the teacher's size included.
+
+    Raises:
+        BackendUnavailable: the named backend cannot build here.
+        EngineError: a wrong bucket or dtype.
+        FileNotFoundError, ValueError: the checkpoint cannot be used.
+    """
+    options, note = EngineOptions.resolve(backend, device, dtype, buckets)
+    if note:
+        log.warning(note)
+    return CheckpointPlan.read(checkpoint, options, decoder)
+
+
+def missing_engines(plan: CheckpointPlan, store: EngineStore) -> list[PlannedEngine]:
+    """The planned engines that the store lacks, or holds broken."""
+    return [engine for engine in plan.engines if not store.has(engine.spec.key)]
 
 
 def load_backbone(checkpoint: CheckpointFolder, options: EngineOptions, weights: bool = True) -> Backbone:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from engines.compilers.base import Engine, example_tensors
+from engines.compilers.engine import Engine
+from engines.compilers.examples import example_tensors
 from engines.errors import EngineAccuracyError
 from engines.spec import EngineSpec
 

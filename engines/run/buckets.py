@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from engines.compilers.base import Engine, EngineMemory
+from engines.compilers.engine import Engine, EngineMemory
 from engines.errors import EngineError, EngineInputError, EngineMissing
 from engines.manifest import Manifest
 from engines.run.exhaustion import free_memory, is_out_of_memory

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engines.build.checkpoint import missing_engines
 from engines.compilers import get_compiler
 from engines.errors import BackendUnavailable
-from engines.plan.checkpoint import CheckpointPlan, EngineOptions, default_buckets
+from engines.plan.checkpoint import CheckpointPlan, missing_engines
+from engines.plan.options import EngineOptions, default_buckets
 from engines.store import EngineStore
 from engines.target import parse_device
 from rmd.checkpoint import CheckpointFolder

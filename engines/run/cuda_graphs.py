@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.compilers.base import Engine, EngineMemory
+from engines.compilers.engine import Engine, EngineMemory
 
 
 class GraphMemory:
@@ -137,3 +137,10 @@ class GraphedEngine(Engine):
         """See :meth:`Engine.unload`."""
         self._forget()
         self._engine.unload()
+
+
+def as_it_runs(engine: Engine, cuda_graphs: bool = True) -> Engine:
+    """The engine as it serves: replayed as a CUDA graph on a GPU, whether it is compiled code or the network itself."""
+    if not cuda_graphs or engine.manifest.spec.target.device != "cuda":
+        return engine
+    return GraphedEngine(engine)

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.compilers.base import Engine
+from engines.compilers.engine import Engine
 from engines.errors import EngineError, EngineMismatch, EngineMissing
 from engines.manifest import Manifest
-from engines.plan.checkpoint import CheckpointPlan, EngineOptions, load_backbone
+from engines.plan.checkpoint import CheckpointPlan, load_backbone
+from engines.plan.options import EngineOptions
 from engines.run.buckets import BucketExecutor, Place
 from engines.run.choice import loadable_options
 from engines.run.loader import EngineLoader

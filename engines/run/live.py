@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from engines.compilers.base import Engine
+from engines.compilers.engine import Engine
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch
 from engines.manifest import MANIFEST, Manifest
 from engines.plan.checkpoint import CheckpointPlan, PlannedEngine

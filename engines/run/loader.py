@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from engines.build.checkpoint import as_it_runs
-from engines.compilers.base import Engine, Stopwatch
+from engines.compilers.engine import Engine
 from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.plan.checkpoint import CheckpointPlan, PlannedEngine
+from engines.run.cuda_graphs import as_it_runs
 from engines.run.exhaustion import free_memory, is_out_of_memory
+from engines.stopwatch import Stopwatch
 from engines.store import EngineStore
-from engines.weights.bank import Recipe, WeightBank
+from engines.weights.bank import WeightBank
+from engines.weights.recipes import Recipe
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ import torch
 
 from engines.compilers import get_compiler
 from engines.errors import EngineError
-from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+from engines.plan.checkpoint import CheckpointPlan
+from engines.plan.options import EngineOptions
 from engines.run.buckets import place_of
 from engines.run.choice import loadable_ladder
 from engines.run.live import LiveExecutor

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build.checkpoint import build_engine
+from engines.build.one import build_engine
 from engines.compilers import get_compiler
 from engines.compilers.base import EngineRequest
 from engines.manifest import Manifest

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from engines.build.background import BackgroundBuild
-from engines.build.checkpoint import build_checkpoint, missing_engines, plan_checkpoint
+from engines.build.checkpoint import build_checkpoint
 from engines.build.progress import BuildProgress
 from engines.errors import BackendUnavailable, EngineError, of_kind
 from engines.manifest import Manifest
+from engines.plan.checkpoint import missing_engines, plan_checkpoint
 from engines.store import EngineStore
 
 _MARK = "RMD_TEST_MARK"

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build.checkpoint import build_engine, relative_l2
+from engines.build.one import build_engine
 from engines.compilers import BACKENDS, choose_backend, get_compiler
-from engines.compilers.base import Engine
+from engines.compilers.engine import Engine
 from engines.compilers.inductor.packing import own_kernels
 from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, EngineInputError
 from engines.manifest import Manifest
-from engines.plan.checkpoint import CheckpointPlan, EngineOptions, load_backbone
-from engines.run.accuracy import _exact_convolutions
+from engines.plan.checkpoint import CheckpointPlan, load_backbone
+from engines.plan.options import EngineOptions
+from engines.run.accuracy import _exact_convolutions, relative_l2
 from engines.store import EngineStore
 from engines.weights.bank import WeightBank
 from rmd.backbones.tiny import write_tiny_folder

@@ -13,14 +13,17 @@ import torch
 from torch import nn
 
 from engines import compilers
-from engines.build.checkpoint import BuildReport, build_checkpoint, build_engine
+from engines.build.checkpoint import build_checkpoint
+from engines.build.missing import BuildReport
+from engines.build.one import build_engine
 from engines.build.progress import BuildProgress
 from engines.compilers import backend_ladder
 from engines.compilers.eager import EagerCompiler
 from engines.errors import EngineError, NotEnoughDisk, NotEnoughMemory
 from engines.manifest import Manifest
-from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+from engines.plan.checkpoint import CheckpointPlan
 from engines.plan.memory import MemoryPlan
+from engines.plan.options import EngineOptions
 from engines.run.choice import loadable_ladder, loadable_options
 from engines.run.live import LiveExecutor
 from engines.spec import EngineSpec

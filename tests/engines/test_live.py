@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.build.checkpoint import build_engine
+from engines.build.one import build_engine
 from engines.compilers.eager import EagerEngine
 from engines.errors import EngineError
 from engines.manifest import MANIFEST
-from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+from engines.plan.checkpoint import CheckpointPlan
+from engines.plan.options import EngineOptions
 from engines.run.live import LiveExecutor
 from engines.store import EngineStore
 from rmd.backbones.base import Backbone

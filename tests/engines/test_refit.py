@@ -13,11 +13,11 @@ from torch import nn
 
 from engines.compilers.exported import used_tensors
 from engines.compilers.tensorrt import refit as tensorrt_refit
-from engines.compilers.tensorrt.compiler import TensorRTEngine
+from engines.compilers.tensorrt.engine import TensorRTEngine
 from engines.compilers.tensorrt.refit import WeightIndex, read_rest, refit_plan, save_rest
 from engines.errors import EngineError
 from engines.manifest import Manifest
-from engines.weights.bank import Recipe, lay_out
+from engines.weights.recipes import Recipe, lay_out
 from tests.engines.conftest import Net, net_spec
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build.checkpoint import build_checkpoint, measure, missing_engines, plan_checkpoint
+from engines.build.checkpoint import build_checkpoint
+from engines.build.measure import measure
 from engines.build.worker import build_in_processes
 from engines.compilers import get_compiler
 from engines.compilers.eager import EagerCompiler, EagerEngine
@@ -27,8 +28,9 @@ from engines.errors import (
     NotEnoughMemory,
 )
 from engines.manifest import MANIFEST, Manifest
-from engines.plan.checkpoint import CheckpointPlan, EngineOptions
+from engines.plan.checkpoint import CheckpointPlan, missing_engines, plan_checkpoint
 from engines.plan.memory import MemoryPlan, meta_copy, weight_bytes, workspace_bytes
+from engines.plan.options import EngineOptions
 from engines.run import exhaustion
 from engines.run.choice import loadable_options
 from engines.run.executor import EngineExecutor

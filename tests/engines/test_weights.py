@@ -6,7 +6,8 @@ from torch import nn
 
 from engines.compilers.inductor.rewrites import gelu_tanh, rewrite, rewriting
 from engines.errors import EngineError
-from engines.weights.bank import Recipe, WeightBank, find_recipe, lay_out
+from engines.weights.bank import WeightBank
+from engines.weights.recipes import Recipe, find_recipe, lay_out
 from tests.engines.conftest import Net
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from engines.build.checkpoint import build_checkpoint
 from engines.errors import BackendUnavailable
-from engines.plan.checkpoint import EngineOptions
+from engines.plan.options import EngineOptions
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size

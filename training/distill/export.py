@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rmd.backbones.registry import load_checkpoint
 from rmd.cascade import Cascade
-from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CASCADE_FILE, TeacherSpec
 from rmd.published.place import replace_folder
 from rmd.sampler import initial_noise
 from training.runtime.files import load_tensors, save_model

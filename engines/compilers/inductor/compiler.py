@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engines.compilers.base import (
-    Capabilities,
-    Compiler,
-    Engine,
-    EngineMemory,
-    EngineRequest,
-    Stopwatch,
-    example_tensors,
-)
+from engines.compilers.base import Capabilities, Compiler, EngineRequest
+from engines.compilers.engine import Engine
+from engines.compilers.examples import example_tensors
 from engines.compilers.exported import known_options, package, used_tensors, user_inputs
+from engines.compilers.inductor.engine import PACKAGE, InductorEngine, load_package, save_constants
 from engines.compilers.inductor.packing import (
     EAGER_ROUNDING,
     WEIGHTS_OUTSIDE,
@@ -32,31 +26,17 @@ from engines.compilers.inductor.packing import (
     packed_settings,
 )
 from engines.compilers.inductor.rewrites import rewriting
-from engines.errors import EngineError, EngineMismatch
+from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec
+from engines.stopwatch import Stopwatch
 from engines.target import host_instructions
-from engines.weights.bank import Recipe, WeightBank, hollow, strides_of
+from engines.weights.bank import WeightBank
+from engines.weights.recipes import Recipe, strides_of
 
 log = logging.getLogger(__name__)
 
-# Read by the compiled code at its first run: without it wrong shapes are read as if they were right.
-os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
-
 _UNTRACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-PACKAGE = "engine.pt2"
-CONSTANTS = "constants.safetensors"
-# As AOTInductor's metadata names CPU extensions, against the names of /proc/cpuinfo.
-_EXTENSIONS = {
-    "AVX2": "avx2",
-    "AVX512": "avx512f",
-    "AVX512_VNNI": "avx512_vnni",
-    "AVX512_BF16": "avx512_bf16",
-    "AMX_TILE": "amx_tile",
-    "AMX_FP16": "amx_fp16",
-}
-
-
 # Variables that change what inductor makes, and those among them that only say where and how long it may work.
 _VARIABLES = ("TORCHINDUCTOR_", "AOT_INDUCTOR_")
 _NOT_THE_CODE = (
@@ -69,7 +49,6 @@ _NOT_THE_CODE = (
     "_SAVE_ARGS",
     "_VEC_ISA_OK",
 )
-
 # An engine for a GPU has host code too: without this it would be for the very CPU that it was built beside.
 _ANY_HOST = {"cpp.march": "", **WEIGHTS_OUTSIDE}
 
@@ -81,9 +60,11 @@ class InductorCompiler(Compiler):
     sources = (
         "engines.compilers.exported",
         "engines.compilers.inductor.compiler",
+        "engines.compilers.inductor.engine",
         "engines.compilers.inductor.packing",
         "engines.compilers.inductor.rewrites",
         "engines.weights.bank",
+        "engines.weights.recipes",
     )
 
     def capabilities(self, device: str) -> Capabilities:
@@ -144,7 +125,7 @@ class InductorCompiler(Compiler):
             try:
                 own = own_kernels(spec.dtype, spec.target.instruction_set)
                 names, output, recipes, fixed = compile_packed(module, inputs, folder / PACKAGE, own)
-                _save(fixed, folder)
+                save_constants(fixed, folder)
                 return self._manifest(spec, names, output, "packed", recipes, watch)
             except UnexplainedConstantError as error:
                 note = f"weights are not packed: {error}"
@@ -161,7 +142,7 @@ class InductorCompiler(Compiler):
             program = torch.export.export(module, (), kwargs=dict(inputs), strict=False)
             output = module(**inputs)
             package(program, folder / PACKAGE, {**options, "aot_inductor.package_constants_in_so": False})
-        wanted = _loader(folder / PACKAGE).get_constant_fqns()
+        wanted = load_package(folder / PACKAGE).get_constant_fqns()
         held = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
         inside = {name: program.constants[name] for name in wanted if name not in held and name in program.constants}
         lacking = [name for name in wanted if name not in held and name not in inside]
@@ -175,7 +156,7 @@ class InductorCompiler(Compiler):
             raise EngineError(
                 f"the compiled graph holds the values of {baked[0]!r} itself, and other weights could not reach them"
             )
-        _save(inside, folder)
+        save_constants(inside, folder)
         recipes = {name: Recipe((name,), strides=strides_of(held[name])) for name in wanted if name in held}
         return user_inputs(program, inputs), output, recipes
 
@@ -208,56 +189,6 @@ class InductorCompiler(Compiler):
         return InductorEngine(manifest, folder, weights)
 
 
-class InductorEngine(Engine):
-    """A loaded package whose constants point into the weight bank."""
-
-    def __init__(self, manifest: Manifest, folder: Path, weights: WeightBank) -> None:
-        super().__init__(manifest)
-        self._loader: Any = _loader(folder / PACKAGE, manifest.spec.target.device)
-        _check_extensions(self._loader.get_metadata(), manifest)
-        self._weights = weights
-        self._borrowed: list[Recipe] = []
-        self._inside = _saved(folder, self.device)
-        self._private = sum(tensor.nbytes for tensor in self._inside.values()) + manifest.bytes
-        # The loader keeps pointers only: these tensors must live as long as it does.
-        self._constants: dict[str, Tensor] = dict(self._inside)
-        try:
-            for name, entry in manifest.constants.items():
-                recipe = Recipe.from_dict(entry)
-                self._constants[name] = weights.lend(recipe)
-                self._borrowed.append(recipe)
-            self._loader.load_constants(self._constants, False, True, True)
-        except BaseException:
-            self.unload()
-            raise
-
-    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
-        if self._loader is None:
-            raise EngineError(f"engine {self.manifest.spec.title} was unloaded")
-        # boxed_run, not the package's __call__: that one parses the call's tree specification anew each time.
-        with torch.inference_mode():
-            outputs: list[Tensor] = self._loader.boxed_run([_plain(tensor) for tensor in inputs])
-        return outputs[0]
-
-    def refit(self, state: Mapping[str, Tensor]) -> None:
-        """In place in the bank: every engine of the component follows."""
-        self._weights.refit(state)
-
-    def memory(self) -> EngineMemory:
-        """The package, and the bank it shares."""
-        return EngineMemory(self._private, self._weights.memory())
-
-    def unload(self) -> None:
-        """See :meth:`Engine.unload`. What it borrowed is freed with the last borrower, parameters with their bank."""
-        self._loader = None
-        self._constants = {}
-        for recipe in self._borrowed:
-            self._weights.take_back(recipe)
-        for tensor in self._inside.values():
-            hollow(tensor)
-        self._borrowed, self._inside = [], {}
-
-
 def _environment() -> dict[str, str | int | float | bool]:
     """The variables by which inductor is told to compile otherwise."""
     return {
@@ -265,64 +196,3 @@ def _environment() -> dict[str, str | int | float | bool]:
         for name, value in sorted(os.environ.items())
         if name.startswith(_VARIABLES) and not name.endswith(_NOT_THE_CODE)
     }
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor with its shape's own strides: `contiguous()` leaves those of dimensions of size 1 as they are, such as
-    the batch's of one row of a wider tensor, and compiled code compares them."""
-    tensor = tensor.contiguous()
-    strides, step = [], 1
-    for size in reversed(tensor.shape):
-        strides.append(step)
-        step *= size
-    return tensor.as_strided(tensor.shape, strides[::-1])
-
-
-def _save(constants: Mapping[str, Tensor], folder: Path) -> None:
-    """Keep constants that are no weights beside the package, with the strides that the code was compiled for."""
-    from safetensors.torch import save_file
-
-    if constants:
-        held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in constants.items()}
-        strides = {name: json.dumps(list(strides_of(tensor) or ())) for name, tensor in constants.items()}
-        save_file(held, folder / CONSTANTS, metadata=strides)
-
-
-def _saved(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """What :func:`_save` kept."""
-    from safetensors import safe_open
-
-    if not (folder / CONSTANTS).is_file():
-        return {}
-    with safe_open(folder / CONSTANTS, "pt", device=str(device)) as file:
-        strides = file.metadata() or {}
-        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  -- it is no mapping
-    own = {name: Recipe((name,), strides=tuple(json.loads(strides.get(name, "[]"))) or None) for name in held}
-    return {name: recipe.make(held) for name, recipe in own.items()}
-
-
-def _loader(path: Path, device: str = "cpu") -> Any:
-    """The package's code, its constants not yet given.
-
-    What ``torch._inductor.aoti_load_package`` makes, without the second in which that compiles programs to learn this
-    processor's extensions: :func:`_check_extensions` knows them.
-    """
-    # On CUDA each run would otherwise ask for an event of the one before, which is forbidden while a graph is recorded.
-    # Engines are run by one thread anyway.
-    single = device == "cuda"
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", single, 1, -1)
-
-
-def _check_extensions(metadata: Mapping[str, str], manifest: Manifest) -> None:
-    if manifest.spec.target.device != "cpu":
-        return
-    from engines.target import this_machine
-
-    here = this_machine("cpu").instruction_set.split()
-    used = [_EXTENSIONS.get(name) for name in metadata.get("AOTI_CPU_ISA", "").split()]
-    lacking = sorted(name for name in used if name and name not in here)
-    if lacking and manifest.spec.target.platform.endswith("x86_64"):
-        raise EngineMismatch(
-            f"engine {manifest.spec.title} uses CPU instructions {' '.join(lacking)}, which this CPU lacks; "
-            f"build it on this machine (rmd build)"
-        )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from engines.compilers.exported import known_options, package, user_inputs
 from engines.compilers.inductor.rewrites import rewrite
 from engines.errors import EngineError
-from engines.weights.bank import Recipe, find_recipe
+from engines.weights.recipes import Recipe, find_recipe
 
 # Batch 1 fuses other operations than batch 2. With bfloat16 rounded where eager rounds it, and not only where a kernel
 # happens to end, every batch computes the same bits, and those are nearer to eager's.

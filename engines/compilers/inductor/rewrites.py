@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.weights.bank import Recipe
+from engines.weights.recipes import Recipe
 
 _EPSILON = 1e-6
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import EngineError
-from engines.weights.bank import Recipe, find_recipe
+from engines.weights.recipes import Recipe, find_recipe
 
 # torch's dtypes as TensorRT's module names them.
 _TYPES = {

@@ -1,0 +1,57 @@
+"""One engine: built, compared with eager, published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from engines.compilers.base import Compiler
+from engines.errors import EngineAccuracyError
+from engines.manifest import Manifest
+from engines.run.accuracy import check_accuracy, tolerance_of, worst_relative_l2
+from engines.spec import EngineSpec
+from engines.stopwatch import Stopwatch
+from engines.store import EngineStore
+from engines.weights.bank import WeightBank
+
+
+def build_engine(
+    compiler: Compiler,
+    store: EngineStore,
+    module: nn.Module,
+    spec: EngineSpec,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Manifest:
+    """Build one engine into the store, unless it is there, and check it against eager before it is published.
+
+    Args:
+        compiler: of ``spec.backend``.
+        store: where it goes.
+        module: the component with its weights, on the target's device.
+        spec: from the compiler's plan.
+        inputs: to compare on; None takes numbers of the right shapes.
+
+    Raises:
+        EngineAccuracyError: too far from eager.
+        EngineError: it cannot be compiled.
+    """
+
+    def builder(folder: Path) -> Manifest:
+        manifest = compiler.build(module, spec, folder)
+        watch = Stopwatch()
+        bank = WeightBank(module)
+        try:
+            engine = compiler.load(manifest, folder, bank)
+            seconds = watch.seconds
+            error = worst_relative_l2(engine, module, inputs)
+            engine.unload()
+            check_accuracy(spec, error)
+        except EngineAccuracyError as inaccurate:
+            raise EngineAccuracyError(f"{inaccurate}; it is not published. Use --backend eager") from None
+        finally:
+            bank.close()
+        return manifest.updated(relative_l2=error, tolerance=tolerance_of(spec), load_seconds=seconds)
+
+    return store.build(spec.key, builder)
