@@ -14,7 +14,7 @@ from engines.compilers.engine import Engine
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.sources import code_digest
-from engines.spec import EngineSpec, TensorSpec, graph_digest
+from engines.spec import EngineSpec, TensorSpec, WeightsMode, graph_digest
 from engines.target import Target, package_version
 from engines.weights.bank import WeightBank
 
@@ -90,7 +90,7 @@ class Compiler(ABC):
         """Every setting that touches the engine, with its value."""
 
     @abstractmethod
-    def weights_mode(self, request: EngineRequest) -> str:
+    def weights_mode(self, request: EngineRequest) -> WeightsMode:
         """How this engine is to hold its weights."""
 
     def plan(self, request: EngineRequest) -> EngineSpec:
@@ -115,7 +115,7 @@ class Compiler(ABC):
             target=request.target,
             versions={name: package_version(name) for name in self.packages},
             settings=self.settings(request),
-            weights=request.weights if mode in ("embedded", "refittable") else None,
+            weights=request.weights if mode.inside else None,
             code=code_digest(self.sources),
         )
 
@@ -131,6 +131,18 @@ class Compiler(ABC):
         Raises:
             EngineError: it cannot be compiled whole; the message names the operators or the reason.
         """
+
+    def refitted(self, manifest: Manifest, built: Path, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
+        """As :meth:`build`, from an engine that differs in its weights alone: in seconds where compiling takes minutes.
+
+        Args:
+            manifest, built: that engine and the folder of its files, which stay as they are.
+            module, spec, folder: as for :meth:`build`.
+
+        Raises:
+            EngineError: it does not take these weights.
+        """
+        raise EngineError(f"{self.name} engines are built anew for other weights")
 
     @abstractmethod
     def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,10 +24,10 @@ from engines.compilers.examples import example_tensors
 from engines.compilers.exported import used_tensors
 from engines.compilers.tensorrt.conversion import export_batches, input_ranges, profile_per_batch, recorded_weights
 from engines.compilers.tensorrt.engine import PLAN, Plan, TensorRTEngine
-from engines.compilers.tensorrt.refit import WeightIndex, save_rest
+from engines.compilers.tensorrt.refit import FIXED, REST, WeightIndex, save_rest
 from engines.errors import BackendUnavailable, EngineError
 from engines.manifest import Manifest
-from engines.spec import EngineSpec, TensorSpec
+from engines.spec import EngineSpec, TensorSpec, WeightsMode
 from engines.stopwatch import Stopwatch
 from engines.weights.bank import WeightBank
 
@@ -52,11 +53,6 @@ class TensorRTCompiler(Compiler):
         """See :meth:`Compiler.capabilities`. The library is imported only when all else is in place."""
         reason = self._obstacle(device)
         return Capabilities(not reason, reason, profiles=True, parallel=False)
-
-    @property
-    def _mode(self) -> str:
-        # A refittable plan can only be built where there is a GPU, and building without one is what RTX plans are for.
-        return "embedded" if self.rtx else "refittable"
 
     def _obstacle(self, device: str) -> str:
         if device != "cuda":
@@ -84,9 +80,10 @@ class TensorRTCompiler(Compiler):
             "decompose_attention": _version("torch") < (2, 13),
         }
 
-    def weights_mode(self, request: EngineRequest) -> str:
+    def weights_mode(self, request: EngineRequest) -> WeightsMode:
         """Inside the plan."""
-        return self._mode
+        # A refittable plan can only be built where there is a GPU, and building without one is what RTX plans are for.
+        return WeightsMode.EMBEDDED if self.rtx else WeightsMode.REFITTABLE
 
     def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
         """See :meth:`Compiler.build`.
@@ -143,6 +140,17 @@ class TensorRTCompiler(Compiler):
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise EngineError(f"TensorRT cannot build {spec.title} as one block: {first[:300]}") from error
         return bytes(plan)
+
+    def refitted(self, manifest: Manifest, built: Path, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
+        """See :meth:`Compiler.refitted`."""
+        watch = Stopwatch()
+        plan = Plan(manifest, built)
+        TensorRTEngine(manifest, plan).refit(dict([*module.named_parameters(), *module.named_buffers()]))
+        (folder / PLAN).write_bytes(plan.serialized())
+        for name in (REST, FIXED):  # what it refuses to change is as it was
+            if (built / name).is_file():
+                shutil.copyfile(built / name, folder / name)
+        return manifest.updated(spec=spec, build_seconds=watch.seconds, latency_seconds={})
 
     def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:
         """See :meth:`Compiler.load`.

@@ -15,6 +15,7 @@ from engines.compilers.engine import Engine, EngineMemory
 from engines.compilers.tensorrt.refit import changed_fixed, read_rest, refit_plan
 from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
+from engines.spec import WeightsMode
 from engines.weights.recipes import Recipe
 
 PLAN = "engine.plan"
@@ -41,6 +42,15 @@ class Plan:
             raise EngineMismatch(
                 f"the plan of {manifest.spec.title} has {profiles} profiles; build it again (rmd build)"
             )
+
+    def serialized(self) -> bytes:
+        """The plan with the weights that it has now; it can still be refitted."""
+        flags = self.tensorrt.SerializationFlag
+        config = self.engine.create_serialization_config()
+        config.clear_flag(flags.EXCLUDE_WEIGHTS)
+        if hasattr(flags, "INCLUDE_REFIT"):  # from TensorRT 10.14 on
+            config.set_flag(flags.INCLUDE_REFIT)
+        return bytes(self.engine.serialize_with_config(config))
 
 
 class TensorRTEngine(Engine):
@@ -115,7 +125,7 @@ class TensorRTEngine(Engine):
             EngineError: the plan holds its weights for good; or a parameter changes whose place in the plan is not
                 known, since it was equal to another or computed with when the plan was built.
         """
-        if self.manifest.weights_mode != "refittable" or self._plan is None:
+        if self.manifest.weights_mode is not WeightsMode.REFITTABLE or self._plan is None:
             raise EngineError(
                 f"engine {self.manifest.spec.title} holds its weights for good; build it for the new ones (rmd build)"
             )
