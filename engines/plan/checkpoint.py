@@ -106,8 +106,8 @@ class CheckpointPlan:
                 yield component, self.sizes[-1], buckets[::2]
             else:
                 one = self.compiler.text_in_one_batch(self.target.device)
-                # Not the smallest: prompts that are encoded together reach the denoiser together.
-                yield component, None, buckets[::2][:2][-1:] if one else buckets[::2]
+                # The smallest: a prompt comes alone more often than not, and waits for no rows that are padding.
+                yield component, None, buckets[:1] if one else buckets[::2]
 
     @cached_property
     def engines(self) -> tuple[PlannedEngine, ...]:
@@ -186,7 +186,7 @@ class CheckpointPlan:
         shared, apart = [0], 0
         for engine in self.engines:
             own = weight_bytes(self.modules[engine.component])
-            inside = engine.spec.weights_mode in ("embedded", "refittable")
+            inside = engine.spec.weights_mode.inside
             weights[engine.component] = weights.get(engine.component, 0) + own if inside else own
             inputs = self.backbone.example_inputs(engine.component, engine.size, 1)
             row = self._workspace(engine.component, engine.size, inputs)

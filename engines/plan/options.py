@@ -24,7 +24,7 @@ class EngineOptions:
         device: "cpu" or "cuda", the first GPU.
         dtype: such as "bfloat16"; "auto" becomes the device's own.
         buckets: batch sizes of the denoiser; the decoder takes every other one, and so does the text encoder, but
-            compiled for a CPU, where it takes the second of those alone.
+            compiled for a CPU, where it takes the smallest alone.
     """
 
     backend: str

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.compilers.engine import Engine, EngineMemory
+from engines.spec import WeightsMode
 
 
 class GraphMemory:
@@ -120,7 +121,7 @@ class GraphedEngine(Engine):
 
     def on_refit(self) -> None:
         """See :meth:`Engine.on_refit`."""
-        if self.manifest.weights_mode == "refittable":
+        if self.manifest.weights_mode is WeightsMode.REFITTABLE:
             self._forget()  # the library may have moved the weights: record again at the next run
 
     def addresses(self) -> tuple[int, ...]:

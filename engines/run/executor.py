@@ -39,7 +39,7 @@ class EngineExecutor(BucketExecutor):
         super().__init__(engines, banks, kind, padded)
         self._decoder: str | None = None  # what was asked for, and is asked for again of other weights
         # What the engines that hold their weights hold now, by component; a digest, None where it is not known.
-        self._held = {m.spec.component: m.spec.weights for m in self.manifests() if m.holds_weights}
+        self._held = {m.spec.component: m.spec.weights for m in self.manifests() if m.weights_mode.inside}
 
     @classmethod
     def open(
@@ -110,7 +110,7 @@ class EngineExecutor(BucketExecutor):
         if missing:
             raise EngineMissing(_missing_message(missing, store, plan, command))
         loader.check(manifests)
-        for component in {manifest.spec.component for manifest in manifests if manifest.holds_weights}:
+        for component in {manifest.spec.component for manifest in manifests if manifest.weights_mode.inside}:
             loader.make_room(component)
         engines: dict[Place, dict[int, Engine]] = {}
         for manifest in manifests:
@@ -156,7 +156,7 @@ class EngineExecutor(BucketExecutor):
     def _holding(self, component: str) -> list[Engine]:
         """One engine of every plan of a component that holds its weights."""
         own = [engine for place, by in self._engines.items() if place[0] == component for engine in by.values()]
-        return list({engine.manifest.key: engine for engine in own if engine.manifest.holds_weights}.values())
+        return list({engine.manifest.key: engine for engine in own if engine.manifest.weights_mode.inside}.values())
 
     def _states(self, weights: Path | str | Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         if not isinstance(weights, Path | str):

@@ -17,6 +17,7 @@ from engines.run.accuracy import check_accuracy, relative_l2
 from engines.run.buckets import BucketExecutor, Place, place_of
 from engines.run.exhaustion import free_memory
 from engines.run.loader import EngineLoader
+from engines.spec import WeightsMode
 from engines.store import EngineStore
 from rmd.backbones.base import EagerExecutor
 from rmd.size import Size
@@ -173,7 +174,7 @@ class LiveExecutor(BucketExecutor):
 
     def _is_useful(self, candidate: _Candidate) -> bool:
         """Whether it is not in service, can be, and is better than what is."""
-        runs_the_network = candidate.planned.spec.weights_mode == "module"
+        runs_the_network = candidate.planned.spec.weights_mode is WeightsMode.MODULE
         if candidate.key in self._taken or (runs_the_network and candidate.component in self._released):
             return False
         place, none = candidate.place, len(self._loaders)
@@ -243,7 +244,7 @@ class LiveExecutor(BucketExecutor):
         """Engines that hold their weights do not share; where all are there and sound, the network's own copy goes."""
         found: dict[str, list[Manifest]] = {}
         for candidate in here:
-            holding = candidate.planned.spec.weights_mode in ("embedded", "refittable") and not candidate.rung
+            holding = candidate.planned.spec.weights_mode.inside and not candidate.rung
             if holding and candidate.component not in self._keep_eager:
                 try:
                     manifest = self._store.get(candidate.key)
@@ -266,7 +267,7 @@ class LiveExecutor(BucketExecutor):
         own = {place: batches for place, batches in self.planned().items() if place[0] == component}
         if own and all(self._is_compiled(place, batch) for place, batches in own.items() for batch in batches):
             manifests = [manifest for manifest in self.manifests() if manifest.spec.component == component]
-            if any(manifest.weights_mode == "module" for manifest in manifests):
+            if any(manifest.weights_mode is WeightsMode.MODULE for manifest in manifests):
                 return
             self._loaders[0].release(component, manifests)
             self._released.add(component)
@@ -284,8 +285,21 @@ class LiveExecutor(BucketExecutor):
     # ---- what the server asks -------------------------------------------------------------------------------------
 
     @property
+    def serving(self) -> str:
+        """The backend that serves most batches of the denoiser by now, or of the others while it has no engine; "eager"
+        while nothing has."""
+        rungs = [rung for (place, _), rung in self._rungs.items() if place[0] == "denoiser"] or [*self._rungs.values()]
+        if not rungs:
+            return "eager"
+        return self._loaders[max(sorted(set(rungs), reverse=True), key=rungs.count)].plan.options.backend
+
+    @property
     def complete(self) -> bool:
-        """Whether every batch at every place is served by an engine that was built for it."""
+        """Whether nothing is to be built: every batch at every place is served by an engine that was built for it, or
+        by one that is made on the spot where that is the first choice."""
+        first = self._plan
+        if first.compiler.on_the_spot(first.target.device):
+            return True
         return all(self._is_compiled(place, batch) for place, batches in self.planned().items() for batch in batches)
 
     def buckets(self, component: str, size: Size | None) -> tuple[int, ...]:

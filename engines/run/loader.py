@@ -83,7 +83,7 @@ class EngineLoader:
         manifests = list(manifests)
         for manifest in manifests:
             self.store.check(manifest, self.plan.target, self._command)
-        holding = sorted({manifest.spec.component for manifest in manifests if manifest.holds_weights})
+        holding = sorted({manifest.spec.component for manifest in manifests if manifest.weights_mode.inside})
         if self._foreign and holding:
             raise EngineMismatch(
                 f"{self.plan.options.backend} engines hold the weights of {self.plan.checkpoint.path} "
@@ -159,4 +159,4 @@ class EngineLoader:
 
 
 def _shared_constants(manifest: Manifest) -> list[Mapping[str, object]]:
-    return list(manifest.constants.values()) if manifest.weights_mode in ("packed", "shared") else []
+    return list(manifest.constants.values()) if manifest.weights_mode.reads_bank else []

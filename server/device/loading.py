@@ -108,7 +108,7 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
     card = replace(
         card,
         memory_bytes=memory | {name: held for each in live.values() for name, held in each.memory().items()},
-        executor_kind=ladder[0].backend if ladder else _EAGER,
+        executor_kind=live[STUDENT].serving if live else _EAGER,
         complete=all(each.complete for each in live.values()),
     )
     model = DeviceModel(card, lanes, CostTable({}), live, eager, settings.max_batch)

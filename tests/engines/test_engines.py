@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engines.build.one import build_engine
 from engines.compilers import BACKENDS, choose_backend, get_compiler
 from engines.compilers.engine import Engine
-from engines.compilers.inductor.packing import own_kernels
+from engines.compilers.inductor.settings import own_kernels
 from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, EngineInputError
 from engines.manifest import Manifest
 from engines.plan.checkpoint import CheckpointPlan, load_backbone
@@ -66,7 +66,7 @@ def test_own_matrix_kernels_are_for_tiles_or_for_no_bf16_instructions_at_all() -
 def test_the_batch_does_not_change_a_bit_of_a_row(
     tmp_path: Path, component: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.compilers.inductor.compiler.own_kernels", lambda dtype, cpu: own)
+    monkeypatch.setattr("engines.compilers.inductor.settings.own_kernels", lambda dtype, cpu: own)
     folder = write_tiny_folder("embedded", tmp_path / "embedded")
     plan = CheckpointPlan.read(folder, EngineOptions.resolve("inductor", dtype="bfloat16", buckets=(1, 2, 3))[0])
     plan = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from engines.compilers import COMPILERS, get_compiler
-from engines.compilers.exported import known_options, package
-from engines.compilers.inductor import compiler as inductor
+from engines.compilers.exported import package
+from engines.compilers.inductor import settings as told
+from engines.compilers.inductor.settings import known_options
 from engines.errors import EngineError
 from engines.sources import module_digest, with_helpers
 from engines.spec import graph_digest
@@ -139,11 +140,11 @@ def test_options_that_this_torch_does_not_have_are_left_out_of_key_and_build(
     request = net_request(net)
     request = type(request)(**{**vars(request), "target": gpu})
     settings = get_compiler("inductor").settings(request)
-    assert settings["cpp.march"] == "" and "host" not in settings
-    monkeypatch.setattr(inductor, "_ANY_HOST", {"cpp.no_such_option": "", "always_keep_tensor_constants": True})
+    assert settings["inductor.cpp.march"] == "" and "host" not in settings
+    monkeypatch.setattr(told, "_ANY_HOST", {"cpp.no_such_option": ""})
     older = get_compiler("inductor").settings(request)
-    assert "cpp.no_such_option" not in older and older["host"], "then its host code is for this processor"
+    assert "inductor.cpp.no_such_option" not in older and older["host"], "then its host code is for this processor"
     program = torch.export.export(nn.Linear(2, 2).requires_grad_(False), (torch.ones(1, 2),))
     monkeypatch.setattr("engines.compilers.exported._NEEDED", ("cpp.no_such_option",))
     with pytest.raises(EngineError, match=r"has no option 'cpp\.no_such_option', which keeps weights outside"):
-        package(program, tmp_path / "engine.pt2", {"cpp.no_such_option": False})
+        package(program, tmp_path / "engine.pt2", {"freezing": True})

@@ -179,7 +179,7 @@ def test_a_truncated_engine_is_built_again(store: tuple[EngineStore, Manifest], 
     assert not engines.has(manifest.key)
     _, builder = eager_builder(net)
     with pytest.raises(EngineError, match=r"where .* was asked for"):
-        engines.build.checkpoint(manifest.key, builder)  # it did call the builder, which here makes another engine
+        engines.build(manifest.key, builder)  # it did call the builder, which here makes another engine
 
 
 @pytest.mark.parametrize(

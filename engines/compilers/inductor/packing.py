@@ -22,53 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.compilers.exported import known_options, package, user_inputs
+from engines.compilers.exported import package, user_inputs
 from engines.compilers.inductor.rewrites import rewrite
+from engines.compilers.inductor.settings import options_of, takes_templates
 from engines.errors import EngineError
 from engines.weights.recipes import Recipe, find_recipe
-
-# Batch 1 fuses other operations than batch 2. With bfloat16 rounded where eager rounds it, and not only where a kernel
-# happens to end, every batch computes the same bits, and those are nearer to eager's.
-EAGER_ROUNDING: dict[str, Any] = {"emulate_precision_casts": True}
-# Otherwise vectors of up to 8 values (a decoder's last bias, say) stand in the code as numbers, and an engine that two
-# checkpoints share, or that is refitted, computes with those of the one that it was built from.
-WEIGHTS_OUTSIDE: dict[str, Any] = {"always_keep_tensor_constants": True}
-
-_PACKING: dict[str, Any] = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-_CONFIGURATION: dict[str, Any] = {
-    **EAGER_ROUNDING,
-    **WEIGHTS_OUTSIDE,
-    "fx_graph_cache": False,
-    "aot_inductor.package_constants_in_so": False,
-    # Only debuggers and profilers miss these, and the C++ compiler is faster without.
-    "aot_inductor.enable_line_tables": False,
-    "aot_inductor.enable_frame_pointer": False,
-}
 
 
 class UnexplainedConstantError(EngineError):
     """A constant of the compiled graph could not be traced to a parameter or buffer."""
 
 
-def own_kernels(dtype: str, instruction_set: str) -> bool:
-    """Whether inductor's matrix kernels are the faster ones on such a CPU: not with bf16 vectors and no tiles."""
-    extensions = instruction_set.split()
-    return dtype != "bfloat16" or "amx_tile" in extensions or "avx512_bf16" not in extensions
-
-
-def packed_settings(own: bool) -> dict[str, str | int | float | bool]:
-    """The settings that touch the engine."""
-    kernels = {**_PACKING, "matrix_kernels": "first C++ template"} if own else {"matrix_kernels": "oneDNN"}
-    return {**known_options(_CONFIGURATION), **kernels}
-
-
 def compile_packed(
-    module: nn.Module, inputs: Mapping[str, Tensor], path: Path, own: bool
+    module: nn.Module, inputs: Mapping[str, Tensor], path: Path, settings: Mapping[str, Any]
 ) -> tuple[list[str], Tensor, dict[str, Recipe], dict[str, Tensor]]:
     """Compile ``module`` into the package ``path``.
 
     Args:
-        own: with inductor's matrix kernels, matrices packed; else with oneDNN's, matrices as they are.
+        settings: of the engine; with inductor's matrix kernels matrices are packed, with oneDNN's they lie as they are.
 
     Returns:
         The inputs' names in the graph's order, an example output, the recipe of every constant by name, and the
@@ -84,11 +55,11 @@ def compile_packed(
         program = torch.export.export(rewritten.module, (), kwargs=dict(inputs), strict=False)
         names = user_inputs(program, inputs)
         with ExitStack() as stack:
-            if own:
+            if takes_templates(settings):
                 stack.enter_context(_own_matrix_kernels())
                 stack.enter_context(_templates_parsed_once())
             captured = stack.enter_context(_captured_constants())
-            package(program, path, {**_CONFIGURATION, **(_PACKING if own else {})})
+            package(program, path, options_of(settings))
     candidates = _tensors(rewritten.module)
     parameters = _tensors(stand_in)
     wanted = torch._inductor.aoti_load_package(str(path)).get_constant_fqns()
