@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.files import write_report
 from bench.speedup.ratios import DECODE_SMALL
 from rmd.machine import device_name
 
@@ -62,22 +62,6 @@ def command_line() -> str:
     """The command as typed, with the program's name alone."""
     run = getattr(sys.modules.get("__main__"), "__spec__", None)  # of a module that was started with -m
     return " ".join([f"python -m {run.name}" if run else Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def write_report(folder: Path, stem: str, content: Mapping[str, Any], markdown: str) -> tuple[Path, Path]:
-    """Write ``<stem>.json`` and ``<stem>.md``; returns their paths."""
-    paths = folder / f"{stem}.json", folder / f"{stem}.md"
-    write_text(paths[0], json.dumps(content, indent=1) + "\n")
-    write_text(paths[1], markdown)
-    return paths
 
 
 def write_speedup(folder: Path, content: Mapping[str, Any]) -> list[Path]:

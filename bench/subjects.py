@@ -81,12 +81,13 @@ def has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def random_subject(name: str, scale: str, dtype: torch.dtype, device: torch.device) -> Subject:
+def random_subject(name: str, scale: str, dtype: torch.dtype, device: torch.device, text: bool = True) -> Subject:
     """A backbone of its public configuration with random weights.
 
     Args:
         name: key of the registry.
         scale: "full", or "tiny" for a rehearsal of the same path with small networks of the same classes.
+        text: with text encoders.
 
     Raises:
         ValueError: unknown backbone or scale.
@@ -96,8 +97,9 @@ def random_subject(name: str, scale: str, dtype: torch.dtype, device: torch.devi
     kind = get_backbone(name)
     config = published_config(name) if scale == "full" else tiny_config(name)
     note = ""
-    if not has_transformers():
+    if not text or not has_transformers():
         config = {part: value for part, value in config.items() if not part.startswith("text_encoder")}
+    if text and not has_transformers():
         note = "transformers is not installed: text encoding is not measured, end-to-end times leave it out"
     backbone = kind.from_config(config, dtype, device)
     if scale == "tiny":

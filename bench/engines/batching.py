@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from bench.engines.pictures import picture_rows
+from bench.files import write_report
 from bench.plots import plot_engines
 from bench.report import (
     command_line,
     engines_markdown,
     environment,
     resident_bytes,
-    write_report,
 )
 from bench.subjects import Runner, Subject, checkpoint_subject, parameter_bytes
 from bench.timing import Interleaved, Timing, time_interleaved

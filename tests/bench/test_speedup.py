@@ -15,7 +15,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bench.engines.batching import EngineBenchSettings, buckets_summary, engine_rows, loop_rows, run_engines
-from bench.gpu.probe import _alone
 from bench.report import speedup_markdown
 from bench.speedup.executors import EnginesOnDemand, make_executor
 from bench.speedup.ratios import MEASURED, SUMMED, Measured, rows_of, schedule_seconds, speedups, step_key
@@ -32,28 +31,6 @@ from rmd.size import Size
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LOW, FULL = Size.square(32), Size.square(64)
-
-
-def test_the_probe_tells_what_works_and_why_the_rest_does_not(tmp_path: Path) -> None:
-    # In a process of its own: the module is also run on machines that have little more than torch.
-    command = [sys.executable, "-m", "bench.gpu.probe", "--device", "cpu", "--backends", "tensorrt,eager"]
-    subprocess.run([*command, "--dtype", "float32", "--out", tmp_path], cwd=ROOT, check=True, capture_output=True)
-    content = json.loads((tmp_path / "probe-cpu.json").read_text())
-    absent, eager = content["rows"]
-    assert (absent["works"], absent["reason"]) == (False, "tensorrt engines run on NVIDIA GPUs, not on the cpu")
-    assert eager["works"] and set(eager["batches"]) == {"1", "2", "4"} and eager["refit"] == 0.0
-    assert all(entry["relative_l2"] < 1e-6 and entry["milliseconds"] > 0 for entry in eager["batches"].values())
-    assert "| eager | module |" in (tmp_path / "probe-cpu.md").read_text()
-
-
-def _crash(*_: str) -> dict[str, Any]:
-    os._exit(11)
-
-
-def test_a_backend_that_crashes_costs_the_probe_its_own_row_alone() -> None:
-    row = _alone("inductor", "cpu", "float32", _crash)
-    assert row["works"] is False
-    assert "crashed" in row["reason"]
 
 
 def _timing(seconds: float) -> Timing:
