@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.files import write_report
-from bench.speedup.ratios import DECODE_SMALL
+from bench.speedup.ratios import DECODE_SMALL, PACKAGE
 from rmd.machine import device_name
 
 _PACKAGES = (
@@ -126,9 +126,9 @@ def _schedule_table(content: Mapping[str, Any], batch: int) -> list[str]:
     small = content.get("end_to_end_small_speedup", {}).get(str(batch), {})
     lines = [
         "| run by | schedule | denoising, ms | over the teacher | same variant | end to end, ms | over the teacher | "
-        "same variant | decoder's share | pictures/s |"
+        "same variant | decoder's share | denoiser's, of all with PNG | pictures/s |"
         + (" end to end with the small one, ms | over the teacher |" if small else ""),
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|---:|" if small else ""),
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|---:|" if small else ""),
     ]
     for row in content["schedules"]:
         if row["batch"] != batch:
@@ -146,6 +146,7 @@ def _schedule_table(content: Mapping[str, Any], batch: int) -> list[str]:
         lines.append(
             f"| {row['variant']} | {row['schedule']} | {1000 * row['denoise_s']:.1f}{estimated} | {denoising[0]} | "
             f"{denoising[1]} | {1000 * row['end_to_end_s']:.1f} | {whole[0]} | {whole[1]} | {share} | "
+            f"{100 * row['denoiser_share']:.0f} % | "
             f"{row['pictures_per_second']:.2f} |" + (_small_cells(row, small) if small else "")
         )
     if any(row["how"] != "measured" for row in content["schedules"] if row["batch"] == batch):
@@ -166,7 +167,7 @@ def _step_table(content: Mapping[str, Any]) -> list[str]:
     batches = sorted({timing["batch"] for timing in content["timings"]})
     table: dict[tuple[str, str], dict[int, float]] = {}
     for timing in content["timings"]:
-        if timing["what"] in ("text", "decode", DECODE_SMALL) or timing["what"].startswith("step "):
+        if timing["what"] in ("text", "decode", DECODE_SMALL, PACKAGE) or timing["what"].startswith("step "):
             table.setdefault((timing["variant"], timing["what"]), {})[timing["batch"]] = timing["median_s"]
     lines = [
         "| run by | call | " + " | ".join(f"batch {batch}, ms" for batch in batches) + " | throughput gain |",

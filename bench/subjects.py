@@ -22,6 +22,7 @@ from rmd.backbones.registry import get_backbone
 from rmd.backbones.tiny import tiny_config, tiny_sizes
 from rmd.cascade import Cascade, teacher_cascade
 from rmd.checkpoint import FULL_DECODER, CheckpointFolder
+from rmd.pixels import to_pixels
 from rmd.profiles import PROFILES
 from rmd.sampler import sample
 from rmd.size import Size
@@ -243,6 +244,20 @@ class Runner:
                 return small.decode(latents, size)
 
         return run
+
+    def package(self, size: Size, batch: int) -> Callable[[], Any] | None:
+        """Decoded pictures to the PNG files that a server sends; None for films, and where it is not installed."""
+        try:
+            from server.front.media import encode_picture
+        except ImportError:
+            return None
+        if self.backbone.media == "video":
+            return None
+        # Not noise, which no file format makes smaller: soft, as pictures are.
+        small = torch.rand(batch, 3, size.height // 16, size.width // 16, device=self.backbone.device)
+        shape = (size.height, size.width)
+        decoded = torch.nn.functional.interpolate(small, shape, mode="bilinear").to(self.backbone.dtype)
+        return lambda: [encode_picture(picture) for picture in to_pixels(decoded)]
 
     def text(self, batch: int) -> Callable[[], Any] | None:
         """Every text encoder on a full-length prompt; None when the backbone has none."""

@@ -13,6 +13,7 @@ from rmd.size import Size
 
 MEASURED, SUMMED = "measured", "sum of measured steps"
 DECODE_SMALL = "decode, small"
+PACKAGE = "pixels and PNG"
 STOCK = "diffusers"
 # Published: speed-up over the guided base model on an A100 at 2+2 (Wan 3+3), and of 4 (6) steps at one size.
 PAPER = {
@@ -26,7 +27,7 @@ PAPER = {
 @dataclass
 class Measured:
     """Timings of one run by (variant, batch, what), what being ("step", size, guided), "text", "decode",
-    :data:`DECODE_SMALL`, a schedule's name or "teacher"."""
+    :data:`DECODE_SMALL`, :data:`PACKAGE`, a schedule's name or "teacher"."""
 
     timings: dict[tuple[str, int, Any], Timing] = field(default_factory=dict)
     failures: dict[tuple[str, int, Any], str] = field(default_factory=dict)
@@ -66,6 +67,7 @@ def rows_of(
             decode, decoded_by = _part(measured, variant, batch, "decode")
             small, small_by = _part(measured, variant, batch, DECODE_SMALL)
             text, encoded_by = _part(measured, variant, batch, "text")
+            package = _package(measured, batch)
             single = _part(measured, variant, 1, "text")[0] or text
             parts = (("decode", decoded_by), (DECODE_SMALL, small_by), ("text", encoded_by))
             borrowed = [what for what, by in parts if by not in (variant, "")]
@@ -93,12 +95,20 @@ def rows_of(
                         "from_eager": borrowed,
                         "end_to_end_s": total,
                         "decoder_share": None if decode is None else decode / total,
+                        "package_s": package,
+                        "denoiser_share": denoise / (total + package),
                         "pictures_per_second": batch / total,
                         "decode_small_s": small,
                         "end_to_end_small_s": with_small,
                     }
                 )
     return rows
+
+
+def _package(measured: Measured, batch: int) -> float:
+    """Seconds of packaging, which is the same for every variant; 0 where it was not measured."""
+    found = (each.median for (_, rows, what), each in measured.timings.items() if (rows, what) == (batch, PACKAGE))
+    return next(found, 0.0)
 
 
 def _part(measured: Measured, variant: str, batch: int, what: str) -> tuple[float | None, str]:

@@ -23,6 +23,7 @@ from bench.report import command_line, environment, write_speedup
 from bench.speedup.executors import make_executor, variants_for
 from bench.speedup.ratios import (
     DECODE_SMALL,
+    PACKAGE,
     PAPER,
     STOCK,
     Measured,
@@ -201,6 +202,10 @@ def _measure_batch(
         text = runner.text(batch)
         if text is not None:
             cases[variant, batch, "text"] = text
+    first, runner = next(iter(runners.items()))
+    package = runner.package(subject.teacher.full_size, batch)
+    if package is not None:  # the same for all of them
+        cases[first, batch, PACKAGE] = package
     _time(cases, settings, deadline, measured, progress, f"batch {batch}, steps")
     whole: dict[tuple[str, int, Any], Callable[[], Any]] = {}
     for variant, runner in runners.items():
