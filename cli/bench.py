@@ -53,8 +53,8 @@ def speedup(
     """Teacher against cascades: steps, schedules, text and decoding, by batch, eager and compiled."""
     from rich.console import Console
 
-    from engines.benchmark.report import speedup_markdown
-    from engines.benchmark.speedup import SpeedupSettings, run_speedup
+    from bench.report import speedup_markdown
+    from bench.speedup.run import SpeedupSettings, run_speedup
 
     console = Console()
     use_threads(threads)
@@ -101,8 +101,8 @@ def engines_command(
     """Every engine beside eager and the diffusers loop: latency, throughput, memory."""
     from rich.console import Console
 
-    from engines.benchmark.batching import EngineBenchSettings, run_engines
-    from engines.benchmark.report import engines_markdown
+    from bench.engines.batching import EngineBenchSettings, run_engines
+    from bench.report import engines_markdown
 
     console = Console()
     use_threads(threads)
@@ -293,7 +293,7 @@ def _engines_at_hand(
     checkpoint: Path, backend: str, device: str, dtype: str, buckets: tuple[int, ...] | None, decoder: str | None
 ) -> Path | None:
     """The usual folder, where it holds all the checkpoint's engines; else None, and the command that builds them."""
-    from engines.build import missing_engines, plan_checkpoint
+    from engines.plan.checkpoint import missing_engines, plan_checkpoint
     from engines.store import EngineStore
 
     store = EngineStore("engines-cache")

@@ -36,7 +36,9 @@ def command(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from engines.build import BuildProgress, build_checkpoint, missing_engines, plan_checkpoint
+    from engines.build.checkpoint import build_checkpoint
+    from engines.build.progress import BuildProgress
+    from engines.plan.checkpoint import missing_engines, plan_checkpoint
     from engines.store import EngineStore
     from rmd.published.hub import checkpoint_folder
 

@@ -69,9 +69,11 @@ def write(
     cascade without training: the file and whatever serves it say so.
     """
     from rmd.backbones.student_fit import check_student
-    from rmd.checkpoint import CASCADE_FILE, check_weights, write_cascade_json
+    from rmd.cascade_file import write_cascade_json
+    from rmd.checkpoint import CASCADE_FILE
     from rmd.presets import preset as named
     from rmd.presets import preset_backbone
+    from rmd.weight_files import check_weights
 
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; give a diffusers folder")
@@ -101,7 +103,8 @@ def retime(
 
     from rmd.backbones.registry import get_backbone
     from rmd.cascade import Cascade
-    from rmd.checkpoint import CheckpointFolder, write_cascade_json
+    from rmd.cascade_file import write_cascade_json
+    from rmd.checkpoint import CheckpointFolder
     from rmd.profiles import PROFILES
 
     checkpoint = CheckpointFolder.read(folder)

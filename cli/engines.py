@@ -105,8 +105,8 @@ def measure(
     The server chooses its batch widths by them.
     """
     from cli.numbers import buckets_option, use_threads
-    from engines.build import measure as measure_built
-    from engines.build import plan_checkpoint
+    from engines.build.measure import measure as measure_built
+    from engines.plan.checkpoint import plan_checkpoint
     from engines.store import EngineStore
 
     use_threads(threads)

@@ -129,7 +129,7 @@ def _engines(
     """Loads the checkpoint's engines with a folder's weights; the teacher runs in the student's."""
 
     def load(folder: Path) -> Executor:
-        from engines.runner import EngineExecutor
+        from engines.run.executor import EngineExecutor
 
         source = None if folder == checkpoint else folder
         return EngineExecutor.open(checkpoint, store, backend, device, weights_from=source, decoder=decoder)
@@ -139,7 +139,8 @@ def _engines(
 
 def _engines_name(checkpoint: Path, backend: str, device: str, decoder: str | None) -> str:
     """Backend and the engines' keys: pictures by engines that were built differently are not taken from the cache."""
-    from engines.planning import CheckpointPlan, EngineOptions
+    from engines.plan.checkpoint import CheckpointPlan
+    from engines.plan.options import EngineOptions
 
     plan = CheckpointPlan.read(checkpoint, EngineOptions.resolve(backend, device)[0], decoder)
     keys = "".join(engine.spec.key for engine in plan.engines)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EngineCorrupt
-from engines.spec import EngineSpec, TensorSpec
+from engines.spec import EngineSpec, TensorSpec, WeightsMode
 
 FORMAT = 5
 MANIFEST = "manifest.json"
@@ -47,9 +47,9 @@ class Manifest:
         files: by name inside the engine's folder.
         inputs: named inputs, in the order in which the engine takes them.
         output: the one output.
-        weights_mode: how it holds its weights; see :class:`~engines.spec.EngineSpec`.
-        constants: constant's name -> how it is made from the network's parameters; for "embedded" and
-            "refittable" only those whose values fit one parameter alone.
+        weights_mode: how it holds its weights.
+        constants: constant's name -> how it is made from the network's parameters; where those lie inside the engine
+            only those whose values fit one parameter alone.
         embedded_bytes: weights inside the engine.
         relative_l2: against eager in the same dtype, on the checkpoint it was built from, the worst of its batches;
             None when not measured.
@@ -63,7 +63,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
-    weights_mode: str
+    weights_mode: WeightsMode
     constants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     embedded_bytes: int = 0
     relative_l2: float | None = None
@@ -115,11 +115,6 @@ class Manifest:
         }
         return json.dumps({**data, "digest": _digest(data)}, indent=1, allow_nan=False) + "\n"
 
-    @property
-    def holds_weights(self) -> bool:
-        """The weights lie within the engine's own files, not beside it."""
-        return self.weights_mode in ("embedded", "refittable")
-
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read ``manifest.json`` of an engine's folder.
@@ -145,7 +140,7 @@ class Manifest:
                 files={name: FileRecord(**record) for name, record in data["files"].items()},
                 inputs=tuple(TensorSpec.from_dict(entry) for entry in data["inputs"]),
                 output=TensorSpec.from_dict(data["output"]),
-                weights_mode=str(data["weights_mode"]),
+                weights_mode=WeightsMode(data["weights_mode"]),
                 constants=data["constants"],
                 embedded_bytes=int(data["embedded_bytes"]),
                 relative_l2=data["relative_l2"],

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -19,6 +20,31 @@ KEY_LENGTH = 32
 _NOT_THE_GRAPH = frozenset({"training", "name_or_path", "architectures", "dtype", "torch_dtype"})
 # Of the libraries' own settings those that choose another computation: which attention, whether in slices.
 _PRIVATE = frozenset({"_attn_implementation", "_chunk_size", "_chunk_dim"})
+
+
+class WeightsMode(StrEnum):
+    """How an engine holds its weights."""
+
+    SHARED = "shared"
+    """Outside: one copy for all engines of a component."""
+    PACKED = "packed"
+    """The same, in the layout that the kernels read."""
+    EMBEDDED = "embedded"
+    """Inside its own files, for good."""
+    REFITTABLE = "refittable"
+    """Inside, replaceable."""
+    MODULE = "module"
+    """The network's own: it is that very network."""
+
+    @property
+    def inside(self) -> bool:
+        """The weights lie within the engine's own files: it serves one checkpoint."""
+        return self in (WeightsMode.EMBEDDED, WeightsMode.REFITTABLE)
+
+    @property
+    def reads_bank(self) -> bool:
+        """The weights are constants out of a :class:`~engines.weights.bank.WeightBank`."""
+        return self in (WeightsMode.SHARED, WeightsMode.PACKED)
 
 
 @dataclass(frozen=True)
@@ -61,14 +87,13 @@ class EngineSpec:
             share its weights.
         dtype: of the weights.
         backend: which compiler.
-        weights_mode: "shared" (one copy for all engines, outside the engine), "packed" (the same, in the layout the
-            kernels read), "embedded" (inside the engine), "refittable" (inside, replaceable), "module" (eager).
+        weights_mode: how it is to hold its weights.
         inputs: in the order of the network's arguments, at the widest batch.
         graph: see :func:`graph_digest`.
         target: the machine.
         versions: of the libraries that the machine code depends on.
         settings: every setting of the compiler that touches the engine.
-        weights: digest of the weights where they are embedded, else None.
+        weights: digest of the weights where they are inside, else None.
         code: digest of this project's own code that shapes such an engine (:attr:`Compiler.sources`).
     """
 
@@ -77,7 +102,7 @@ class EngineSpec:
     batches: tuple[int, ...]
     dtype: str
     backend: str
-    weights_mode: str
+    weights_mode: WeightsMode
     inputs: tuple[TensorSpec, ...]
     graph: str
     target: Target
@@ -113,7 +138,7 @@ class EngineSpec:
             batches=tuple(int(batch) for batch in data["batches"]),
             dtype=str(data["dtype"]),
             backend=str(data["backend"]),
-            weights_mode=str(data["weights_mode"]),
+            weights_mode=WeightsMode(data["weights_mode"]),
             inputs=tuple(TensorSpec.from_dict(entry) for entry in data["inputs"]),
             graph=str(data["graph"]),
             target=Target.from_dict(data["target"]),

@@ -16,14 +16,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
 from engines.manifest import MANIFEST, FileRecord, Manifest
-from engines.spec import KEY_LENGTH
+from engines.spec import KEY_LENGTH, EngineSpec
 from engines.target import Target, machine_with, package_version
 
 _BUILDING = ".building-"
@@ -89,6 +89,12 @@ class EngineStore:
             except EngineCorrupt:
                 continue  # `verify` tells of these
         return sorted(found, key=lambda m: (m.spec.backend, m.spec.component, m.spec.size or "", m.spec.batch))
+
+    def relatives(self, spec: EngineSpec) -> builtins.list[Manifest]:
+        """Sound engines that differ from ``spec`` in the weights inside alone."""
+        like = replace(spec, weights=None)
+        found = [each for each in self.list() if each.key != spec.key and replace(each.spec, weights=None) == like]
+        return [manifest for manifest in found if self.has(manifest.key)]
 
     def build(self, key: str, builder: Callable[[Path], Manifest]) -> Manifest:
         """The engine ``key``: as it is when it exists, else built by ``builder`` into a folder that is then renamed.

@@ -1,9 +1,11 @@
-"""Reads and checks the fields of a cascade, with errors that name the field."""
+"""Reads and checks JSON files and the fields of a cascade, with errors that name the file or the field."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmd.size import Size
@@ -201,3 +203,19 @@ def check_cascade(cascade: Cascade) -> None:
             "stage_boundaries",
             "must decrease strictly between 1 and 0",
         )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not UTF-8 JSON; the message names the file, line and column.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be read") from None

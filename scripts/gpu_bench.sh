@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in steps of under ten minutes each, on a bare machine: this repository, Python 3.11 or
-# 3.12, torch 2.11 or newer with CUDA, diffusers 0.42.1, safetensors, numpy; for probe psutil and filelock too, for the
-# engines-* steps also typer, rich and transformers 5.23.0. What the machine lacks goes into $WHEELS as wheels, which are
-# installed first, without an index. DEVICE=cpu rehearses check and probe without a GPU.
+# 3.12, torch 2.11 or newer with CUDA, diffusers 0.42.1, safetensors, numpy, psutil, filelock; for the engines-* steps
+# also typer, rich and transformers 5.23.0. What the machine lacks goes into $WHEELS as wheels, which are installed
+# first, without an index. DEVICE=cpu SCALE=tiny rehearses first, second and check without a GPU.
 #
-#   scripts/gpu_bench.sh list                 the steps
-#   scripts/gpu_bench.sh probe                which engine backends work here: built, run, replayed, refitted (a minute)
-#   scripts/gpu_bench.sh check                versions, the tiny rehearsal of every family on this GPU
+#   scripts/gpu_bench.sh list                 the steps, and the cases of the first two
+#   scripts/gpu_bench.sh first                eight minutes, the most valuable: ceilings, SDXL's decoder and denoiser as
+#                                             they are, channels_last, cudnn.benchmark, compiled, small decoder, 2+2 in
+#                                             one call, where AOTInductor dies
+#   scripts/gpu_bench.sh second               eight more: engines as served, FP8, PixArt, SD3.5, Wan
+#   scripts/gpu_bench.sh check                the tiny rehearsal of every family's speed-up on this GPU
 #   scripts/gpu_bench.sh sdxl|pixart|sd3      one full-size backbone with random weights, eager, batches 1 to 16
 #   scripts/gpu_bench.sh compiled-sdxl        (or -pixart, -sd3) through torch.compile, batches 1 and 4
 #   scripts/gpu_bench.sh wan-14b|wan-1.3b    the film models (720p takes minutes a schedule: steps are measured)
@@ -15,7 +18,8 @@
 #                                             ends at its time limit, and goes on where it stopped when run again
 #   scripts/gpu_bench.sh engines-bench        time those engines
 #
-# Reports go to $OUT (default benchmarks/gpu). A failed step does not stop the ones after it.
+# Reports go to $OUT (default benchmarks/gpu); first and second write theirs after every row, and what a case said into
+# $OUT/logs. A failed step does not stop the ones after it. CASES=a,b runs named cases of first and second.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -23,28 +27,32 @@ OUT=${OUT:-benchmarks/gpu}
 MINUTES=${MINUTES:-8}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 DEVICE=${DEVICE:-cuda}
+SCALE=${SCALE:-full}
+
+cases() { # a part of the list, each case in a process with its own deadline
+  "$PYTHON" -m bench.gpu.harness --part "$1" ${CASES:+--cases "$CASES"} --device "$DEVICE" --scale "$SCALE" \
+    --minutes "$MINUTES" --patience "${PATIENCE:-1}" --out "$OUT"
+}
 
 bench() { # a report of one backbone; the log is named after the step, further arguments go to the bench
   local log=$1 backbone=$2
   shift 2
-  timeout -k 20 $((MINUTES * 60 + 60)) "$PYTHON" -m engines.benchmark.speedup \
+  timeout -k 20 $((MINUTES * 60 + 60)) "$PYTHON" -m bench.speedup.run \
     --device cuda --backbone "$backbone" --minutes "$MINUTES" --out "$OUT" "$@" 2>&1 | tee "$OUT/$log.log"
 }
 
 step() {
   local failed=0
   case $1 in
-    list) sed -n '2,20s/^# \{0,1\}//p' "$0" ;;
-    probe)
-      timeout -k 20 300 "$PYTHON" -m engines.benchmark.probe --device "$DEVICE" --out "$OUT" || failed=$?
-      return $failed
+    list)
+      sed -n '2,25s/^# \{0,1\}//p' "$0"
+      "$PYTHON" -m bench.gpu.harness --list
       ;;
+    first) cases 1 ;;
+    second) cases 2 ;;
     check)
-      nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv || true
-      "$PYTHON" -c 'import torch, diffusers; print("torch", torch.__version__, "cuda", torch.version.cuda, "diffusers", diffusers.__version__)' \
-        || failed=$?
       for backbone in sdxl pixart sd3 wan-14b; do
-        timeout -k 20 120 "$PYTHON" -m engines.benchmark.speedup --device "$DEVICE" --backbone "$backbone" --scale tiny \
+        timeout -k 20 120 "$PYTHON" -m bench.speedup.run --device "$DEVICE" --backbone "$backbone" --scale tiny \
           --batches 1,2 --repeats 3 --variants eager,eager+graphs --out "$OUT/rehearsal" \
           || { failed=$?; echo "rehearsal of $backbone failed"; }
       done

@@ -81,14 +81,27 @@ WALLS = {
         "server.telemetry",
     ),
     # An engine process hears of the world through its door only.
-    "server/device": (*HTTP, "server.front", "server.http", "server.films", "server.start", "server.telemetry"),
+    "server/device": (
+        *HTTP,
+        "server.front",
+        "server.http",
+        "server.films",
+        "server.start",
+        "server.telemetry",
+        "engines.build",
+    ),
     "server/front": ("torch", *HTTP, "server.http"),
     "server/telemetry": ("torch", *HTTP, "server.device", "server.front", "server.http", "server.films"),
+    # Engines: weights, then compilers, then plans and running, then building; who serves needs none of the last.
+    "engines/weights": ("engines.compilers", "engines.plan", "engines.run", "engines.build"),
+    "engines/compilers": ("engines.store", "engines.plan", "engines.run", "engines.build"),
+    "engines/plan": ("engines.run", "engines.build"),
+    "engines/run": ("engines.build",),
 }
 
 
 @pytest.mark.parametrize("room", WALLS)
-def test_no_arrow_points_the_wrong_way_between_the_servers_rooms(room: str) -> None:
+def test_no_arrow_points_the_wrong_way_between_rooms(room: str) -> None:
     for module in modules_of(room):
         for name in imported_modules(module.read_text()):
             for forbidden in WALLS[room]:
@@ -105,8 +118,9 @@ def test_the_front_and_the_scheduler_start_without_torch() -> None:
         assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0, modules
 
 
-def test_modules_of_the_server_are_small() -> None:
-    lengths = {module.relative_to(ROOT): len(module.read_text().splitlines()) for module in modules_of("server")}
+@pytest.mark.parametrize("package", ["engines", "server", "bench"])
+def test_modules_are_small(package: str) -> None:
+    lengths = {module.relative_to(ROOT): len(module.read_text().splitlines()) for module in modules_of(package)}
     assert {module: length for module, length in lengths.items() if length > 400} == {}
 
 

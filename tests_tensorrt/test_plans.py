@@ -12,7 +12,7 @@ from torch import nn
 
 from engines.compilers import get_compiler
 from engines.compilers.base import EngineRequest
-from engines.compilers.tensorrt import PLAN
+from engines.compilers.tensorrt.engine import PLAN
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.store import EngineStore

@@ -6,9 +6,9 @@ import torch
 
 from engines.compilers.base import Capabilities, Compiler
 from engines.compilers.eager import EagerCompiler
-from engines.compilers.inductor import InductorCompiler
-from engines.compilers.tensorrt import TensorRTCompiler
-from engines.compilers.tensorrt_rtx import TensorRTRTXCompiler
+from engines.compilers.inductor.compiler import InductorCompiler
+from engines.compilers.tensorrt.compiler import TensorRTCompiler
+from engines.compilers.tensorrt.rtx import TensorRTRTXCompiler
 from engines.errors import BackendUnavailable
 from engines.target import parse_device
 

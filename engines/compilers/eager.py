@@ -9,26 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engines.compilers.base import (
-    Capabilities,
-    Compiler,
-    Engine,
-    EngineMemory,
-    EngineRequest,
-    Stopwatch,
-    example_tensors,
-)
+from engines.compilers.base import Capabilities, Compiler, EngineRequest
+from engines.compilers.engine import Engine, EngineMemory
+from engines.compilers.examples import example_tensors
 from engines.errors import EngineError
 from engines.manifest import Manifest
-from engines.spec import EngineSpec, TensorSpec
-from engines.weights import WeightBank
+from engines.spec import EngineSpec, TensorSpec, WeightsMode
+from engines.stopwatch import Stopwatch
+from engines.weights.bank import WeightBank
 
 
 class EagerCompiler(Compiler):
     """Runs anywhere, on a CPU any number of rows, and is what the others are measured against."""
 
     name = "eager"
-    sources = ("engines.compilers.eager", "engines.weights")
+    sources = (
+        "engines.compilers.eager",
+        "engines.weights.bank",
+        "engines.weights.recipes",
+    )
 
     def capabilities(self, device: str) -> Capabilities:
         """See :meth:`Compiler.capabilities`."""
@@ -45,9 +44,9 @@ class EagerCompiler(Compiler):
         """None."""
         return {}
 
-    def weights_mode(self, request: EngineRequest) -> str:
+    def weights_mode(self, request: EngineRequest) -> WeightsMode:
         """The module holds them."""
-        return "module"
+        return WeightsMode.MODULE
 
     def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
         """Runs one row through the module to learn its output's shape; writes no files."""
@@ -56,7 +55,7 @@ class EagerCompiler(Compiler):
         with torch.inference_mode():
             row = TensorSpec.of("output", module(**{name: tensor[:1] for name, tensor in inputs.items()}))
         output = replace(row, shape=(spec.batch, *row.shape[1:]))
-        return Manifest(spec, {}, spec.inputs, output, "module", build_seconds=watch.seconds)
+        return Manifest(spec, {}, spec.inputs, output, WeightsMode.MODULE, build_seconds=watch.seconds)
 
     def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:
         """See :meth:`Compiler.load`."""

@@ -15,40 +15,24 @@ from engines.errors import EngineError
 _NEEDED = ("aot_inductor.package_constants_in_so", "always_keep_tensor_constants")
 
 
-def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of inductor's options, by dotted name, that the installed torch has: it refuses to be told of others."""
-    from torch._inductor import config
-
-    def known(name: str) -> bool:
-        place: Any = config
-        for part in name.split("."):
-            if not hasattr(place, part):
-                return False
-            place = getattr(place, part)
-        return True
-
-    return {name: value for name, value in options.items() if known(name)}
-
-
-def package(program: Any, path: Path, configuration: Mapping[str, Any]) -> None:
+def package(program: Any, path: Path, options: Mapping[str, Any]) -> None:
     """Compile an exported program into a package.
 
     Args:
-        configuration: inductor's options by dotted name; those that this torch does not know are left out.
+        options: inductor's, by dotted name.
 
     Raises:
         OSError: the disk is full.
         EngineError: it does not compile; the message holds the compiler's own. Or this torch lacks an option without
             which weights would end up in the package.
     """
-    options = known_options(configuration)
-    lacking = sorted({*_NEEDED} & configuration.keys() - options.keys())
+    lacking = sorted({*_NEEDED} - options.keys())
     if lacking:
         raise EngineError(
             f"torch {torch.__version__} has no option {lacking[0]!r}, which keeps weights outside engines"
         )
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from rmd.backbones.base import BackboneError
 from rmd.backbones.folder import read_object
 from rmd.backbones.random_weights import resolve
-from rmd.checkpoint import DECODER_RECORD, folder_digest
+from rmd.checkpoint import DECODER_RECORD
+from rmd.weight_files import folder_digest
 
 TINY = "diffusers:AutoencoderTiny"
 WAN = "diffusers:AutoencoderKLWan"

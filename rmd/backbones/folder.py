@@ -16,8 +16,9 @@ import torch
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
-from rmd.checkpoint import PICKLE_SUFFIXES, check_index, check_safetensors, is_index, read_json
+from rmd.fields import read_json
 from rmd.published.hub import HUB_PREFIX, HubError, fetch_snapshot
+from rmd.weight_files import PICKLE_SUFFIXES, check_index, check_safetensors, is_index
 
 _HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
 _VARIANTS = "*.fp16.*"

@@ -173,7 +173,8 @@ def write_tiny_folder(name: str, folder: Path | str, *, seed: int = 0, dtype: to
     Returns:
         ``folder``.
     """
-    from rmd.checkpoint import TeacherSpec, write_cascade_json
+    from rmd.cascade_file import write_cascade_json
+    from rmd.checkpoint import TeacherSpec
 
     config = tiny_config(name)
     cls = get_backbone(name)

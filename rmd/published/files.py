@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rmd.backbones.folder import variant_of
-from rmd.checkpoint import PICKLE_SUFFIXES, check_index, check_safetensors, file_digest, is_index, read_json
-from rmd.fields import field_of, mapping
+from rmd.fields import field_of, mapping, read_json
+from rmd.weight_files import PICKLE_SUFFIXES, check_index, check_safetensors, file_digest, is_index
 
 _DTYPES = {
     "F64": torch.float64,

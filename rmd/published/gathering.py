@@ -14,7 +14,7 @@ from rmd.backbones.guidance_fold import GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.backbones.student_fit import FolderFacts, contradictions
 from rmd.cascade import Cascade
-from rmd.checkpoint import read_json
+from rmd.fields import read_json
 from rmd.presets import preset, preset_backbone
 from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.lora import Lora

@@ -17,13 +17,14 @@ import torch
 
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.random_weights import resolve
-from rmd.checkpoint import PICKLE_SUFFIXES, write_cascade_json
+from rmd.cascade_file import write_cascade_json
 from rmd.published.card import model_card, notice
 from rmd.published.files import WeightFiles, finite, folder_weights, refuse_other_formats
 from rmd.published.gathering import ImportRequest, Work, gather, sources
 from rmd.published.place import check_out, finished_file, whole_folder
 from rmd.published.record import import_record
 from rmd.published.writing import Progress, stored_dtype, write_network
+from rmd.weight_files import PICKLE_SUFFIXES
 
 _COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 

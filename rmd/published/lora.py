@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmd.checkpoint import PICKLE_SUFFIXES, read_json
-from rmd.fields import field_of, integer, mapping, number
+from rmd.fields import field_of, integer, mapping, number, read_json
 from rmd.published.files import ImportRefused, WeightFiles, finite, refuse_other_formats
+from rmd.weight_files import PICKLE_SUFFIXES
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"

@@ -86,13 +86,15 @@ class Unable(_Struct, frozen=True):
 
 
 class Changed(_Struct, frozen=True):
-    """A station runs on something else now, which costs this: (rows, seconds). ``complete``: so do all of its model."""
+    """A station runs on something else now, which costs this: (rows, seconds). ``complete``: so do all of its model.
+    ``executor_kind``: the backend that serves the model by now."""
 
     key: StationKey
     compiled: tuple[int, ...]
     costs: tuple[tuple[int, float], ...]
     complete: bool
     memory_bytes: Mapping[str, int]
+    executor_kind: str
 
 
 class Busy(_Struct, frozen=True):

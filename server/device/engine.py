@@ -33,6 +33,7 @@ from server.core.messages import (
     UsePolicy,
 )
 from server.core.policies import Hold, make_policy
+from server.core.stations import STUDENT
 from server.core.tickets import Picture, Preview
 from server.device.door import Door
 from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
@@ -259,7 +260,8 @@ class Engine:
             memory = {name: held for live in model.live.values() for name, held in live.memory().items()}
             buckets = compiled_buckets(model.lanes[lane], key)
             complete = all(live.complete for live in model.live.values())
-            self._door.send(Changed(key, buckets, tuple(costs.items()), complete, memory))
+            serving = model.live[STUDENT].serving
+            self._door.send(Changed(key, buckets, tuple(costs.items()), complete, memory, serving))
         self._door.send(Baselines(model.baselines(), model.card.place))
 
     def _time_teachers(self, quiet: float) -> bool:

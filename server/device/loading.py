@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from engines.buckets import place_of
-from engines.choice import loadable_ladder
 from engines.compilers import get_compiler
 from engines.errors import EngineError
-from engines.live import LiveExecutor
-from engines.planning import CheckpointPlan, EngineOptions
+from engines.plan.checkpoint import CheckpointPlan
+from engines.plan.options import EngineOptions
+from engines.run.buckets import place_of
+from engines.run.choice import loadable_ladder
+from engines.run.live import LiveExecutor
 from engines.store import EngineStore
 from rmd.backbones.base import Backbone
 from rmd.backbones.family import DiffusersBackbone
@@ -107,7 +108,7 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
     card = replace(
         card,
         memory_bytes=memory | {name: held for each in live.values() for name, held in each.memory().items()},
-        executor_kind=ladder[0].backend if ladder else _EAGER,
+        executor_kind=live[STUDENT].serving if live else _EAGER,
         complete=all(each.complete for each in live.values()),
     )
     model = DeviceModel(card, lanes, CostTable({}), live, eager, settings.max_batch)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from engines.live import LiveExecutor
+from engines.run.live import LiveExecutor
 from rmd.backbones.base import Backbone
 from server.core.costs import MIN_GAIN
 from server.core.stations import STUDENT, TEACHER, StationKey

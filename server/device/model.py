@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engines.live import LiveExecutor
+from engines.run.live import LiveExecutor
 from rmd.backbones.base import Backbone
 from server.core.card import TEACHER_SCHEDULE, ModelCard, TeacherBaseline
 from server.core.costs import CostTable

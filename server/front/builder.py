@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from engines.background import BackgroundBuild
-from engines.progress import BuildProgress
+from engines.build.background import BackgroundBuild
+from engines.build.progress import BuildProgress
 from server.core.card import ModelCard
 from server.start.settings import ServerSettings
 
 log = logging.getLogger("rmd.server")
 
-_EAGER = "eager"
 _NICENESS = 10  # at 19 a server that is never idle would never get its engines
 
 
@@ -49,7 +48,7 @@ class EngineBuilder:
             if not settings.build_missing or self._thread is not None:
                 return
             folders = {model_id: folder for folder, model_id in settings.models}
-            wanted = [card for card in cards if card.executor_kind != _EAGER and not card.complete]
+            wanted = [card for card in cards if not card.complete]
             if not wanted:
                 return
             for card in wanted:

@@ -155,6 +155,7 @@ class Member:
                 card,
                 compiled={**card.compiled, message.key.label: message.compiled},
                 complete=message.complete,
+                executor_kind=message.executor_kind,
                 memory_bytes={**card.memory_bytes, **message.memory_bytes},
             )
 

@@ -15,7 +15,8 @@ from cli.cascade import app
 from cli.main import app as main
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
-from rmd.checkpoint import CheckpointFolder, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CheckpointFolder
 from rmd.naive import naive_cascade
 from rmd.presets import preset
 from rmd.size import Size

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build import build_engine
+from engines.build.one import build_engine
 from engines.compilers import get_compiler
 from engines.compilers.base import EngineRequest
 from engines.manifest import Manifest
@@ -87,7 +87,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def eager_store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from engines.build import build_checkpoint
+    from engines.build.checkpoint import build_checkpoint
 
     root = tmp_path_factory.mktemp("eager")
     build_checkpoint(tiny_checkpoint, root, "eager", dtype="float32", buckets=(1, 2))

@@ -87,7 +87,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     def on(stream: Stream) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr("engines.cuda_graphs._of_device", {})
+    monkeypatch.setattr("engines.run.cuda_graphs._of_device", {})
     for name, value in {
         "Stream": Stream,
         "stream": on,

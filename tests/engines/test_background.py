@@ -17,11 +17,12 @@ import psutil
 import pytest
 import torch
 
-from engines.background import BackgroundBuild
-from engines.build import build_checkpoint, missing_engines, plan_checkpoint
+from engines.build.background import BackgroundBuild
+from engines.build.checkpoint import build_checkpoint
+from engines.build.progress import BuildProgress
 from engines.errors import BackendUnavailable, EngineError, of_kind
 from engines.manifest import Manifest
-from engines.progress import BuildProgress
+from engines.plan.checkpoint import missing_engines, plan_checkpoint
 from engines.store import EngineStore
 
 _MARK = "RMD_TEST_MARK"
@@ -68,7 +69,7 @@ def compiling(processes: list[psutil.Process]) -> bool:
 
 
 def test_importing_it_needs_no_torch() -> None:
-    script = "import sys, engines.background; sys.exit('torch' in sys.modules)"
+    script = "import sys, engines.build.background; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
@@ -111,7 +112,7 @@ def test_a_killed_server_leaves_no_builder_and_a_store_that_goes_on(
 ) -> None:
     script = textwrap.dedent("""
         import sys, time
-        from engines.background import BackgroundBuild
+        from engines.build.background import BackgroundBuild
         BackgroundBuild(
             sys.argv[1], sys.argv[2], "inductor", dtype="float32", buckets=(1,), threads=1, niceness=0
         ).start()
@@ -155,7 +156,7 @@ def test_workers_of_a_killed_build_end_too(
 ) -> None:
     script = textwrap.dedent("""
         import sys
-        from engines.build import build_checkpoint
+        from engines.build.checkpoint import build_checkpoint
         build_checkpoint(sys.argv[1], sys.argv[2], "inductor", dtype="float32", buckets=(1, 2), workers=2)
     """)
     parent = subprocess.Popen([sys.executable, "-c", script, str(tiny_checkpoint), str(tmp_path / "store")])

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.build import build_engine
+from engines.build.one import build_engine
 from engines.compilers import get_compiler
 from engines.compilers.base import EngineRequest
-from engines.compilers.inductor import CONSTANTS, _save, _saved
+from engines.compilers.inductor.engine import CONSTANTS, save_constants, saved_constants
 from engines.manifest import Manifest
 from engines.spec import graph_digest
 from engines.store import EngineStore
 from engines.target import this_machine
-from engines.weights import Recipe, WeightBank, storage_bytes, strides_of
+from engines.weights.bank import WeightBank, storage_bytes
+from engines.weights.recipes import Recipe, strides_of
 from tests.engines.conftest import Net
 
 
@@ -112,9 +113,9 @@ def test_a_recipe_holds_strides(tmp_path: Path) -> None:
     assert Recipe.from_dict(other_way.to_dict()) == other_way
     row = torch.empty_strided((1, 4), (99, 1))
     assert strides_of(row) is None, "sides of 1 are never stepped along"
-    _save({"table": made, "plain": weight}, tmp_path)
+    save_constants({"table": made, "plain": weight}, tmp_path)
     assert (tmp_path / CONSTANTS).is_file()
-    again = _saved(tmp_path, torch.device("cpu"))
+    again = saved_constants(tmp_path, torch.device("cpu"))
     assert again["table"].stride() == (1, 6) and torch.equal(again["table"], weight)
     assert again["plain"].stride() == (4, 1)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from engines.compilers import get_compiler
 from engines.compilers.eager import EagerEngine
-from engines.cuda_graphs import GraphedEngine
 from engines.errors import EngineError, EngineInputError
-from engines.weights import WeightBank
+from engines.run.cuda_graphs import GraphedEngine
+from engines.weights.bank import WeightBank
 from tests.engines.conftest import Net, net_inputs, net_spec
 from tests.engines.recorder import Recorder, recorder
 

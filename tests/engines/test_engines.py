@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.accuracy import _exact_convolutions
-from engines.build import build_engine, relative_l2
+from engines.build.one import build_engine
 from engines.compilers import BACKENDS, choose_backend, get_compiler
-from engines.compilers.base import Engine
-from engines.compilers.packing import own_kernels
+from engines.compilers.engine import Engine
+from engines.compilers.inductor.settings import own_kernels
 from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, EngineInputError
 from engines.manifest import Manifest
-from engines.planning import CheckpointPlan, EngineOptions, load_backbone
+from engines.plan.checkpoint import CheckpointPlan, load_backbone
+from engines.plan.options import EngineOptions
+from engines.run.accuracy import _exact_convolutions, relative_l2
 from engines.store import EngineStore
-from engines.weights import WeightBank
+from engines.weights.bank import WeightBank
 from rmd.backbones.tiny import write_tiny_folder
 from tests.engines.conftest import Net, net_inputs, net_request, net_spec
 
@@ -65,7 +66,7 @@ def test_own_matrix_kernels_are_for_tiles_or_for_no_bf16_instructions_at_all() -
 def test_the_batch_does_not_change_a_bit_of_a_row(
     tmp_path: Path, component: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.compilers.inductor.own_kernels", lambda dtype, cpu: own)
+    monkeypatch.setattr("engines.compilers.inductor.settings.own_kernels", lambda dtype, cpu: own)
     folder = write_tiny_folder("embedded", tmp_path / "embedded")
     plan = CheckpointPlan.read(folder, EngineOptions.resolve("inductor", dtype="bfloat16", buckets=(1, 2, 3))[0])
     plan = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))

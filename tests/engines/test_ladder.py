@@ -13,17 +13,20 @@ import torch
 from torch import nn
 
 from engines import compilers
-from engines.build import BuildReport, build_checkpoint, build_engine
-from engines.choice import loadable_ladder, loadable_options
+from engines.build.checkpoint import build_checkpoint
+from engines.build.missing import BuildReport
+from engines.build.one import build_engine
+from engines.build.progress import BuildProgress
 from engines.compilers import backend_ladder
 from engines.compilers.eager import EagerCompiler
 from engines.errors import EngineError, NotEnoughDisk, NotEnoughMemory
-from engines.live import LiveExecutor
 from engines.manifest import Manifest
-from engines.memory import MemoryPlan
-from engines.planning import CheckpointPlan, EngineOptions
-from engines.progress import BuildProgress
-from engines.spec import EngineSpec
+from engines.plan.checkpoint import CheckpointPlan
+from engines.plan.memory import MemoryPlan
+from engines.plan.options import EngineOptions
+from engines.run.choice import loadable_ladder, loadable_options
+from engines.run.live import LiveExecutor
+from engines.spec import EngineSpec, WeightsMode
 from engines.store import EngineStore
 from rmd.backbones.registry import load_checkpoint
 from rmd.checkpoint import CheckpointFolder
@@ -168,7 +171,7 @@ def test_serving_takes_the_best_that_there_is(tiny_checkpoint: Path, tmp_path: P
         return {m.spec.backend for m in live.manifests() if (m.spec.component, m.spec.size) == FULL}
 
     assert live.adopt_all() == len(rungs[2].engines), "without anything built"
-    assert live.places() == live.planned() and serving() == {"spot"}
+    assert live.places() == live.planned() and serving() == {"spot"} and live.serving == "spot"
     assert not live.complete, "that only stands in"
     build(1, "denoiser", SIZE)
     assert live.adopt_next() == FULL and serving() == {"second"} and live.adopt_next() is None
@@ -179,6 +182,7 @@ def test_serving_takes_the_best_that_there_is(tiny_checkpoint: Path, tmp_path: P
     while live.adopt_next() is not None:
         assert serving() == {"best"}
     assert live.complete and live.buckets("denoiser", SIZE) == (1, 2)
+    assert live.serving == "second", "at one size of two, which is the tie that the worse one wins"
     again = LiveExecutor(rungs[0], store, below=rungs[1:])
     assert again.adopt_all() == len(rungs[1].engines) and again.complete, "the one best, the others second"
 
@@ -188,7 +192,7 @@ def test_what_runs_long_is_not_recorded_on_the_spot(
 ) -> None:
     backbone, checkpoint = load_checkpoint(tiny_checkpoint, dtype=torch.float32)
     inputs = backbone.example_inputs("denoiser", SIZE, 3)
-    monkeypatch.setattr("engines.live.RECORDED_SECONDS", 0.0)
+    monkeypatch.setattr("engines.run.live.RECORDED_SECONDS", 0.0)
     live = LiveExecutor(plans(checkpoint, backbone)[2], EngineStore(tmp_path), wanted=[FULL])
     with caplog.at_level(logging.WARNING):
         assert live.adopt_all() == 0 and live.adopt_next() is None
@@ -199,7 +203,9 @@ def test_what_runs_long_is_not_recorded_on_the_spot(
 def test_engines_whose_weights_could_not_be_packed_are_counted(net: nn.Module) -> None:
     spec = net_spec(net)
     assert spec.weights_mode == "packed"
-    manifests = [Manifest(spec, {}, spec.inputs, spec.inputs[0], mode) for mode in ("packed", "shared")]
+    manifests = [
+        Manifest(spec, {}, spec.inputs, spec.inputs[0], mode) for mode in (WeightsMode.PACKED, WeightsMode.SHARED)
+    ]
     report = BuildReport(tuple(manifests), 0, 1.0, "inductor", MemoryPlan({}, 0, 0, 0, "cpu"))
     assert report.unpacked == (manifests[1],)
 
@@ -209,4 +215,4 @@ def test_text_is_encoded_at_one_batch_where_a_picture_would_depend_on_who_shares
         plan = CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", "float32", (1, 2, 4, 8)))
         return {e.spec.batches for e in plan.engines if e.component == "text_encoder"}
 
-    assert batches("inductor") == {(4,)} and batches("eager") == {(1, 4)}
+    assert batches("inductor") == {(1,)} and batches("eager") == {(1, 4)}

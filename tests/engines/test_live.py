@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.build import build_engine
+from engines.build.one import build_engine
 from engines.compilers.eager import EagerEngine
 from engines.errors import EngineError
-from engines.live import LiveExecutor
 from engines.manifest import MANIFEST
-from engines.planning import CheckpointPlan, EngineOptions
+from engines.plan.checkpoint import CheckpointPlan
+from engines.plan.options import EngineOptions
+from engines.run.live import LiveExecutor
 from engines.store import EngineStore
 from rmd.backbones.base import Backbone
 from rmd.backbones.registry import load_checkpoint

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from engines.compilers import tensorrt_refit
 from engines.compilers.exported import used_tensors
-from engines.compilers.tensorrt import TensorRTEngine
-from engines.compilers.tensorrt_refit import WeightIndex, read_rest, refit_plan, save_rest
+from engines.compilers.tensorrt import refit as tensorrt_refit
+from engines.compilers.tensorrt.engine import TensorRTEngine
+from engines.compilers.tensorrt.refit import WeightIndex, read_rest, refit_plan, save_rest
 from engines.errors import EngineError
 from engines.manifest import Manifest
-from engines.weights import Recipe, lay_out
+from engines.spec import WeightsMode
+from engines.weights.recipes import Recipe, lay_out
 from tests.engines.conftest import Net, net_spec
 
 
@@ -34,7 +35,7 @@ def test_a_plan_takes_no_new_value_for_a_parameter_whose_place_is_not_known(net:
     constants = {name: Recipe((name,)).to_dict() for name in ("up.weight", "down.weight", "down.bias")}
     save_rest(tmp_path, {"norm": torch.ones(1)}, {"up.bias": held["up.bias"]})
     engine = TensorRTEngine.__new__(TensorRTEngine)  # without a GPU there is no plan to load
-    engine.manifest = Manifest(spec, {}, spec.inputs, spec.inputs[0], "refittable", constants=constants)
+    engine.manifest = Manifest(spec, {}, spec.inputs, spec.inputs[0], WeightsMode.REFITTABLE, constants=constants)
     engine._plan = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
     other = dict(Net(seed=7).named_parameters())
     engine.check_refit({**other, "up.bias": held["up.bias"].clone()})

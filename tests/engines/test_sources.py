@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from engines.compilers import COMPILERS, get_compiler, inductor
-from engines.compilers.exported import known_options, package
+from engines.compilers import COMPILERS, get_compiler
+from engines.compilers.exported import package
+from engines.compilers.inductor import settings as told
+from engines.compilers.inductor.settings import known_options
 from engines.errors import EngineError
 from engines.sources import module_digest, with_helpers
 from engines.spec import graph_digest
@@ -23,9 +25,12 @@ from tests.engines.conftest import Net, net_request, net_spec
 # Imported by compilers, and yet without a say in what an engine computes.
 WITHOUT_A_SAY = {
     "engines.compilers.base",
+    "engines.compilers.engine",
+    "engines.compilers.examples",
     "engines.errors",
     "engines.manifest",
     "engines.spec",
+    "engines.stopwatch",
     "engines.target",
 }
 
@@ -84,10 +89,10 @@ def test_settings_in_lists_and_the_kind_of_attention_are_part_of_it() -> None:
 
 
 def test_comments_and_docstrings_of_our_own_code_are_no_part_of_a_key(tmp_path: Path) -> None:
-    path = Path(importlib.import_module("engines.progress").__file__ or "")
-    before = module_digest("engines.progress")
+    path = Path(importlib.import_module("engines.build.progress").__file__ or "")
+    before = module_digest("engines.build.progress")
     text = path.read_text()
-    module = sys.modules["engines.progress"]
+    module = sys.modules["engines.build.progress"]
     changed = tmp_path / "progress.py"
     for source, same in (
         ("# a comment\n" + text.replace("Where a build stands", "Where it stands"), True),
@@ -97,7 +102,7 @@ def test_comments_and_docstrings_of_our_own_code_are_no_part_of_a_key(tmp_path: 
         module_digest.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "__file__", str(changed))
-            assert (module_digest("engines.progress") == before) is same
+            assert (module_digest("engines.build.progress") == before) is same
     module_digest.cache_clear()
 
 
@@ -112,7 +117,7 @@ def test_every_module_that_a_compiler_needs_has_a_say_or_is_known_to_have_none(n
         found.add(module)
         tree = ast.parse(Path(importlib.import_module(module).__file__ or "").read_text())
         todo += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    assert found - {"engines.compilers.tensorrt_rtx"} == set(kind.sources)
+    assert found - {"engines.compilers.tensorrt.rtx"} == set(kind.sources)
 
 
 def test_variables_for_the_compiler_are_part_of_the_key(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +140,11 @@ def test_options_that_this_torch_does_not_have_are_left_out_of_key_and_build(
     request = net_request(net)
     request = type(request)(**{**vars(request), "target": gpu})
     settings = get_compiler("inductor").settings(request)
-    assert settings["cpp.march"] == "" and "host" not in settings
-    monkeypatch.setattr(inductor, "_ANY_HOST", {"cpp.no_such_option": "", "always_keep_tensor_constants": True})
+    assert settings["inductor.cpp.march"] == "" and "host" not in settings
+    monkeypatch.setattr(told, "_ANY_HOST", {"cpp.no_such_option": ""})
     older = get_compiler("inductor").settings(request)
-    assert "cpp.no_such_option" not in older and older["host"], "then its host code is for this processor"
+    assert "inductor.cpp.no_such_option" not in older and older["host"], "then its host code is for this processor"
     program = torch.export.export(nn.Linear(2, 2).requires_grad_(False), (torch.ones(1, 2),))
     monkeypatch.setattr("engines.compilers.exported._NEEDED", ("cpp.no_such_option",))
     with pytest.raises(EngineError, match=r"has no option 'cpp\.no_such_option', which keeps weights outside"):
-        package(program, tmp_path / "engine.pt2", {"cpp.no_such_option": False})
+        package(program, tmp_path / "engine.pt2", {"freezing": True})

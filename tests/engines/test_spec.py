@@ -12,7 +12,7 @@ from torch import nn
 from engines.compilers import get_compiler
 from engines.errors import BackendUnavailable, EngineCorrupt, EngineError
 from engines.manifest import MANIFEST, Manifest
-from engines.spec import EngineSpec, graph_digest
+from engines.spec import EngineSpec, WeightsMode, graph_digest
 from engines.target import Target, parse_device, this_machine
 from tests.engines.conftest import Net, net_request, net_spec
 
@@ -38,7 +38,7 @@ def test_the_network_itself_is_part_of_the_key(net: nn.Module) -> None:
         {"batches": (1, 2)},
         {"dtype": "bfloat16"},
         {"backend": "eager"},
-        {"weights_mode": "embedded"},
+        {"weights_mode": WeightsMode.EMBEDDED},
         {"graph": "0"},
         {"inputs": ()},
         {"versions": {"torch": "0"}},

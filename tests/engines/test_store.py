@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cli.engines import app
 from engines.compilers import get_compiler
-from engines.compilers.inductor import PACKAGE
+from engines.compilers.inductor.engine import PACKAGE
 from engines.errors import EngineCorrupt, EngineError, EngineMismatch, NotEnoughDisk
 from engines.manifest import MANIFEST, FileRecord, Manifest
 from engines.store import EngineStore

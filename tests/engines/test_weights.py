@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from engines.compilers.inductor.rewrites import gelu_tanh, rewrite, rewriting
 from engines.errors import EngineError
-from engines.rewrites import gelu_tanh, rewrite, rewriting
-from engines.weights import Recipe, WeightBank, find_recipe, lay_out
+from engines.weights.bank import WeightBank
+from engines.weights.recipes import Recipe, find_recipe, lay_out
 from tests.engines.conftest import Net
 
 

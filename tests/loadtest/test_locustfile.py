@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
-from rmd.checkpoint import write_cascade_json
+from rmd.cascade_file import write_cascade_json
 from server.device.model import DeviceModel
 from tests.server.conftest import load_on_cpu, make_settings
 from tests.server.house import House, serving

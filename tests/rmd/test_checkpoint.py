@@ -19,8 +19,10 @@ from rmd.backbones.base import BackboneError
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
-from rmd.checkpoint import CheckpointFolder, TeacherSpec, file_digest, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CheckpointFolder, TeacherSpec
 from rmd.presets import preset
+from rmd.weight_files import file_digest
 
 SPLITS = ("2+2", "1+3", "0+4", "3+1")
 

@@ -11,7 +11,8 @@ import torch
 from msgspec import structs
 
 from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
-from rmd.checkpoint import TeacherSpec, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import TeacherSpec
 from server.core.costs import CostTable
 from server.device.loading import load_model
 from server.device.model import DeviceModel

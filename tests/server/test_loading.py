@@ -13,9 +13,9 @@ import torch
 from diffusers import AutoencoderTiny
 from typer.testing import CliRunner
 
-from engines.build import build_checkpoint
+from engines.build.checkpoint import build_checkpoint
 from engines.errors import BackendUnavailable
-from engines.planning import EngineOptions
+from engines.plan.options import EngineOptions
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from rmd.checkpoint import DECODER_RECORD, CheckpointFolder, read_json, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import DECODER_RECORD, CheckpointFolder
+from rmd.fields import read_json
 from training.runtime.files import save_model, write_json, write_text
 
 FORMAT = 1

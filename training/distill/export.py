@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rmd.backbones.registry import load_checkpoint
 from rmd.cascade import Cascade
-from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CASCADE_FILE, TeacherSpec
 from rmd.published.exporting import keep_adapters
 from rmd.published.factors import Factors
 from rmd.published.place import replace_folder

@@ -12,7 +12,8 @@ import torch
 
 from rmd.backbones.embedded_video import EmbeddedVideoBackbone
 from rmd.cascade import teacher_cascade
-from rmd.checkpoint import TeacherSpec, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import TeacherSpec
 from rmd.presets import preset
 from rmd.profiles import PROFILES
 from training.embedded.data.motions import MOTIONS

@@ -15,7 +15,8 @@ import torch
 
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.cascade import teacher_cascade
-from rmd.checkpoint import CASCADE_FILE, TeacherSpec, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CASCADE_FILE, TeacherSpec
 from rmd.dtypes import native_dtype
 from rmd.profiles import PROFILES
 from training.embedded.data.sources import notice_text

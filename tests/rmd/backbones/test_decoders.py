@@ -14,7 +14,8 @@ from rmd.backbones.base import BackboneError
 from rmd.backbones.decoders import small_decoder_config
 from rmd.backbones.registry import get_backbone, load_checkpoint
 from rmd.backbones.tiny import tiny_config, tiny_sizes, write_tiny_decoder
-from rmd.checkpoint import CheckpointFolder, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CheckpointFolder
 
 IMAGES = ("sdxl", "pixart", "sd3", "embedded")
 

@@ -398,7 +398,8 @@ def test_sd3_in_diffusers_names_with_a_text_encoder(base: TinyFolder, imported: 
 
 
 def test_what_was_merged_stands_in_the_record_and_the_card(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
-    from rmd.checkpoint import CheckpointFolder, file_digest
+    from rmd.checkpoint import CheckpointFolder
+    from rmd.weight_files import file_digest
 
     state = {f"transformer.{name}": value for name, value in wan_lora(base("wan-1.3b")).items()}
     file = save(tmp_path / "student.safetensors", state, {"modelspec.license": "apache-2.0"})

@@ -13,10 +13,11 @@ import torch
 from rmd.backbones.base import Backbone, Executor
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
-from rmd.checkpoint import CASCADE_FILE, FULL_DECODER, CheckpointFolder, TeacherSpec, file_digest, folder_digest
+from rmd.checkpoint import CASCADE_FILE, FULL_DECODER, CheckpointFolder, TeacherSpec
 from rmd.dtypes import dtype_name, native_dtype
 from rmd.presets import from_profile, parse_split
 from rmd.profiles import PROFILES
+from rmd.weight_files import file_digest, folder_digest
 from training.evaluate.embedded.rows import Row, build_rows
 from training.evaluate.shared.features import WEIGHTS_SHA256
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rmd.checkpoint import check_weights, folder_digest
+from rmd.weight_files import check_weights, folder_digest
 from training.evaluate.pictures.networks import load_clip, load_head, load_image_processor, load_tokenizer, load_vision
 
 

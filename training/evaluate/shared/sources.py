@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rmd.checkpoint import loaded_digests
 from rmd.dtypes import dtype_name
 from rmd.pipeline import TEACHER, CascadePipeline
+from rmd.weight_files import loaded_digests
 from training.embedded.data.split import unit_hash
 from training.runtime.files import write_json
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmd.checkpoint import read_json
+from rmd.fields import read_json
 from training.evaluate.shared.intervals import binomial
 from training.evaluate.study.page import SIDES
 

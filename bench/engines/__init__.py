@@ -1,0 +1,1 @@
+"""Every engine of a checkpoint beside eager."""

@@ -1,0 +1,1 @@
+"""What is measured on a lent GPU, case by case."""

@@ -1,0 +1,1 @@
+"""What to build of a checkpoint, and the memory it will take."""
