@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-film-teacher": ("cli.train_film_teacher", "Train the embedded film teacher."),
     "import": ("cli.import_weights", "Merge published weights into a checkpoint."),
     "distill": ("cli.distill", "Distil a teacher into a few-step cascade."),
+    "lab": ("cli.lab", "Repeat the paper's comparisons on a small pair of sizes."),
     "distill-decoder": ("cli.distill_decoder", "Distil a small decoder from a checkpoint's own."),
     "evaluate": ("cli.evaluate", "Measure a checkpoint on held-out pictures."),
     "generate": ("cli.generate", "Draw one prompt, or a file of them."),
