@@ -7,6 +7,7 @@ held. The lock goes with its process, however that ends, and the next one finds 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from training.lab.grid import Grid, Job
-from training.lab.job import StartBusyError, Lab, Stop, JobStoppedError
+from training.lab.job import JobStoppedError, Lab, StartBusyError, Stop
 from training.runtime.interrupts import stopped_by_signals
 
 _WAIT_SECONDS = 5.0
@@ -112,7 +113,7 @@ def run_queue(
     if jobs == 1:
         return _work_here(folders, minutes, threads, say)
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(folders, minutes, threads, number)) for number in range(jobs)]
+    workers = [context.Process(target=_worker, args=(folders, minutes, threads)) for _ in range(jobs)]
     for worker in workers:
         worker.start()
 
@@ -139,6 +140,6 @@ def _work_here(folders: LabFolders, minutes: float | None, threads: int, say: Ca
     return not outcome.failed
 
 
-def _worker(folders: LabFolders, minutes: float | None, threads: int, number: int) -> None:
-    succeeded = _work_here(folders, minutes, threads, lambda text: print(f"[{number}] {text}", flush=True))
+def _worker(folders: LabFolders, minutes: float | None, threads: int) -> None:
+    succeeded = _work_here(folders, minutes, threads, lambda text: print(f"[{os.getpid()}] {text}", flush=True))
     raise SystemExit(0 if succeeded else 1)
