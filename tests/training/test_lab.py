@@ -17,10 +17,12 @@ import torch
 import yaml
 
 from rmd.backbones.tiny import write_tiny_folder
+from tests.training.distil_setup import FULL, LOW, prompt_set, settings_for, tiny_backbone
+from training.distill.methods.rmd import RMD
 from training.distill.settings import DistillSettings
 from training.embedded.data.dataset import PictureSet, Record
 from training.lab.cost import row_cost, snapshots, update_cost
-from training.lab.grid import Expectation, Grid, Row
+from training.lab.grid import Expectation, Grid, Row, Schedule
 from training.lab.job import JobStoppedError, Lab, Stop
 from training.lab.plan import plan_text
 from training.lab.queue import LabFolders, run_queue, work
@@ -187,8 +189,14 @@ def test_the_report_says_what_was_run_what_was_not_and_what_came_out(finished: L
         (tmp_path / "part" / name).write_bytes((finished.results / name).read_bytes())
     write_results(Grid.read(finished.grid), tmp_path / "part", tmp_path / "part.md")
     assert "**Preliminary**: 1 of 5 runs are done." in (tmp_path / "part.md").read_text()
-    with pytest.raises(FileNotFoundError, match="rmd lab run"):
-        write_results(Grid.read(finished.grid), tmp_path, tmp_path / "x.md")
+    other = json.loads((finished.results / "low-s0.json").read_text())
+    other["settings"]["newer"] = 1
+    (tmp_path / "part" / "low-s0.json").write_text(json.dumps(other))
+    write_results(Grid.read(finished.grid), tmp_path / "part", tmp_path / "part.md")
+    assert "not to be compared: rmd-s0; low-s0." in (tmp_path / "part.md").read_text()
+    assert write_results(Grid.read(finished.grid), tmp_path, tmp_path / "none.md") == [tmp_path / "none.md"]
+    none = (tmp_path / "none.md").read_text()
+    assert "0 of 5 runs are done." in none and none.count("not yet run") == 3
 
 
 def test_the_plan_names_costs_state_and_expectations(finished: LabFolders) -> None:
@@ -209,6 +217,15 @@ def test_the_shipped_grid_has_the_papers_schedules() -> None:
     assert [len(stage.steps) for stage in grid.cascade(grid.row("rmd-1+2+1")).stages] == [1, 2, 1]
     first = [job.name for job in grid.jobs()[:4]]
     assert first == ["rmd-s0", "rmd-s1", "rmd-s2", "teacher-s0"], "the seeds' own spread comes before all comparisons"
+
+
+def test_a_student_that_ends_low_is_matched_at_the_teachers_size() -> None:
+    cascade = Schedule(sides=(32,), teacher_side=64).cascade("low")
+    for match_at, size in (("64x64", FULL), (None, LOW)):
+        method = RMD(tiny_backbone(), cascade, settings_for(match_at=match_at), prompt_set(), 2.0)
+        assert method.matched_size(LOW) == size
+    with pytest.raises(ValueError, match="teacher_side is for one side"):
+        Schedule(sides=(32, 64), teacher_side=64).cascade("low")
 
 
 def test_what_a_row_needs_and_this_version_lacks_is_said() -> None:

@@ -59,6 +59,8 @@ class Schedule(_Data):
             return Cascade.from_thresholds(name, RectifiedFlow(), stages, times, self.thresholds, **self.options)
         if self.teacher_side is None:
             return Cascade.from_steps(name, times, sizes, **self.options)
+        if len(self.sides) > 1:
+            raise ValueError(f"schedule {name!r}: teacher_side is for one side, and there are {len(self.sides)}")
         scale = self.teacher_side / self.sides[0]
         mapping = self.options.get("resolution_map", "shift")
         steps = tuple(Step(0, map_timestep(t, scale, mapping), t, sizes[0]) for t in times)

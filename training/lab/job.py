@@ -39,7 +39,7 @@ class JobStoppedError(Exception):
     """The job was asked to stop; what it had is kept, and it goes on from there."""
 
 
-class StartBusyError(Exception):
+class BusyError(Exception):
     """Another process makes what this job needs first."""
 
 
@@ -111,27 +111,35 @@ class Lab:
 
         Raises:
             ValueError: the results there were measured on other sets.
+            BusyError: another process computes them.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / ".measurer.lock"):  # thousands of features that two processes need not both compute
-            measurer = LabMeasurer(
-                self.grid.evaluation, self.data, self.root / "pictures", self.teacher.backbone, self.stop.check
-            )
-            common = {
-                "teacher": self.teacher_fingerprint,
-                "full_size": str(self.full),
-                "seeds": list(self.grid.evaluation.seeds),
-                "strip": measurer.strip_prompts(),
-                "sets": measurer.sets(),
-            }
-            path = self.results / SETS_FILE
-            if path.is_file():
-                kept = json.loads(path.read_text(encoding="utf-8"))
-                if other := next((name for name in common if _identity(kept[name]) != _identity(common[name])), None):
-                    raise ValueError(f"{path} has another {other!r} than this grid: give another --results folder")
-            else:
-                write_text(path, json.dumps(common) + "\n")
+        try:
+            # Thousands of features that two processes need not both compute.
+            with FileLock(self.root / ".measurer.lock", timeout=0):
+                measurer = LabMeasurer(
+                    self.grid.evaluation, self.data, self.root / "pictures", self.teacher.backbone, self.stop.check
+                )
+                self._agree_on_sets(measurer)
+        except Timeout:
+            raise BusyError("another process computes the real pictures' features") from None
         return measurer
+
+    def _agree_on_sets(self, measurer: LabMeasurer) -> None:
+        common = {
+            "teacher": self.teacher_fingerprint,
+            "full_size": str(self.full),
+            "strip": measurer.strip_prompts(),
+            "sets": measurer.sets(),
+        }
+        path = self.results / SETS_FILE
+        if not path.is_file():
+            write_text(path, json.dumps(common) + "\n")
+            return
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in common.items():
+            if _identity(kept[name]) != _identity(value):
+                raise ValueError(f"{path} has another {name!r} than this grid: give another --results folder")
 
     @cached_property
     def teacher_fingerprint(self) -> str:
@@ -154,7 +162,7 @@ class Lab:
         """Train, measure, write the result.
 
         Raises:
-            JobStoppedError, StartBusyError: it is not done, and nothing is lost.
+            JobStoppedError, BusyError: it is not done, and nothing is lost.
         """
         row, cascade = job.row, self.grid.cascade(job.row)
         content: dict[str, Any] = {
@@ -166,7 +174,7 @@ class Lab:
         }
         if row.weights == "teacher":
             content["cascade"] = cascade.to_dict()
-            content["snapshots"] = {"updates": self._measured(job, cascade, None)}
+            content["snapshots"] = {"updates": self._measured(job, cascade, weights=None)}
         else:
             content["settings"] = self.grid.settings(row, job.seed).to_record()
             content["settings"].pop("initial_student")  # where the start lay is nobody's business
@@ -183,14 +191,13 @@ class Lab:
         points = snapshots(self.grid, job.row)
         trained = self._train(job, sorted(set(points.values())))
         cost = row_cost(self.grid, job.row)
-        found, done = {}, dict[int, dict[str, Any]]()
+        found: dict[str, Any] = {}
         for column, updates in points.items():
-            if updates not in done:
-                record = json.loads((self.run_folder(job) / f"weights-{updates:06d}.json").read_text())
-                intensities = job.row.intensities if column == "updates" else ()
-                measured = self._measured(job, trained, self._weights(job, updates), intensities)
-                done[updates] = {**record, "passes_a_sample": round(cost * updates, 1), **measured}
-            found[column] = done[updates]
+            if column != "updates" and updates == points["updates"]:
+                continue  # the same student
+            record = json.loads((self.run_folder(job) / f"weights-{updates:06d}.json").read_text())
+            measured = self._measured(job, trained, self._weights(job, updates), whole=column == "updates")
+            found[column] = {**record, "passes_a_sample": round(cost * updates, 1), **measured}
         return cascade.to_dict(), found
 
     def _weights(self, job: Job, updates: int) -> Path:
@@ -255,7 +262,7 @@ class Lab:
                     distillation.export(folder, "link")
                     shutil.rmtree(run / "checkpoints", ignore_errors=True)
         except Timeout:
-            raise StartBusyError(f"another process makes the start {folder.name}") from None
+            raise BusyError(f"another process makes the start {folder.name}") from None
         return folder
 
     # ---- measuring --------------------------------------------------------------------------------------------------
@@ -264,18 +271,20 @@ class Lab:
         guidance = self.teacher.guidance_scale if row.weights == "teacher" else 1.0
         return replace(cascade, **{"guidance_scale": guidance, **row.sample})
 
-    def _measured(
-        self, job: Job, cascade: Cascade, weights: Path | None, intensities: tuple[float, ...] = ()
-    ) -> dict[str, Any]:
+    def _measured(self, job: Job, cascade: Cascade, weights: Path | None, whole: bool = True) -> dict[str, Any]:
+        """One snapshot on all sets; ``whole``: with the row's further intensities and its strip of pictures."""
+        row = job.row
         backbone, digest = self._student(weights)
-        cascade = self._sampled(cascade, job.row)
+        cascade = self._sampled(cascade, row)
         self.say(f"{job.name}: measuring")
         found: dict[str, Any] = {"sets": self.measurer.measure(backbone, digest, cascade)}
-        for a in intensities:
+        if not whole:
+            return found
+        for a in row.intensities:
             other = replace(cascade, transition_noise_intensity=a)
             found.setdefault("intensities", {})[f"{a:g}"] = self.measurer.measure(backbone, digest, other)
         if job.seed == self.grid.seeds[0] and self.grid.evaluation.strip:
-            self.measurer.strip(backbone, digest, cascade, self.results / STRIPS / f"{job.row.key}.webp")
+            self.measurer.strip(backbone, digest, cascade, self.results / STRIPS / f"{row.key}.webp")
         return found
 
     def _student(self, weights: Path | None) -> tuple[Backbone, str]:

@@ -22,7 +22,7 @@ def plan_text(grid: Grid, root: Path, results: Path) -> str:
     lines = [
         f"{len(jobs)} jobs: {len(able)} rows, training seeds {', '.join(map(str, grid.seeds))} ({grid.reference} "
         f"first, with all of them); {len(done)} done. What is left trains for {hours:.1f} hours of two AMX cores, "
-        f"{PASSES_A_SECOND} passes a second.",
+        f"{PASSES_A_SECOND} passes a second; common starts and measuring come on top.",
         "",
         "cost: an update, in forward passes of a sample at the teacher's side; sampling: a picture, likewise.",
         "updates: generator updates to be measured after, at equal updates and at equal compute.",

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from training.lab.grid import Grid, Job
-from training.lab.job import JobStoppedError, Lab, StartBusyError, Stop
+from training.lab.job import BusyError, JobStoppedError, Lab, Stop
 from training.runtime.interrupts import stopped_by_signals
 
 _WAIT_SECONDS = 5.0
@@ -48,7 +48,7 @@ def work(lab: Lab, jobs: list[Job]) -> Outcome:
                     if _take(lab, job):
                         outcome.done.append(job.name)
                         break  # look from the top again: the order is the order of worth
-                except StartBusyError:
+                except BusyError:
                     waiting = True
                 except JobStoppedError:
                     break

@@ -14,21 +14,28 @@ from training.lab.statistics import Difference, spread
 from training.runtime.files import write_text
 
 _READING = """\
-A pair of sizes that two CPU cores can train: {low} to {full}, the shipped picture model at half its sides
-(`rmd lab teacher`). Every row is a distillation of the same teacher, {updates} generator updates of batch {batch} from
-a start that all rows of its schedule and training seed share. What is measured: {pictures} held-out pictures
-({sets}), each drawn with {samplings} sampling seeds; metrics as in [evaluation.md](evaluation.md), over all sets
-together. **Log rank** is the mean of log2(1 + rank) of the picture's own concept by text, lower is better: it tells
-rows apart whose recalls differ by chance. *Difference* is of log rank to the table's reference row, paired by picture,
-sampling seed and training seed; the interval is 95 % of a bootstrap over training seeds and concepts. One that holds
-zero is a null: no difference was seen. With one training seed the interval is over concepts alone and says nothing of
-another run; with two or three it is still narrow, since so few runs can hardly show their own spread. ± is the standard
-deviation over training seeds.
+A pair of sizes that two CPU cores can train: {low} to {full}, the shipped picture model at half its sides. Every row is
+a distillation of the same teacher, {updates} generator updates of batch {batch} from a start that all rows of its
+schedule and training seed share. What is measured: {limit} held-out pictures of each set ({sets}), each drawn with
+{samplings} sampling seeds; metrics as in [evaluation.md](evaluation.md), over all sets together. **Log rank** is the
+mean of log2(1 + rank) of the picture's own concept by text, lower is better: it tells rows apart whose recalls differ
+by chance. *Difference* is of log rank to the table's reference row, paired by picture, sampling seed and training seed;
+the interval is 95 % of a bootstrap over training seeds and concepts. One that holds zero is a null: no difference was
+seen. With one training seed the interval is over concepts alone and says nothing of another run; with two or three it
+is still narrow, since so few runs can hardly show their own spread. ± is the standard deviation over training seeds.
 
-*Equal compute* measures a student when it has cost as many network passes as {reference} at {updates} updates,
-*equal updates* after {updates} updates. Passes are counted in tokens, text's included, not timed: seconds would compare
-how busy the machines were. Rates are constant and snapshots averaged, so a row does not gain from when its run ends.
-Speed is likewise counted: one picture's passes over the guided teacher's, denoising alone."""
+*Equal updates* are {updates}; at *equal compute* a student is measured when it has cost as many network passes as
+`{reference}` at {updates} updates. Passes are counted in tokens, text's included, not timed: seconds would compare how
+busy the machines were. Rates are constant and snapshots averaged, so that a row does not gain from when its run ends.
+Speed is counted likewise: one picture's passes over the guided teacher's, denoising alone.
+
+```
+rmd data
+rmd lab teacher                  # minutes of two cores, from the shipped teacher
+rmd lab plan                     # the grid, its cost, what is expected
+rmd lab run --jobs 2 --minutes 60   # any number of these share the queue; the same command goes on
+rmd lab report                   # this page, from benchmarks/lab
+```"""
 
 
 def write_results(grid: Grid, folder: Path, out: Path) -> list[Path]:
@@ -38,7 +45,7 @@ def write_results(grid: Grid, folder: Path, out: Path) -> list[Path]:
         the written files.
 
     Raises:
-        FileNotFoundError, ValueError: see :meth:`Results.read`.
+        ValueError: see :meth:`Results.read`.
     """
     results = Results.read(grid, folder)
     plots = draw_plots(grid, results, out.with_suffix(".png"))
@@ -50,7 +57,7 @@ def write_results(grid: Grid, folder: Path, out: Path) -> list[Path]:
 def page(grid: Grid, results: Results, pictures: Iterable[str] = ()) -> str:
     """The text of the page."""
     lines = ["# Results of the lab", "", "Written by `rmd lab report`; `rmd lab plan` prints the grid.", ""]
-    lines += [_reading(grid, results), "", *_standing(grid, results), "", *_variance(grid, results)]
+    lines += [_reading(grid), "", *_standing(grid, results), "", *_variance(grid, results)]
     lines += ["", "## What was expected, and what came out", "", *_expectations(grid, results)]
     for table in grid.tables:
         if shown := [key for key in table.rows if key in results.files]:
@@ -60,17 +67,16 @@ def page(grid: Grid, results: Results, pictures: Iterable[str] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _reading(grid: Grid, results: Results) -> str:
-    sets = results.common["sets"]
+def _reading(grid: Grid) -> str:
     sides = sorted({side for schedule in grid.schedules.values() for side in schedule.sides})
     return _READING.format(
         low=f"{sides[0]} px",
         full=f"{sides[-1]} px",
         updates=grid.updates,
         batch=grid.base.get("batch_size", 32),
-        pictures=sum(entry["pictures"] for entry in sets.values()),
-        sets=", ".join(f"{entry['pictures']} {name.replace('_', ' ')}s" for name, entry in sets.items()),
-        samplings=len(results.common["seeds"]),
+        limit=grid.evaluation.limit,
+        sets=", ".join(f"{name.replace('_', ' ')}s" for name in grid.evaluation.sets),
+        samplings=len(grid.evaluation.seeds),
         reference=grid.reference,
     )
 
@@ -82,6 +88,8 @@ def _standing(grid: Grid, results: Results) -> list[str]:
     lines = [f"{done} of {len(jobs)} runs are done."]
     if done < len(jobs):
         lines = [f"**Preliminary**: {lines[0]}"]
+    if others := results.of_other_settings():
+        lines += ["", "**Made by several versions of the settings**, not to be compared: " + "; ".join(others) + "."]
     if waiting:
         lines += ["", "Not yet available with this version: " + ", ".join(f"`{key}`" for key in waiting) + "."]
     return lines

@@ -24,7 +24,7 @@ class Results:
     """All results of a folder.
 
     Attributes:
-        common: the content of ``sets.json``.
+        common: the content of ``sets.json``; without sets before anything was measured.
         files: row -> training seed -> the job's result.
     """
 
@@ -33,15 +33,14 @@ class Results:
 
     @classmethod
     def read(cls, grid: Grid, folder: Path) -> Results:
-        """Every result of the grid's rows that is there.
+        """Every result of the grid's rows that is there; there may be none.
 
         Raises:
-            FileNotFoundError: nothing was measured yet.
             ValueError: a result is of another teacher than the others.
         """
         path = folder / SETS_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: `rmd lab run --results {folder}` writes it first")
+            return cls({"sets": {}, "strip": []}, {})
         common = json.loads(path.read_text(encoding="utf-8"))
         files: dict[str, dict[int, dict[str, Any]]] = {}
         for row in grid.rows:
@@ -54,6 +53,15 @@ class Results:
                     raise ValueError(f"{file} is of another teacher than {path}: keep each teacher's results apart")
                 files.setdefault(row.key, {})[seed] = content
         return cls(common, files)
+
+    def of_other_settings(self) -> list[str]:
+        """Where the students were distilled by versions that know different settings: the rows of each version."""
+        groups: dict[frozenset[str], list[str]] = {}
+        for key, seeds in self.files.items():
+            for seed, content in seeds.items():
+                if "settings" in content:
+                    groups.setdefault(frozenset(content["settings"]), []).append(f"{key}-s{seed}")
+        return [", ".join(names) for names in groups.values()] if len(groups) > 1 else []
 
     @property
     def concepts(self) -> Tensor:
