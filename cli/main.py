@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("cli.import_weights", "Merge published weights into a checkpoint."),
     "distill": ("cli.distill", "Distil a teacher into a few-step cascade."),
     "export": ("cli.export", "Write what a distillation learnt as a LoRA."),
+    "lab": ("cli.lab", "Repeat the paper's comparisons on a small pair of sizes."),
     "distill-decoder": ("cli.distill_decoder", "Distil a small decoder from a checkpoint's own."),
     "evaluate": ("cli.evaluate", "Measure a checkpoint: held-out sets, pictures, films."),
     "study": ("cli.study", "Compare two models blindly, and test the answers."),

@@ -68,6 +68,9 @@ class DistillSettings(BaseSettings):
     loss: Literal["pseudo_huber", "elementwise_huber", "squared"] = "pseudo_huber"
     normalise: bool = Field(False, description="divide each sample's loss by mean |y - real|")
     interval: Literal["stage", "step", "full"] = Field("stage", description="where tau is drawn for a sample")
+    match_at: str | None = Field(
+        None, description="the teacher's size, for RMD of a student that ends below it; the student's last by default"
+    )
     fake_weighting: Literal["snr", "velocity", "none"] = "snr"
     importance_weight: bool = Field(False, description="weight a step's samples by the length of its interval")
     stage_weights: tuple[float, ...] | None = Field(None, description="w_stage, low stage first; 1 by default")

@@ -15,4 +15,4 @@ class RMD(DistillationMethod):
 
     def matched_size(self, size: Size) -> Size:
         """The teacher's full side, whatever the stage's own."""
-        return self.cascade.full_size
+        return Size.parse(self.settings.match_at) if self.settings.match_at else self.cascade.full_size
