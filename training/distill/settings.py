@@ -10,6 +10,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from training.distill.methods import METHODS
+
 Method = Literal["rmd", "tdm", "dmd2", "swd"]
 
 CHANGEABLE = frozenset(
@@ -26,22 +28,6 @@ HOUSEKEEPING = frozenset(
     }
 )  # fmt: skip
 """Settings that may differ on resuming without being asked: they do not touch what is learnt."""
-
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rmd": {},
-    "tdm": {
-        "interval": "step", "loss": "elementwise_huber", "normalise": True, "fake_weighting": "snr",
-        "importance_weight": True, "low_stage_iterations": 0, "score_noise_intensity": 0.0,
-    },
-    "dmd2": {
-        "interval": "full", "loss": "squared", "normalise": True, "fake_weighting": "velocity", "fake_steps": 5,
-        "low_stage_iterations": 0, "score_noise_intensity": 0.0,
-    },
-    "swd": {
-        "interval": "full", "loss": "squared", "normalise": True, "fake_weighting": "velocity", "fake_steps": 5,
-        "low_stage_iterations": 0, "score_noise_intensity": 0.0, "transition_noise_intensity": 0.0, "mmd_weight": 1.0,
-    },
-}  # fmt: skip
 
 
 class DistillSettings(BaseSettings):
@@ -69,7 +55,6 @@ class DistillSettings(BaseSettings):
     normalise: bool = Field(False, description="divide each sample's loss by mean |y - real|")
     interval: Literal["stage", "step", "full"] = Field("stage", description="where tau is drawn for a sample")
     fake_weighting: Literal["snr", "velocity", "none"] = "snr"
-    importance_weight: bool = Field(False, description="weight a step's samples by the length of its interval")
     stage_weights: tuple[float, ...] | None = Field(None, description="w_stage, low stage first; 1 by default")
     score_noise_intensity: float | None = Field(None, ge=0, le=1, description="the cascade's own by default")
     transition_noise_intensity: float | None = Field(None, ge=0, le=1, description="in roll-outs; the cascade's own")
@@ -132,7 +117,7 @@ class DistillSettings(BaseSettings):
     @classmethod
     def _method_defaults(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {**METHOD_DEFAULTS.get(str(values.get("method", "rmd")), {}), **values}
+            return {**method_defaults(str(values.get("method", "rmd"))), **values}
         return values
 
     @model_validator(mode="after")
@@ -193,6 +178,11 @@ class DistillSettings(BaseSettings):
     def to_record(self) -> dict[str, Any]:
         """A JSON-ready dictionary of every setting."""
         return self.model_dump(mode="json")
+
+
+def method_defaults(name: str) -> Mapping[str, Any]:
+    """What defines a method, by its class; nothing for an unknown name."""
+    return METHODS[name].defaults if name in METHODS else {}
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

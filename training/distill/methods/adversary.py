@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmd.size import Size
+from training.distill.rollout import Prompts, X0Backbone
+
 
 class TokenTap:
     """Catches the tokens that one block of a network puts out."""
@@ -55,6 +58,15 @@ def middle_block(network: nn.Module) -> nn.Module:
                 # Not the last one: a joint transformer's last block drops the text.
                 return blocks[(len(blocks) - 1) // 2]
     raise ValueError(f"{type(network).__name__} has no mid_block, transformer_blocks or blocks to take tokens from")
+
+
+@torch.no_grad()
+def token_width(backbone: X0Backbone, prompts: Prompts, fake: nn.Module, size: Size) -> int:
+    """Channels of the tokens that the fake network's middle block puts out."""
+    latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
+    with TokenTap(fake).listening() as tap:
+        backbone.predict_x0(latents, torch.full((1,), 0.5), prompts.unconditional(1), size, denoiser=fake)
+        return int(tap.take().shape[-1])
 
 
 class DiscriminatorHead(nn.Module):

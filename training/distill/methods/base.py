@@ -1,17 +1,17 @@
-"""Distribution matching over a cascade: what RMD, TDM, DMD2 and SwD share.
+"""Distribution matching over a cascade: what RMD, TDM, DMD2, SwD and the naive cascade share.
 
 An update goes: states (:mod:`training.distill.rollout`) -> the student's predictions, with gradient -> the same at the
-side where they are matched (`match`) -> noised to a teacher's time -> real and fake score -> the generator's loss; then
-the fake score's own denoising loss on the same predictions.
+side where they are matched (`match`) -> noised to a teacher's time (`score_sample`) -> real and fake score (`scores`)
+-> the generator's loss; then the fake score's own denoising loss on the same predictions. Each method's file says what
+of this it defines.
 """
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ from training.distill.losses import (
     velocity_weight,
 )
 from training.distill.rollout import Prediction, Prompts, Rollout, State, X0Backbone
-from training.distill.settings import DistillSettings
 from training.runtime.attention import scoring_attention
 from training.runtime.randomness import Randomness
+
+if TYPE_CHECKING:  # the settings read each method's defaults
+    from training.distill.settings import DistillSettings
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Matched:
     rows: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScoreSample:
     """A noised `y`: what teacher and fake score see.
 
@@ -63,7 +65,6 @@ class ScoreSample:
         x: `alpha y + sigma eps_mix`, detached.
         tau: (B,) times on the teacher's axis, float64.
         frames: (B, T) numbers of the frames in `y`; all of them when None.
-        fake: the fake score's x0 prediction with its own gradient, once it was made.
     """
 
     size: Size
@@ -71,17 +72,47 @@ class ScoreSample:
     x: Tensor
     tau: Tensor
     frames: Tensor | None = None
-    fake: Tensor | None = None
 
 
-class DistillationMethod(abc.ABC):
+@dataclass(frozen=True)
+class Scores:
+    """What the two scores make of one sample.
+
+    Attributes:
+        sample: what they saw.
+        real: the guided teacher's x0.
+        fake: the fake score's x0; with the fake score's own gradient under `shared_score_sample`.
+    """
+
+    sample: ScoreSample
+    real: Tensor
+    fake: Tensor
+
+
+@dataclass(frozen=True)
+class CleanSamples:
+    """Clean latents that a method trains on.
+
+    Attributes:
+        latents: (N, C, [T], H, W) at the full side.
+        rows: (N,) their prompts' rows.
+    """
+
+    latents: Tensor
+    rows: Tensor
+
+
+class DistributionMatching:
     """One objective over student, teacher and fake score.
 
-    Subclasses say where predictions are matched and may add losses. `generator_loss` never gives gradients to teacher
-    or fake score, `critic_loss` never to the student.
+    Subclasses say where predictions are matched, which defaults make them what they are, and may add losses.
+    `generator_loss` never gives gradients to the teacher, `critic_loss` never to the student.
     """
 
     name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings that define the method, where they differ from the general ones."""
+    one_size: ClassVar[bool] = False  # whether it knows a single resolution only
 
     def __init__(
         self, backbone: X0Backbone, cascade: Cascade, settings: DistillSettings, prompts: Prompts, guidance_scale: float
@@ -94,11 +125,30 @@ class DistillationMethod(abc.ABC):
         self._generator_metric = GENERATOR_LOSSES[settings.loss]
         self._check()
 
+    # ---- what a method may need besides the three networks ---------------------------------------------------------
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it trains on clean samples; if so, :meth:`attach` is called before anything else."""
+        return False
+
+    def attach(self, fake: nn.Module, samples: CleanSamples | None) -> None:
+        """Take what a method with samples needs.
+
+        Args:
+            fake: the fake score network.
+            samples: None where the run is only exported.
+        """
+
+    def critic_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained with the fake score's, by name (a discriminator's)."""
+        return {}
+
     # ---- where predictions are matched ------------------------------------------------------------------------------
 
-    @abc.abstractmethod
     def matched_size(self, size: Size) -> Size:
-        """The side at which a prediction made at `size` is compared with the teacher."""
+        """The side at which a prediction made at `size` is compared with the teacher; its own in most methods."""
+        return size
 
     def rollout(self, random: Randomness) -> Rollout:
         """The source of this method's states."""
@@ -158,31 +208,21 @@ class DistillationMethod(abc.ABC):
             frames = chosen.expand(len(y), -1)
         low, high = self.intervals[matched.steps].to(y.device).unbind(1)
         tau = low + (high - low) * random.uniform(len(matched.steps))
-        intensity = self._score_intensity(matched).to(y.device)
+        intensity = self.score_intensity(matched, tau).to(y.device)
         noise = random.normal(y.shape)
         eps = noise if not bool(intensity.any()) else mix_noise(predicted, noise, intensity)
         return ScoreSample(size, y, self.backbone.schedule.add_noise(y.detach(), eps, tau), tau, frames)
 
-    def _score_intensity(self, matched: Matched) -> Tensor:
-        """`a` of each sample: the cascade's where a stage lies below the matched side, else 0 unless asked for."""
-        steps = self.cascade.steps
-        a = self.cascade.score_noise_intensity
-        everywhere = self.settings.score_noise_everywhere
-        per_step = [a if everywhere or step.size != self.matched_size(step.size) else 0.0 for step in steps]
-        return torch.tensor(per_step, dtype=torch.float64)[matched.steps]
+    def score_intensity(self, matched: Matched, tau: Tensor) -> Tensor:
+        """(B,) float64, `a` of Eq. 10 in the scores' sample; fresh noise (0) unless a method says otherwise."""
+        return torch.zeros(len(matched.steps), dtype=torch.float64)
 
     # ---- losses -----------------------------------------------------------------------------------------------------
 
-    def generator_loss(
-        self, matched: Matched, teacher: nn.Module | None, fake: nn.Module | None, sample: ScoreSample
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The student's loss (Eq. 8 or the chosen metric), averaged over the batch.
-
-        With `shared_score_sample` the fake score's prediction is kept in `sample`, with gradient, for its own loss.
-
-        Returns:
-            the loss, and figures to log: mean |d| and the loss of each step.
-        """
+    def scores(
+        self, matched: Matched, sample: ScoreSample, teacher: nn.Module | None, fake: nn.Module | None
+    ) -> Scores:
+        """Both scores of a noised sample. Under `shared_score_sample` the fake one has its own gradient."""
         frames = {} if sample.frames is None else {"frame_numbers": sample.frames}
         conditioning = {**self.prompts.conditioning(matched.rows), **frames}
         uncond = None
@@ -194,34 +234,43 @@ class DistillationMethod(abc.ABC):
             )
         with torch.set_grad_enabled(self.settings.shared_score_sample):
             predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
-        if self.settings.shared_score_sample:
-            sample.fake = predicted
-        d = dmd_direction(sample.y, real, predicted.detach())
+        return Scores(sample, real, predicted)
+
+    def generator_loss(self, matched: Matched, scores: Scores) -> tuple[Tensor, dict[str, float]]:
+        """The student's loss (Eq. 8 or the chosen metric), averaged over the batch.
+
+        Returns:
+            the loss, and figures to log: mean |d| and the loss of each step.
+        """
+        y = scores.sample.y
+        d = dmd_direction(y, scores.real, scores.fake.detach())
         losses = self._generator_metric(d)
         if self.settings.normalise:
-            losses = losses / normaliser(sample.y, real)
-        weighted = losses * self._sample_weights(matched).to(losses)
+            losses = losses / normaliser(y, scores.real)
+        weighted = losses * self._stage_weights(matched).to(losses)
         figures = {"direction": float(d.detach().abs().mean())}
         for step in torch.unique(matched.steps).tolist():
             figures[f"generator_loss_step_{step}"] = float(losses.detach()[matched.steps == step].mean())
         return weighted.mean(), figures
 
     def critic_loss(
-        self, matched: Matched, fake: nn.Module | None, random: Randomness, sample: ScoreSample | None = None
+        self, matched: Matched, fake: nn.Module | None, random: Randomness, shared: Scores | None = None
     ) -> Tensor:
         """The fake score's denoising loss (Eq. 9) on the student's detached predictions.
 
         Args:
-            sample: the generator's own, to be used again; otherwise time and noise are drawn afresh.
+            shared: the scores of the generator's own loss, the fake one with gradient, to be used again; otherwise
+                time and noise are drawn afresh.
         """
-        sample = sample if sample is not None else self.score_sample(matched, random)
-        predicted = sample.fake
-        if predicted is None:
+        if shared is not None:
+            sample, predicted = shared.sample, shared.fake
+        else:
+            sample = self.score_sample(matched, random)
             conditioning = self.prompts.conditioning(matched.rows)
             if sample.frames is not None:
                 conditioning["frame_numbers"] = sample.frames
             predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
-        return fake_score_loss(predicted, sample.y, self._fake_weights(matched, sample.tau))
+        return fake_score_loss(predicted, sample.y, self.fake_weights(matched, sample))
 
     def warm_start_loss(
         self,
@@ -261,17 +310,16 @@ class DistillationMethod(abc.ABC):
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def _sample_weights(self, matched: Matched) -> Tensor:
-        weights = torch.ones(self.cascade.num_steps, dtype=torch.float64)
-        if self.settings.stage_weights is not None:
-            weights *= torch.tensor([self.settings.stage_weights[step.stage] for step in self.cascade.steps])
-        if self.settings.importance_weight:
-            # Steps are drawn evenly; times uniform over the whole axis would meet each as often as it is long.
-            length = self.intervals[:, 1] - self.intervals[:, 0]
-            weights *= length / length.mean()
-        return weights[matched.steps]
+    def _stage_weights(self, matched: Matched) -> Tensor:
+        weights = self.settings.stage_weights
+        if weights is None:
+            return torch.ones(len(matched.steps), dtype=torch.float64)
+        per_step = [weights[step.stage] for step in self.cascade.steps]
+        return torch.tensor(per_step, dtype=torch.float64)[matched.steps]
 
-    def _fake_weights(self, matched: Matched, tau: Tensor) -> Tensor:
+    def fake_weights(self, matched: Matched, sample: ScoreSample) -> Tensor:
+        """(B,) weights of the squared x0 errors in the fake score's loss."""
+        tau = sample.tau
         if self.settings.fake_weighting == "none":
             return torch.ones_like(tau)
         if self.settings.fake_weighting == "velocity":
@@ -299,6 +347,11 @@ class DistillationMethod(abc.ABC):
         return self.matched_size(size).short_side / size.short_side
 
     def _check(self) -> None:
+        if self.one_size and len(self.cascade.sizes) > 1:
+            raise ValueError(
+                f"{self.name} works at one resolution; the cascade {self.cascade.schedule_name} has "
+                f"{len(self.cascade.sizes)}: give a schedule such as 0+4"
+            )
         size, steps = self.settings.batch_size, self.cascade.num_steps
         if self.settings.rollout == "pipelined" and size < steps:
             raise ValueError(

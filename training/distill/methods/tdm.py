@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from rmd.size import Size
-from training.distill.methods.base import DistillationMethod
+from training.distill.methods.base import DistributionMatching
 
 
-class TDM(DistillationMethod):
-    """Each step is matched on its own interval `[t_k+1, t_k]`, with deterministic steps between.
-
-    The defaults that make it TDM (per-step intervals, elementwise Huber, min-SNR, importance weight) are settings.
-    """
+class TDM(DistributionMatching):
+    """Each step is matched on its own interval `[t_k+1, t_k]`, with deterministic steps between."""
 
     name: ClassVar[str] = "tdm"
-
-    def matched_size(self, size: Size) -> Size:
-        """The one side that there is."""
-        return size
-
-    def _check(self) -> None:
-        super()._check()
-        if len(self.cascade.sizes) > 1:
-            raise ValueError(
-                f"{self.name} works at one resolution; the cascade {self.cascade.schedule_name} has "
-                f"{len(self.cascade.sizes)}: give a schedule such as 0+4"
-            )
+    one_size: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "interval": "step", "loss": "elementwise_huber", "normalise": True, "fake_weighting": "snr",
+        "low_stage_iterations": 0,
+    }  # fmt: skip
