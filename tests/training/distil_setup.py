@@ -45,7 +45,7 @@ def prompt_set(count: int = 5) -> PromptSet:
 
 def cascade_for(method: str) -> Cascade:
     times = [1000, 750, 500, 250]
-    if method == "rmd":
+    if method in ("rmd", "naive"):
         return Cascade.from_thresholds("tiny", RectifiedFlow(), (LOW, FULL), times, (-1.5,))
     if method == "swd":
         sizes = [LOW, LOW, Size(48, 48), FULL]
@@ -70,8 +70,11 @@ def make_method(settings: DistillSettings, backbone: EmbeddedBackbone | None = N
 
 def attach_samples(method: DistributionMatching, networks: Networks) -> None:
     """Give SwD, or DMD2 with its GAN loss, the clean samples that it trains on."""
-    real = torch.randn(6, *method.backbone.latent_shape(FULL), generator=torch.Generator().manual_seed(9))
-    method.attach(networks.fake, CleanSamples(real, torch.arange(6) % 5))
+    generator = torch.Generator().manual_seed(9)
+    latents = {
+        size: torch.randn(6, *method.backbone.latent_shape(size), generator=generator) for size in method.sample_sizes
+    }
+    method.attach(networks.fake, CleanSamples(latents, torch.arange(6) % 5))
 
 
 def make_trainer(

@@ -32,7 +32,7 @@ from training.distill.roles import Networks
 from training.distill.rollout import Rollout, State
 from training.runtime.randomness import Randomness
 
-METHODS = ["rmd", "tdm", "dmd2", "swd"]
+METHODS = ["rmd", "tdm", "dmd2", "swd", "naive"]
 
 
 def prepared(method_name: str, **options: Any) -> tuple[DistributionMatching, Networks, Randomness]:
@@ -70,22 +70,21 @@ def gradients(module: nn.Module) -> list[Tensor]:
 def test_the_generators_loss_is_finite_and_trains_the_student_alone(name: str) -> None:
     method, networks, random = prepared(name)
     (matched,) = matched_of(method, networks, random)
-    loss, figures = method.generator_loss(matched, scores_of(method, networks, matched, random))
+    loss, figures = method.generator_loss(matched, scores_of(method, networks, matched, random), random)
     assert torch.isfinite(loss) and figures["direction"] > 0
     loss.backward()
     assert gradients(networks.student)
     assert not gradients(networks.teacher)
-    # SwD's patch loss goes through the fake network to reach the student; the trainer drops what it leaves there.
-    assert name == "swd" or not gradients(networks.fake)
+    # The further losses go through the fake network to reach the student; the trainer drops what they leave there.
+    assert name in ("dmd2", "swd") or not gradients(networks.fake)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("name", "shared"), [*((name, False) for name in METHODS), ("rmd", True), ("naive", True)])
 def test_the_critics_loss_is_finite_and_trains_the_fake_score_alone(name: str, shared: bool) -> None:
     method, networks, random = prepared(name, shared_score_sample=shared)
     (matched,) = matched_of(method, networks, random)
     scores = scores_of(method, networks, matched, random)
-    method.generator_loss(matched, scores)
+    method.generator_loss(matched, scores, random)
     loss = method.critic_loss(matched, networks.fake, random, scores if shared else None)
     assert torch.isfinite(loss)
     loss.backward()
@@ -96,7 +95,7 @@ def test_the_critics_loss_is_finite_and_trains_the_fake_score_alone(name: str, s
 def test_dmd2s_gan_loss_reaches_student_and_head() -> None:
     method, networks, random = prepared("dmd2", gan_weight=1.0, guidance_scale=1.0)
     (matched,) = matched_of(method, networks, random)
-    _, figures = method.generator_loss(matched, scores_of(method, networks, matched, random))
+    _, figures = method.generator_loss(matched, scores_of(method, networks, matched, random), random)
     assert figures["gan_generator_loss"] > 0
     method.critic_loss(matched, networks.fake, random).backward()
     assert gradients(method.head)  # type: ignore[attr-defined]
@@ -110,7 +109,7 @@ def test_a_low_stages_gradient_comes_through_the_upsampling() -> None:
     predictions[0].x0.retain_grad()
     (matched,) = method.match(predictions)
     assert matched.size == FULL and matched.y.shape[-2:] == (8, 8)
-    loss, _ = method.generator_loss(matched, scores_of(method, networks, matched, random))
+    loss, _ = method.generator_loss(matched, scores_of(method, networks, matched, random), random)
     loss.backward()
     gradient = predictions[0].x0.grad
     assert gradient is not None and bool((gradient != 0).all())
@@ -256,9 +255,9 @@ def test_fake_weights_average_one_over_a_stage() -> None:
         tau = torch.linspace(low, high, 4001, dtype=torch.float64)
         steps = torch.full((4001,), step)
         stage = Matched(FULL, matched.y, matched.eps, steps, steps)
-        assert float(method.fake_weights(stage, ScoreSample(FULL, matched.y, matched.y, tau)).mean()) == pytest.approx(
-            1.0, rel=1e-2
-        )
+        assert float(
+            method.fake_weights(stage, ScoreSample(FULL, matched.y, matched.y, tau, matched.eps, matched.eps)).mean()
+        ) == pytest.approx(1.0, rel=1e-2)
 
 
 def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
@@ -310,7 +309,7 @@ def test_scores_see_some_frames_of_a_film_and_are_told_which() -> None:
     sample = method.score_sample(matched, random)
     assert sample.x.shape[2] == 3 and sample.size == Size(48, 48, 3) and sample.frames is not None
     scores = method.scores(matched, sample, networks.teacher, networks.fake)
-    loss, _ = method.generator_loss(matched, scores)
+    loss, _ = method.generator_loss(matched, scores, random)
     loss.backward()  # type: ignore[no-untyped-call]
     (chosen,) = {tuple(row) for call in seen for row in call}
     assert chosen == tuple(sample.frames[0].tolist()) == tuple(sorted(set(chosen)))
@@ -328,7 +327,9 @@ def test_as_many_frames_as_there_are_is_the_whole_film() -> None:
         method, networks = film_method(frames)
         random = Randomness(1)
         (matched,) = matched_of(method, networks, random)
-        losses.append(float(method.generator_loss(matched, scores_of(method, networks, matched, random))[0].detach()))
+        losses.append(
+            float(method.generator_loss(matched, scores_of(method, networks, matched, random), random)[0].detach())
+        )
     assert losses[0] == losses[1]
 
 

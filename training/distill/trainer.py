@@ -91,10 +91,11 @@ class Trainer:
         self.random = Randomness(settings.seed + 1_000_003 * rank, device, dtype)
         self.rollout = method.rollout(self.random)
         options = {"betas": settings.betas, "weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+        fake_options = options if settings.clip_fake else {**options, "clip_norm": math.inf}
         student = trained_parameters(networks.student)
         self.student_optimizer = MasterAdamW(student, settings.generator_rate, **options)  # type: ignore[arg-type]
         fake = trained_parameters(networks.fake) | method.critic_parameters()
-        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **options)  # type: ignore[arg-type]
+        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **fake_options)  # type: ignore[arg-type]
         self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
         self.progress = Progress()
         self._saved: int | None = None  # the newest iteration that was saved
@@ -110,12 +111,15 @@ class Trainer:
             return self._fake_warmup()
         warm = iteration < settings.warm_start_iterations
         factor = self.rate_factor()
+        figures: dict[str, float] = {}
+        train_fake = not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations
+        if train_fake and settings.fake_first:
+            self._update_fake(self._fresh_matched(), (), factor, figures)
         self.student_optimizer.zero_grad()
         states = method.states(self.rollout, networks.student, method.active_steps(iteration))
         predictions = self.rollout.predict(networks.student, states)
         matched = method.match(predictions)
         shared: list[Scores] = []
-        figures: dict[str, float] = {}
         if warm:
             loss = method.warm_start_loss(predictions, networks.teacher, self.random)
             figures["warm_start_loss"] = float(loss.detach())
@@ -128,7 +132,7 @@ class Trainer:
         rate *= self.rate_factor(settings.fake_warmup_iterations)
         figures["generator_grad_norm"] = self.student_optimizer.step(rate, self._reduce)
         self.ema.update(self.student_optimizer.master_state())
-        if not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations:
+        if train_fake and not settings.fake_first:
             self._update_fake(matched, shared, factor, figures)
         self.progress.iteration += 1
         self._watch(figures)
@@ -153,7 +157,7 @@ class Trainer:
             scores = method.scores(m, sample, networks.teacher, networks.fake)
             if self.settings.shared_score_sample:
                 shared.append(scores)
-            part, part_figures = method.generator_loss(m, scores)
+            part, part_figures = method.generator_loss(m, scores, self.random)
             figures.update(part_figures)
             part = part * (len(m.steps) / total)
             loss = part if loss is None else loss + part

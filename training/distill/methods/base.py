@@ -26,6 +26,7 @@ from training.distill.losses import (
     mean_snr_weight,
     normaliser,
     snr_weight,
+    uncapped_snr,
     velocity_weight,
 )
 from training.distill.rollout import Prediction, Prompts, Rollout, State, X0Backbone
@@ -46,6 +47,7 @@ class Matched:
         eps: `U(eps_hat)`, detached.
         steps: (B,) step indices, on the CPU.
         rows: (B,) prompt rows.
+        clean: clean latents of the same prompts and size, where the method starts from such.
     """
 
     size: Size
@@ -53,6 +55,7 @@ class Matched:
     eps: Tensor
     steps: Tensor
     rows: Tensor
+    clean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class ScoreSample:
         y: `matched.y`, or of a film the frames that are compared; carries the student's gradient.
         x: `alpha y + sigma eps_mix`, detached.
         tau: (B,) times on the teacher's axis, float64.
+        noise: `eps_mix`.
+        fresh: the fresh noise in it.
         frames: (B, T) numbers of the frames in `y`; all of them when None.
     """
 
@@ -71,6 +76,8 @@ class ScoreSample:
     y: Tensor
     x: Tensor
     tau: Tensor
+    noise: Tensor
+    fresh: Tensor
     frames: Tensor | None = None
 
 
@@ -94,11 +101,11 @@ class CleanSamples:
     """Clean latents that a method trains on.
 
     Attributes:
-        latents: (N, C, [T], H, W) at the full side.
+        latents: (N, C, [T], H, W) at each size that the method asks for.
         rows: (N,) their prompts' rows.
     """
 
-    latents: Tensor
+    latents: Mapping[Size, Tensor]
     rows: Tensor
 
 
@@ -120,7 +127,7 @@ class DistributionMatching:
         self.backbone, self.settings, self.prompts = backbone, settings, prompts
         self.cascade = with_intensities(cascade, settings)
         self.guidance_scale = guidance_scale
-        self.intervals = tau_intervals(self.cascade, settings.interval)
+        self.intervals = self._intervals()
         self._snr_means = self._mean_weights()
         self._generator_metric = GENERATOR_LOSSES[settings.loss]
         self._check()
@@ -131,6 +138,11 @@ class DistributionMatching:
     def needs_samples(self) -> bool:
         """Whether it trains on clean samples; if so, :meth:`attach` is called before anything else."""
         return False
+
+    @property
+    def sample_sizes(self) -> tuple[Size, ...]:
+        """The sizes at which it needs them."""
+        return (self.cascade.full_size,)
 
     def attach(self, fake: nn.Module, samples: CleanSamples | None) -> None:
         """Take what a method with samples needs.
@@ -184,7 +196,7 @@ class DistributionMatching:
                 eps = self.backbone.schedule.eps_from_x0(p.x_t, p.x0.detach(), p.t)
                 eps = upsample_noise(eps, shape, self.cascade.noise_upsampling)
             y = upsample(p.x0, shape, self.cascade.x0_upsampling)
-            groups.setdefault(size, []).append(Matched(size, y, eps, p.steps, p.rows))
+            groups.setdefault(size, []).append(Matched(size, y, eps, p.steps, p.rows, p.clean))
         return [
             Matched(
                 size,
@@ -192,26 +204,40 @@ class DistributionMatching:
                 torch.cat([m.eps for m in group]),
                 torch.cat([m.steps for m in group]),
                 torch.cat([m.rows for m in group]),
+                group[0].clean,  # of one step, hence one size, hence one prediction
             )
             for size, group in groups.items()
         ]
 
     # ---- the noised sample ----------------------------------------------------------------------------------------
 
-    def score_sample(self, matched: Matched, random: Randomness) -> ScoreSample:
-        """Noise `y` to times drawn from each sample's interval, with the score's noise law (Eq. 10)."""
+    def _intervals(self) -> Tensor:
+        """(steps, 2) float64: from where to where the generator's `tau` is drawn for each step."""
+        return tau_intervals(self.cascade, self.settings.interval)
+
+    def draw_times(self, matched: Matched, random: Randomness) -> Tensor:
+        """(B,) float64, `tau` of each sample: uniform on its step's interval."""
+        low, high = self.intervals[matched.steps].to(matched.y.device).unbind(1)
+        return low + (high - low) * random.uniform(len(matched.steps))
+
+    def critic_times(self, matched: Matched, random: Randomness) -> Tensor:
+        """The same for the fake score's own loss, where a method draws them otherwise."""
+        return self.draw_times(matched, random)
+
+    def score_sample(self, matched: Matched, random: Randomness, critic: bool = False) -> ScoreSample:
+        """Noise `y` to the generator's or the critic's times, with the score's noise law (Eq. 10)."""
         y, predicted, size, frames = matched.y, matched.eps, matched.size, None
         count = self.settings.score_frames
         if count is not None and count < y.shape[2]:
             chosen = random.uniform(y.shape[2]).argsort()[:count].sort().values
             y, predicted, size = y[:, :, chosen], predicted[:, :, chosen], replace(size, num_frames=count)
             frames = chosen.expand(len(y), -1)
-        low, high = self.intervals[matched.steps].to(y.device).unbind(1)
-        tau = low + (high - low) * random.uniform(len(matched.steps))
+        tau = self.critic_times(matched, random) if critic else self.draw_times(matched, random)
         intensity = self.score_intensity(matched, tau).to(y.device)
-        noise = random.normal(y.shape)
-        eps = noise if not bool(intensity.any()) else mix_noise(predicted, noise, intensity)
-        return ScoreSample(size, y, self.backbone.schedule.add_noise(y.detach(), eps, tau), tau, frames)
+        fresh = random.normal(y.shape)
+        noise = fresh if not bool(intensity.any()) else mix_noise(predicted, fresh, intensity)
+        x = self.backbone.schedule.add_noise(y.detach(), noise, tau)
+        return ScoreSample(size, y, x, tau, noise, fresh, frames)
 
     def score_intensity(self, matched: Matched, tau: Tensor) -> Tensor:
         """(B,) float64, `a` of Eq. 10 in the scores' sample; fresh noise (0) unless a method says otherwise."""
@@ -236,8 +262,11 @@ class DistributionMatching:
             predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
         return Scores(sample, real, predicted)
 
-    def generator_loss(self, matched: Matched, scores: Scores) -> tuple[Tensor, dict[str, float]]:
+    def generator_loss(self, matched: Matched, scores: Scores, random: Randomness) -> tuple[Tensor, dict[str, float]]:
         """The student's loss (Eq. 8 or the chosen metric), averaged over the batch.
+
+        Args:
+            random: for losses that draw more than the scores' sample.
 
         Returns:
             the loss, and figures to log: mean |d| and the loss of each step.
@@ -265,7 +294,7 @@ class DistributionMatching:
         if shared is not None:
             sample, predicted = shared.sample, shared.fake
         else:
-            sample = self.score_sample(matched, random)
+            sample = self.score_sample(matched, random, critic=True)
             conditioning = self.prompts.conditioning(matched.rows)
             if sample.frames is not None:
                 conditioning["frame_numbers"] = sample.frames
@@ -324,6 +353,8 @@ class DistributionMatching:
             return torch.ones_like(tau)
         if self.settings.fake_weighting == "velocity":
             return velocity_weight(self.backbone.schedule, tau)
+        if self.settings.fake_weighting == "uncapped_snr":
+            return uncapped_snr(self.backbone.schedule, tau)
         scales = torch.tensor([self._scale(step.size) for step in self.cascade.steps], dtype=torch.float64)
         weight = snr_weight(self.backbone.schedule, tau.cpu(), scales[matched.steps]) / self._snr_means[matched.steps]
         return weight.to(tau.device)

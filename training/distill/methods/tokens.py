@@ -1,7 +1,8 @@
-"""Tokens of the fake score network, for DMD2's discriminator and SwD's patch loss."""
+"""What the middle of the fake score network puts out, for discriminators and SwD's patch loss."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,15 +15,15 @@ from training.distill.rollout import Prompts, X0Backbone
 
 
 class TokenTap:
-    """Catches the tokens that one block of a network puts out."""
+    """Catches what the middle block of a network puts out."""
 
     def __init__(self, network: nn.Module) -> None:
         self.block = middle_block(network)
-        self.tokens: Tensor | None = None
+        self.caught: Tensor | None = None
 
     @contextmanager
     def listening(self) -> Iterator[TokenTap]:
-        """While active, `tokens` is (B, N, D) of the last call."""
+        """While active, every call of the network is caught."""
         handle = self.block.register_forward_hook(self._catch)
         try:
             yield self
@@ -31,15 +32,26 @@ class TokenTap:
 
     def _catch(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         # Joint blocks (SD3) return text first and picture last.
-        value = output[-1] if isinstance(output, tuple) else output
-        self.tokens = value.flatten(2).transpose(1, 2) if value.ndim == 4 else value
+        self.caught = output[-1] if isinstance(output, tuple) else output
 
     def take(self) -> Tensor:
-        """The tokens of the last call; forgotten here."""
-        if self.tokens is None:
+        """The tokens (B, N, D) of the last call; forgotten here."""
+        caught = self._take()
+        return caught.flatten(2).transpose(1, 2) if caught.ndim == 4 else caught
+
+    def take_map(self, latents: Tensor) -> Tensor:
+        """The same as a map (B, D, h, w) with the proportions of the picture's `latents`."""
+        caught = self._take()
+        if caught.ndim == 4:
+            return caught
+        height = round(math.sqrt(caught.shape[1] * latents.shape[-2] / latents.shape[-1]))
+        return caught.transpose(1, 2).unflatten(2, (height, -1))
+
+    def _take(self) -> Tensor:
+        if self.caught is None:
             raise RuntimeError("the network was not called while the tap listened")
-        tokens, self.tokens = self.tokens, None
-        return tokens
+        caught, self.caught = self.caught, None
+        return caught
 
 
 def middle_block(network: nn.Module) -> nn.Module:
@@ -61,25 +73,10 @@ def middle_block(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def token_width(backbone: X0Backbone, prompts: Prompts, fake: nn.Module, size: Size) -> int:
-    """Channels of the tokens that the fake network's middle block puts out."""
+def middle_map(backbone: X0Backbone, prompts: Prompts, network: nn.Module, size: Size) -> Tensor:
+    """The map (1, D, h, w) that a network's middle puts out at a size, for a head that is built on it."""
     latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
-    with TokenTap(fake).listening() as tap:
-        backbone.predict_x0(latents, torch.full((1,), 0.5), prompts.unconditional(1), size, denoiser=fake)
-        return int(tap.take().shape[-1])
-
-
-class DiscriminatorHead(nn.Module):
-    """One logit a picture from the mean of its tokens."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.hidden = nn.Linear(width, width)
-        self.logit = nn.Linear(width, 1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B,) logits from tokens (B, N, D)."""
-        pooled = self.norm(tokens.to(self.logit.weight.dtype).mean(1))
-        logits: Tensor = self.logit(torch.nn.functional.silu(self.hidden(pooled)))
-        return logits.squeeze(-1)
+    t = torch.full((1,), 0.5, dtype=torch.float64, device=backbone.device)
+    with TokenTap(network).listening() as tap:
+        backbone.predict_x0(latents, t, prompts.unconditional(1), size, denoiser=network)
+        return tap.take_map(latents)
