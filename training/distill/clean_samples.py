@@ -45,16 +45,16 @@ def clean_samples(
     """`real_samples` clean samples with their prompts, at every size asked for; kept in the run's folder.
 
     Raises:
-        FileNotFoundError, ValueError: `real_pictures` is no folder of pictures whose captions are among the prompts.
+        FileNotFoundError, ValueError: `real` is no folder of pictures whose captions are among the prompts.
     """
     full = max(sizes)
-    made_of = [prompts.digest, str(teacher.folder), teacher.steps, teacher.guidance_scale, settings.real_pictures]
+    made_of = [prompts.digest, str(teacher.folder), teacher.steps, teacher.guidance_scale, settings.real]
     made_of += [*map(str, sizes), settings.seed, settings.real_samples]
     path = run / f"real-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         stored = load_tensors(path)
         return CleanSamples({size: stored[f"latents.{size}"] for size in sizes}, stored["rows"])
-    if settings.real_pictures is None:
+    if settings.real == "teacher":
         say(f"drawing {settings.real_samples} samples of the teacher")
         rows = prompts.draw(Randomness(settings.seed + 17), settings.real_samples)
         drawn = _teacher_latents(teacher, prompts, full, rows, settings.seed)
@@ -63,8 +63,8 @@ def clean_samples(
         else:
             latents = _encoded(_backbone(teacher), lambda at: _decoded(teacher, drawn[at], full), len(rows), sizes)
     else:
-        say(f"encoding {settings.real_samples} pictures of {settings.real_pictures}")
-        pictures, rows = read_pictures(Path(settings.real_pictures), prompts.texts, full)
+        say(f"encoding {settings.real_samples} pictures of {settings.real}")
+        pictures, rows = read_pictures(Path(settings.real), prompts.texts, full)
         chosen = Randomness(settings.seed + 17).uniform(len(rows)).argsort()[: settings.real_samples]
         rows, order = rows[chosen], chosen.tolist()
         latents = _encoded(
@@ -149,11 +149,9 @@ def read_pictures(folder: Path, texts: Sequence[str], size: Size) -> tuple[Calla
             with Image.open(lines[number][0]) as picture:
                 return _fitted(picture, size)
     else:
-        raise FileNotFoundError(
-            f"real_pictures {folder}: neither a folder of `rmd data` nor pictures with a {METADATA}"
-        )
+        raise FileNotFoundError(f"real {folder}: neither a folder of `rmd data` nor pictures with a {METADATA}")
     if not rows:
-        raise ValueError(f"real_pictures {folder}: no picture's caption is among the prompts; train on its captions")
+        raise ValueError(f"real {folder}: no picture's caption is among the prompts; train on its captions")
     return load, torch.tensor(rows)
 
 

@@ -69,9 +69,7 @@ class DistillSettings(BaseSettings):
     score_entries: tuple[int, int] = Field((12, 28), description="SwD: entries of its time table for the DMD loss")
     patch_entries: tuple[int, int] = Field((18, 28), description="SwD: the same for its patch loss")
     real_samples: int = Field(512, ge=2, description="clean samples for the losses above")
-    real_pictures: str | None = Field(
-        None, description="folder of `rmd data`, or with a metadata.jsonl, that they come from; the teacher by default"
-    )
+    real: str = Field("teacher", description="who makes them: teacher, or a folder (`rmd data`, or metadata.jsonl)")
 
     # The optimisation.
     generator_rate: float = Field(4e-6, gt=0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ConvolutionalHead(nn.Module):
-    """DMD2's: strided 4x4 convolutions from the bottleneck's map down to one logit (main/sd_guidance.py:93-109).
+    """DMD2's: strided 4x4 convolutions from the bottleneck's map down to one logit (main/sd_guidance.py:108-122).
 
     The map is halved until its shorter side is below 8, then taken in by one convolution of what is left: of SDXL's
     32x32 map, 16, 8, 4, 1. Every convolution is followed by group normalisation (32 groups) and SiLU.
@@ -37,7 +37,7 @@ class ConvolutionalHead(nn.Module):
 class TokenHead(nn.Module):
     """SwD's: normalised linear layers of falling width on the mean token.
 
-    src/transformer_with_discriminator.py:24-52; four of them (main.py:213).
+    src/transformer_with_discriminator.py:22-48; four of them (main.py:213).
     """
 
     def __init__(self, width: int, depth: int = 4) -> None:

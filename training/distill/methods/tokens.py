@@ -45,7 +45,7 @@ class TokenTap:
         if caught.ndim == 4:
             return caught
         height = round(math.sqrt(caught.shape[1] * latents.shape[-2] / latents.shape[-1]))
-        return caught.transpose(1, 2).unflatten(2, (height, -1))
+        return caught.transpose(1, 2).reshape(caught.shape[0], caught.shape[2], height, -1)
 
     def _take(self) -> Tensor:
         if self.caught is None:
