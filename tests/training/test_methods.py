@@ -25,8 +25,10 @@ from tests.training.distil_setup import (
     settings_for,
     tiny_backbone,
 )
+from training.distill.intervals import tau_intervals
 from training.distill.methods import METHODS as METHOD_CLASSES
-from training.distill.methods.base import DistributionMatching, Matched, Scores, ScoreSample, tau_intervals
+from training.distill.methods.base import DistributionMatching, Matched, Scores, ScoreSample
+from training.distill.methods.warm_start import warm_start_loss
 from training.distill.prompts import PromptSet
 from training.distill.roles import Networks
 from training.distill.rollout import Rollout, State
@@ -224,7 +226,7 @@ def test_the_warm_start_regresses_the_guided_teacher() -> None:
     method.guidance_scale = 3.0
     rollout = method.rollout(random)
     predictions = rollout.predict(networks.student, [State(3, torch.randn(2, 8, 8, 8), torch.tensor([0, 1]))])
-    loss = method.warm_start_loss(predictions, networks.teacher, random)
+    loss = warm_start_loss(method, predictions, networks.teacher, random)
     target = method.backbone.guided_x0(
         predictions[0].x_t, predictions[0].t, method.prompts.conditioning(torch.tensor([0, 1])),
         method.prompts.unconditional(2), 3.0, FULL, denoiser=networks.teacher,

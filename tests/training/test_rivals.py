@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from rmd.noise_schedule import RectifiedFlow, VariancePreserving
 from rmd.presets import preset
 from tests.training.distil_setup import FULL, LOW, attach_samples, make_method, make_trainer, settings_for
+from training.distill.intervals import faded_intensity
 from training.distill.losses import uncapped_snr
 from training.distill.methods import METHODS
 from training.distill.methods.base import DistributionMatching, Matched, Scores
 from training.distill.methods.discriminators import ConvolutionalHead, TokenHead
-from training.distill.methods.tdm import trajectory_intensity
 from training.distill.methods.tokens import TokenTap
 from training.distill.roles import Networks
 from training.distill.settings import DistillSettings
@@ -100,7 +100,7 @@ def test_tdms_share_of_predicted_noise_on_pixarts_table() -> None:
     alpha, sigma = table.sqrt(), (1 - table).sqrt()
     mid, tau = torch.tensor([0, 224, 449, 674]), torch.tensor([100, 300, 600, 880])
     expected = alpha[tau] / alpha[mid] * sigma[mid] / sigma[tau]
-    share = trajectory_intensity(VariancePreserving.linear(), mid / 1000, tau / 1000)
+    share = faded_intensity(VariancePreserving.linear(), torch.ones(4, dtype=F64), mid / 1000, tau / 1000)
     torch.testing.assert_close(share, expected, rtol=1e-6, atol=1e-9)
     # The forward process keeps the variance, and the later, the less is left.
     beta = (sigma[tau] ** 2 - (alpha[tau] / alpha[mid] * sigma[mid]) ** 2).sqrt()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rmd.machine import device_name
 from training.distill.methods.base import DistributionMatching, Matched, Scores
+from training.distill.methods.warm_start import warm_start_loss
 from training.distill.optimizer import AveragedWeights, MasterAdamW
 from training.distill.roles import Networks, fingerprint, trained_parameters
 from training.distill.settings import DistillSettings, changed_settings
@@ -121,7 +122,7 @@ class Trainer:
         matched = method.match(predictions)
         shared: list[Scores] = []
         if warm:
-            loss = method.warm_start_loss(predictions, networks.teacher, self.random)
+            loss = warm_start_loss(method, predictions, networks.teacher, self.random)
             figures["warm_start_loss"] = float(loss.detach())
             rate = settings.warm_start_rate or settings.generator_rate
         else:

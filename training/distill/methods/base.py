@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rmd.cascade import INTERVAL_CLIP, Cascade
+from rmd.cascade import Cascade
 from rmd.size import Size
 from rmd.upsampling import mix_noise, upsample, upsample_noise
+from training.distill.intervals import tau_intervals
 from training.distill.losses import (
     GENERATOR_LOSSES,
     dmd_direction,
@@ -301,42 +301,6 @@ class DistributionMatching:
             predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
         return fake_score_loss(predicted, sample.y, self.fake_weights(matched, sample))
 
-    def warm_start_loss(
-        self,
-        predictions: Sequence[Prediction],
-        teacher: nn.Module | None,
-        random: Randomness,
-    ) -> Tensor:
-        """Regression of the guided teacher on the student's own states (ours, not the paper's).
-
-        At a step of the matched side the teacher sees the student's very state, which is guidance distillation. Below
-        it, the teacher sees the student's prediction lifted by U and noised to the step's time on the teacher's axis,
-        so that the target is what the teacher makes of this sample at its own side. A first step has no signal to
-        lift (the noise's share is all), so its target is the teacher's mean picture.
-        """
-        total: Tensor | None = None
-        count = sum(len(p.steps) for p in predictions)
-        for p in predictions:
-            size = self.matched_size(p.size)
-            conditioning = self.prompts.conditioning(p.rows)
-            uncond = self.prompts.unconditional(len(p.rows)) if self.guidance_scale != 1.0 else None
-            y = upsample(p.x0, self.backbone.latent_shape(size), self.cascade.x0_upsampling)
-            if size == p.size:
-                x, t = p.x_t, p.t
-            else:
-                teacher_times = [self.cascade.steps[int(i)].teacher_timestep / 1000 for i in p.steps]
-                t = torch.tensor(teacher_times, dtype=torch.float64, device=y.device)
-                x = self.backbone.schedule.add_noise(y.detach(), random.normal(y.shape), t)
-            with torch.no_grad(), scoring_attention():
-                target = self.backbone.guided_x0(
-                    x, t, conditioning, uncond, self.guidance_scale, size, denoiser=teacher
-                )
-            loss = (y - target).square().flatten(1).mean(1).sum() / count
-            total = loss if total is None else total + loss
-        if total is None:
-            raise ValueError("no predictions to regress")
-        return total
-
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def _stage_weights(self, matched: Matched) -> Tensor:
@@ -406,25 +370,3 @@ def with_intensities(cascade: Cascade, settings: DistillSettings) -> Cascade:
     if settings.transition_noise_intensity is not None:
         cascade = replace(cascade, training_noise_intensity=settings.transition_noise_intensity)
     return cascade
-
-
-def tau_intervals(cascade: Cascade, interval: str) -> Tensor:
-    """(steps, 2) float64: from where to where `tau` is drawn for each step, on the teacher's axis.
-
-    "stage": the stage's interval; the stages' intervals are disjoint. "step": from the next step's teacher time to the
-    step's own (TDM). "full": everywhere. All are clipped to [0.02, 0.98].
-    """
-    lowest, highest = INTERVAL_CLIP
-    if interval == "full":
-        pairs = [(lowest, highest)] * cascade.num_steps
-    elif interval == "stage":
-        pairs = [cascade.stages[step.stage].teacher_interval for step in cascade.steps]
-    elif interval == "step":
-        edges = [step.teacher_timestep / 1000 for step in cascade.steps] + [0.0]
-        pairs = [(max(low, lowest), min(high, highest)) for high, low in pairwise(edges)]
-    else:
-        raise ValueError(f"interval {interval!r} is not one of stage, step, full")
-    for index, (low, high) in enumerate(pairs):
-        if not low < high:
-            raise ValueError(f"step {index}: nothing is left of its interval ({low}, {high}) inside {INTERVAL_CLIP}")
-    return torch.tensor(pairs, dtype=torch.float64)

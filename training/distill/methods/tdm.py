@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rmd.noise_schedule import NoiseSchedule
+from training.distill.intervals import faded_intensity
 from training.distill.losses import MAX_SNR_WEIGHT, uncapped_snr
 from training.distill.methods.base import DistributionMatching, Matched, ScoreSample
 from training.distill.rollout import Rollout, State
@@ -41,10 +41,10 @@ class TDM(DistributionMatching):
         return [rollout.roll_out(student, step, count) for step, count in zip(active, counts, strict=True) if count]
 
     def score_intensity(self, matched: Matched, tau: Tensor) -> Tensor:
-        """The share of predicted noise that is left at `tau`; see :func:`trajectory_intensity`."""
+        """The share that is left at `tau` of the predicted noise, which is all there is at the step's end."""
         times = [step.teacher_timestep / 1000 for step in self.cascade.steps[1:]] + [0.0]
         ends = torch.tensor(times, dtype=torch.float64)[matched.steps].to(tau.device)
-        return trajectory_intensity(self.backbone.schedule, ends, tau)
+        return faded_intensity(self.backbone.schedule, torch.ones_like(tau), ends, tau)
 
     def fake_weights(self, matched: Matched, sample: ScoreSample) -> Tensor:
         """`min(SNR, 5)` times the importance weight `exp(-mean eps_mix^2 / 2) / exp(-mean z^2 / 2)`.
@@ -63,19 +63,3 @@ class TDM(DistributionMatching):
             own = torch.tensor([step.teacher_timestep / 1000 for step in self.cascade.steps], dtype=torch.float64)
             intervals[:, 1] = torch.minimum(intervals[:, 1], own - _MARGIN)
         return intervals
-
-
-def trajectory_intensity(schedule: NoiseSchedule, end: Tensor, tau: Tensor) -> Tensor:
-    """How much of the noise at `tau` is the predicted one, of a sample that held nothing else at `end`.
-
-    From `alpha_end y + sigma_end eps` the forward process leads to `alpha_tau y + sigma_tau (a eps + sqrt(1 - a^2) z)`
-    with `a = (alpha_tau sigma_end) / (alpha_end sigma_tau)`.
-
-    Args:
-        end, tau: (B,) times, `tau` above `end`.
-
-    Returns:
-        (B,) float64 in [0, 1].
-    """
-    ratio = schedule.sigma(end) / schedule.alpha(end) * schedule.alpha(tau) / schedule.sigma(tau)
-    return ratio.to(torch.float64).clamp(0.0, 1.0)
