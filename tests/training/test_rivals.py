@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rmd.backbones.registry import get_backbone
+from rmd.backbones.tiny import tiny_config
 from rmd.noise_schedule import RectifiedFlow, VariancePreserving
 from rmd.presets import preset
 from tests.training.distil_setup import FULL, LOW, attach_samples, make_method, make_trainer, settings_for
@@ -25,6 +27,7 @@ from training.distill.methods.discriminators import ConvolutionalHead, TokenHead
 from training.distill.methods.tokens import TokenTap
 from training.distill.roles import Networks
 from training.distill.settings import DistillSettings
+from training.distill.teacher import Teacher, training_cascade
 from training.runtime.randomness import Randomness
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -359,6 +362,19 @@ def test_the_naive_cascades_times_lie_at_the_stages_own_side() -> None:
     assert naive.intervals[2:].tolist() == rmd.intervals[2:].tolist()
     # Eq. 2 at half the side: 2 t / (1 + t), to the timestep.
     assert naive.intervals[0].tolist() == pytest.approx([2 * boundary / (1 + boundary), 0.98], abs=6e-4)
+
+
+def test_published_steps_and_scales_are_the_default(tmp_path: Path) -> None:
+    backbone = get_backbone("sd3").from_config(tiny_config("sd3"), dtype=torch.float32, device="meta")
+    teacher = Teacher(tmp_path, backbone, 28, 7.0, {}, None)
+    cascade = training_cascade(teacher, settings_for("swd"))
+    assert [(step.timestep, step.size.width // 8) for step in cascade.steps] == [
+        (1000, 64), (895.9, 80), (737.1, 96), (602.2, 128)
+    ]  # fmt: skip
+    listed = training_cascade(teacher, settings_for("tdm", timesteps=(899, 674, 449, 224)))
+    assert [(step.timestep, step.size.width) for step in listed.steps] == [(t, 1024) for t in (899, 674, 449, 224)]
+    scales = training_cascade(teacher, settings_for("swd", timesteps=(1000, 700, 400)))
+    assert [(step.timestep, step.size.width) for step in scales.steps] == [(1000, 512), (700, 768), (400, 1024)]
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
