@@ -399,6 +399,8 @@ def test_timesteps_are_for_methods_that_take_a_list() -> None:
 def test_what_cannot_go_together_is_refused() -> None:
     with pytest.raises(ValueError, match="dmd2 draws the fake score's times by a law of its own"):
         settings_for("dmd2", shared_score_sample=True)
+    with pytest.raises(ValueError, match=r"patch_entries=\[18, 29\]: give a first entry and an end within 0 and 28"):
+        make_method(settings_for("swd", patch_entries=(18, 29)))
     with pytest.raises(ValueError, match="fake_first"):
         settings_for("tdm", shared_score_sample=True)
     with pytest.raises(ValueError, match="gan_weight is DMD2's and SwD's"):

@@ -131,6 +131,13 @@ class SwD(DistributionMatching):
         loss = fake_score_loss(predicted, sample.y, self.fake_weights(matched, sample))
         return loss + self.settings.gan_critic_weight * gan_discriminator_loss(real_logits, student_logits)
 
+    def _check(self) -> None:
+        super()._check()
+        for name in ("score_entries", "patch_entries"):
+            first, end = getattr(self.settings, name)
+            if not 0 <= first < end <= _TABLE:
+                raise ValueError(f"{name}=[{first}, {end}]: give a first entry and an end within 0 and {_TABLE}")
+
     def _tokens(self, clean: Tensor, noise: Tensor, tau: Tensor, matched: Matched) -> Tensor:
         """(B, N, D), the fake network's tokens of clean latents at `tau`."""
         x = self.backbone.schedule.add_noise(clean, noise, tau)
