@@ -18,7 +18,7 @@ _SHEET_PROMPTS = 8
 def command(
     teacher: Annotated[Path, typer.Option(help="The teacher: a diffusers folder, or owner/name@revision.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write, such as models/embedded.")],
-    method: Annotated[str | None, typer.Option(help="rmd (default), tdm, dmd2 or swd.")] = None,
+    method: Annotated[str | None, typer.Option(help="rmd (default), naive, tdm, dmd2 or swd.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Training time, over all resumptions; this or --iterations is needed.")
     ] = None,

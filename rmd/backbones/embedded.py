@@ -55,6 +55,19 @@ class EmbeddedDecoder(nn.Module):
         return output
 
 
+class EmbeddedEncoder(nn.Module):
+    """``EmbeddedAutoencoder``'s encoder from pictures in [-1, 1] to normalised latents; it has no posterior."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, H / 8, W / 8) of pictures (B, 3, H, W)."""
+        output: Tensor = self.vae.encode(pixels)
+        return output
+
+
 class EmbeddedBackbone(SD3Backbone):
     """The embedded model: 128 and 256 pixels, 18.7 M parameters, rectified flow with v = eps - x0.
 
@@ -81,6 +94,10 @@ class EmbeddedBackbone(SD3Backbone):
         if "text_encoder" in raw:
             modules["text_encoder"] = MiniLMEncoder(raw["text_encoder"])
         return modules
+
+    def wrap_encoder(self, vae: Any) -> nn.Module:
+        """See :meth:`DiffusersBackbone.wrap_encoder`."""
+        return EmbeddedEncoder(vae)
 
     def text_widths(self) -> dict[str, tuple[int, ...]]:
         """See :meth:`DiffusersBackbone.text_widths`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.decoders import TinyFilmDecoder
-from rmd.backbones.embedded import EmbeddedBackbone, EmbeddedDecoder
+from rmd.backbones.embedded import EmbeddedBackbone, EmbeddedDecoder, EmbeddedEncoder
 from rmd.backbones.wrappers import FilmDenoiser
 from rmd.size import Size
 
@@ -22,6 +22,16 @@ class FilmDecoder(EmbeddedDecoder):
         frames = latents.shape[2]
         pictures: Tensor = super().forward(latents.transpose(1, 2).flatten(0, 1))
         return pictures.view(-1, frames, *pictures.shape[1:]).transpose(1, 2)
+
+
+class FilmEncoder(EmbeddedEncoder):
+    """``EmbeddedAutoencoder``'s encoder on every frame alone."""
+
+    def forward(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, T, H / 8, W / 8) of films (B, 3, T, H, W)."""
+        frames = pixels.shape[2]
+        latents = super().forward(pixels.transpose(1, 2).flatten(0, 1))
+        return latents.view(-1, frames, *latents.shape[1:]).transpose(1, 2)
 
 
 class EmbeddedVideoBackbone(EmbeddedBackbone):
@@ -48,6 +58,10 @@ class EmbeddedVideoBackbone(EmbeddedBackbone):
         if "vae" in raw:
             modules["decoder"] = FilmDecoder(raw["vae"])
         return modules
+
+    def wrap_encoder(self, vae: Any) -> nn.Module:
+        """See :meth:`DiffusersBackbone.wrap_encoder`."""
+        return FilmEncoder(vae)
 
     def wrap_small_decoder(self, network: Any) -> nn.Module:
         """See :meth:`DiffusersBackbone.wrap_small_decoder`."""

@@ -22,6 +22,7 @@ from rmd.backbones.base import (
 from rmd.backbones.decoders import TINY, TinyDecoder, read_small_decoder
 from rmd.backbones.folder import DiffusersFolder, load_network
 from rmd.backbones.random_weights import build_random
+from rmd.backbones.wrappers import ImageEncoder
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
 from rmd.profiles import PROFILES
 from rmd.size import Size
@@ -69,6 +70,8 @@ class DiffusersBackbone(Backbone):
         self.sizes = defaults.sizes
         # Told by the scheduler's configuration, as diffusers' pipelines are (SDXL-Lightning's one-step UNet).
         self.predicts_x0 = self.prediction == "epsilon" and configs["scheduler"].get("prediction_type") == "sample"
+        # No component of its own: it shares the decoder's weights, and only training encodes.
+        self._encoder = self.wrap_encoder(raw["vae"]) if "vae" in raw else None
         modules = self.wrap(raw)
         if SMALL_DECODER in raw:
             modules["decoder"] = self.wrap_small_decoder(raw[SMALL_DECODER])
@@ -83,6 +86,10 @@ class DiffusersBackbone(Backbone):
     def wrap_small_decoder(self, network: Any) -> nn.Module:
         """The exportable component over a network of class ``small_decoder``."""
         return TinyDecoder(network)
+
+    def wrap_encoder(self, vae: Any) -> nn.Module:
+        """The way from pixels to the denoiser's latents: ``forward(pixels, noise)``, see :meth:`encode`."""
+        return ImageEncoder(vae)
 
     @abstractmethod
     def text_widths(self) -> dict[str, tuple[int, ...]]:
@@ -247,6 +254,22 @@ class DiffusersBackbone(Backbone):
         """Token inputs of one text encoder."""
         length = self.tokenizers[component.replace("text_encoder", "tokenizer")]
         return {"input_ids": torch.ones(batch, length, dtype=torch.int64, device=self.device)}
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of pictures (B, 3, H, W) or films (B, 3, T, H, W) in [0, 1], float32: what :meth:`decode` undoes.
+
+        Args:
+            noise: standard normal, in the latents' shape: a sample of the autoencoder's posterior, not its mode.
+
+        Raises:
+            BackboneError: the autoencoder is not loaded (a small decoder took its place).
+        """
+        if self._encoder is None:
+            raise BackboneError(f"this {self.name} has no autoencoder to encode with: load it without a small decoder")
+        scaled = pixels.to(self.device, self.decoder_dtype) * 2 - 1
+        latents: Tensor = self._encoder(scaled, noise)
+        return latents.float()
 
     # ---- text ---------------------------------------------------------------------------------------------------
 

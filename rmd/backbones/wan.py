@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rmd.backbones.base import BackboneError, Conditioning
 from rmd.backbones.decoders import WAN
 from rmd.backbones.family import DiffusersBackbone
-from rmd.backbones.wrappers import T5Encoder, VideoDecoder, WanDenoiser
+from rmd.backbones.wrappers import T5Encoder, VideoDecoder, VideoEncoder, WanDenoiser
 from rmd.profiles import PROFILES
 from rmd.size import Size
 
@@ -49,6 +49,10 @@ class WanBackbone(DiffusersBackbone):
         if "text_encoder" in raw:
             modules["text_encoder"] = T5Encoder(raw["text_encoder"])
         return modules
+
+    def wrap_encoder(self, vae: Any) -> nn.Module:
+        """See :meth:`DiffusersBackbone.wrap_encoder`."""
+        return VideoEncoder(vae)
 
     def wrap_small_decoder(self, network: Any) -> nn.Module:
         """See :meth:`DiffusersBackbone.wrap_small_decoder`."""

@@ -199,6 +199,46 @@ class VideoDecoder(nn.Module):
         return output
 
 
+def posterior_sample(posterior: Any, noise: Tensor | None) -> Tensor:
+    """The mode of an autoencoder's posterior, or with standard normal `noise` a sample of it."""
+    mean: Tensor = posterior.mode()
+    return mean if noise is None else mean + posterior.std * noise.to(mean)
+
+
+class ImageEncoder(nn.Module):
+    """``AutoencoderKL`` from pictures in [-1, 1] to scaled latents: :class:`ImageDecoder`'s way back."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.shift_factor = float(vae.config.shift_factor or 0.0)
+
+    def forward(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, H / 8, W / 8) of pictures (B, 3, H, W); ``noise`` in the latents' shape samples them."""
+        raw = posterior_sample(self.vae.encode(pixels).latent_dist, noise)
+        return (raw - self.shift_factor) * self.scaling_factor
+
+
+class VideoEncoder(nn.Module):
+    """``AutoencoderKLWan`` from films in [-1, 1] to normalised latents: :class:`VideoDecoder`'s way back."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        shape = (1, -1, 1, 1, 1)
+        self.register_buffer("mean", torch.tensor(vae.config.latents_mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(vae.config.latents_std).view(shape), persistent=False)
+
+    def forward(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, (T - 1) / 4 + 1, H / 8, W / 8) of films (B, 3, T, H, W); ``noise`` samples them."""
+        raw = posterior_sample(self.vae.encode(pixels).latent_dist, noise)
+        return (raw - self.mean.to(raw)) / self.std.to(raw)
+
+
 class CLIPEncoder(nn.Module):
     """A CLIP text encoder: hidden states before the last layer and, where there is a projection, the pooled text.
 

@@ -13,7 +13,7 @@ from rmd.cascade import Cascade
 from rmd.noise_schedule import RectifiedFlow
 from rmd.size import Size
 from training.distill.methods import METHODS
-from training.distill.methods.base import DistillationMethod
+from training.distill.methods.base import CleanSamples, DistributionMatching
 from training.distill.prompts import PromptSet
 from training.distill.roles import Networks
 from training.distill.settings import DistillSettings
@@ -45,7 +45,7 @@ def prompt_set(count: int = 5) -> PromptSet:
 
 def cascade_for(method: str) -> Cascade:
     times = [1000, 750, 500, 250]
-    if method == "rmd":
+    if method in ("rmd", "naive"):
         return Cascade.from_thresholds("tiny", RectifiedFlow(), (LOW, FULL), times, (-1.5,))
     if method == "swd":
         sizes = [LOW, LOW, Size(48, 48), FULL]
@@ -62,16 +62,19 @@ def settings_for(method: str = "rmd", **options: Any) -> DistillSettings:
     return DistillSettings(**{**defaults, **options})
 
 
-def make_method(settings: DistillSettings, backbone: EmbeddedBackbone | None = None) -> DistillationMethod:
+def make_method(settings: DistillSettings, backbone: EmbeddedBackbone | None = None) -> DistributionMatching:
     return METHODS[settings.method](
         backbone or tiny_backbone(), cascade_for(settings.method), settings, prompt_set(), 2.0
     )
 
 
-def attach_samples(method: DistillationMethod, networks: Networks) -> None:
+def attach_samples(method: DistributionMatching, networks: Networks) -> None:
     """Give SwD, or DMD2 with its GAN loss, the clean samples that it trains on."""
-    real = torch.randn(6, *method.backbone.latent_shape(FULL), generator=torch.Generator().manual_seed(9))
-    method.attach_adversary(networks.fake, 16, real, torch.arange(6) % 5)  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(9)
+    latents = {
+        size: torch.randn(6, *method.backbone.latent_shape(size), generator=generator) for size in method.sample_sizes
+    }
+    method.attach(networks.fake, CleanSamples(latents, torch.arange(6) % 5))
 
 
 def make_trainer(
@@ -82,6 +85,6 @@ def make_trainer(
     backbone = tiny_backbone(dtype)
     method = make_method(settings, backbone)
     networks = Networks.build(backbone, settings)
-    if settings.method == "swd" or settings.gan_weight:
+    if method.needs_samples:
         attach_samples(method, networks)
     return Trainer(method, networks, settings, run, hooks=hooks, accelerator=accelerator)

@@ -17,7 +17,7 @@ from rmd.noise_schedule import RectifiedFlow
 from rmd.size import Size
 from rmd.upsampling import upsample
 from training.distill.methods import RMD
-from training.distill.methods.base import Matched, ScoreSample
+from training.distill.methods.base import Matched, Scores, ScoreSample
 from training.distill.settings import DistillSettings
 from training.runtime.randomness import Randomness
 
@@ -169,7 +169,7 @@ def test_the_generator_gradient_is_the_kl_gradient(side: Size, tau: float) -> No
     method = rmd_method(side, 2 * (pixels + 16), tau)
     matched, sample = matched_and_sample(method, student, random)
     fake = GaussianScore(*(moment.detach() for moment in student_moments(student, U)))
-    loss, _ = method.generator_loss(matched, GaussianScore(*target), fake, sample)
+    loss, _ = method.generator_loss(matched, method.scores(matched, sample, GaussianScore(*target), fake), random)
     gradients = torch.autograd.grad(loss, [student.A, student.b])
     analytic = torch.autograd.grad(kl_divergence(*student_moments(student, U), target, tau), [student.A, student.b])
     # d = sigma^2/alpha (score_fake - score_real), dx/dy = alpha, and the squared loss divides by the dimension.
@@ -187,7 +187,8 @@ def test_each_samples_gradient_points_along_the_difference_of_scores(loss: str) 
     matched = Matched(matched.size, y, matched.eps, matched.steps, matched.rows)
     sample = method.score_sample(matched, Randomness(1, dtype=F64))
     mean, covariance = (moment.detach() for moment in student_moments(student, U))
-    total, _ = method.generator_loss(matched, GaussianScore(*target), GaussianScore(mean, covariance), sample)
+    scores = method.scores(matched, sample, GaussianScore(*target), GaussianScore(mean, covariance))
+    total, _ = method.generator_loss(matched, scores, Randomness(0))
     (gradient,) = torch.autograd.grad(total, y)
     x = sample.x.detach().flatten(1).requires_grad_()
     eye = tau**2 * torch.eye(16, dtype=F64)
@@ -216,7 +217,8 @@ def test_the_fake_scores_loss_is_least_at_the_exact_denoiser() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return linear(x)  # type: ignore[no-any-return]
 
-    loss = method.critic_loss(matched, Affine(), random, sample)
+    predicted = method.backbone.predict_x0(sample.x, sample.tau, {}, sample.size, Affine())
+    loss = method.critic_loss(matched, None, random, Scores(sample, sample.y, predicted))
     for gradient in torch.autograd.grad(loss, [linear.weight, linear.bias]):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 
@@ -231,7 +233,7 @@ def distil(method: RMD, student: LinearStudent, U: Tensor, target: tuple[Tensor,
         random = SigmaPoints([pixels, 16], tau=float(torch.rand((), generator=draws)))
         matched, sample = matched_and_sample(method, student, random)
         fake = GaussianScore(*(moment.detach() for moment in student_moments(student, U)))
-        loss, _ = method.generator_loss(matched, GaussianScore(*target), fake, sample)
+        loss, _ = method.generator_loss(matched, method.scores(matched, sample, GaussianScore(*target), fake), random)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

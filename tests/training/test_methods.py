@@ -25,22 +25,24 @@ from tests.training.distil_setup import (
     settings_for,
     tiny_backbone,
 )
+from training.distill.intervals import tau_intervals
 from training.distill.methods import METHODS as METHOD_CLASSES
-from training.distill.methods.base import DistillationMethod, Matched, tau_intervals
+from training.distill.methods.base import DistributionMatching, Matched, Scores, ScoreSample
+from training.distill.methods.warm_start import warm_start_loss
 from training.distill.prompts import PromptSet
 from training.distill.roles import Networks
 from training.distill.rollout import Rollout, State
 from training.runtime.randomness import Randomness
 
-METHODS = ["rmd", "tdm", "dmd2", "swd"]
+METHODS = ["rmd", "tdm", "dmd2", "swd", "naive"]
 
 
-def prepared(method_name: str, **options: Any) -> tuple[DistillationMethod, Networks, Randomness]:
+def prepared(method_name: str, **options: Any) -> tuple[DistributionMatching, Networks, Randomness]:
     settings = settings_for(method_name, **options)
     method = make_method(settings)
     networks = Networks.build(method.backbone, settings)  # type: ignore[arg-type]
     nudge(networks.student)
-    if method_name == "swd" or settings.gan_weight:
+    if method.needs_samples:
         attach_samples(method, networks)
     return method, networks, Randomness(1)
 
@@ -52,10 +54,14 @@ def nudge(module: nn.Module) -> None:
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
 
 
-def matched_of(method: DistillationMethod, networks: Networks, random: Randomness) -> list[Matched]:
+def matched_of(method: DistributionMatching, networks: Networks, random: Randomness) -> list[Matched]:
     rollout = method.rollout(random)
     states = method.states(rollout, networks.student, range(method.cascade.num_steps))
     return method.match(rollout.predict(networks.student, states))
+
+
+def scores_of(method: DistributionMatching, networks: Networks, matched: Matched, random: Randomness) -> Scores:
+    return method.scores(matched, method.score_sample(matched, random), networks.teacher, networks.fake)
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
@@ -66,25 +72,22 @@ def gradients(module: nn.Module) -> list[Tensor]:
 def test_the_generators_loss_is_finite_and_trains_the_student_alone(name: str) -> None:
     method, networks, random = prepared(name)
     (matched,) = matched_of(method, networks, random)
-    loss, figures = method.generator_loss(
-        matched, networks.teacher, networks.fake, method.score_sample(matched, random)
-    )
+    loss, figures = method.generator_loss(matched, scores_of(method, networks, matched, random), random)
     assert torch.isfinite(loss) and figures["direction"] > 0
     loss.backward()
     assert gradients(networks.student)
     assert not gradients(networks.teacher)
-    # SwD's patch loss goes through the fake network to reach the student; the trainer drops what it leaves there.
-    assert name == "swd" or not gradients(networks.fake)
+    # The further losses go through the fake network to reach the student; the trainer drops what they leave there.
+    assert name in ("dmd2", "swd") or not gradients(networks.fake)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("name", "shared"), [*((name, False) for name in METHODS), ("rmd", True), ("naive", True)])
 def test_the_critics_loss_is_finite_and_trains_the_fake_score_alone(name: str, shared: bool) -> None:
     method, networks, random = prepared(name, shared_score_sample=shared)
     (matched,) = matched_of(method, networks, random)
-    sample = method.score_sample(matched, random)
-    method.generator_loss(matched, networks.teacher, networks.fake, sample)
-    loss = method.critic_loss(matched, networks.fake, random, sample if shared else None)
+    scores = scores_of(method, networks, matched, random)
+    method.generator_loss(matched, scores, random)
+    loss = method.critic_loss(matched, networks.fake, random, scores if shared else None)
     assert torch.isfinite(loss)
     loss.backward()
     assert gradients(networks.fake)
@@ -94,7 +97,7 @@ def test_the_critics_loss_is_finite_and_trains_the_fake_score_alone(name: str, s
 def test_dmd2s_gan_loss_reaches_student_and_head() -> None:
     method, networks, random = prepared("dmd2", gan_weight=1.0, guidance_scale=1.0)
     (matched,) = matched_of(method, networks, random)
-    _, figures = method.generator_loss(matched, networks.teacher, networks.fake, method.score_sample(matched, random))
+    _, figures = method.generator_loss(matched, scores_of(method, networks, matched, random), random)
     assert figures["gan_generator_loss"] > 0
     method.critic_loss(matched, networks.fake, random).backward()
     assert gradients(method.head)  # type: ignore[attr-defined]
@@ -108,8 +111,7 @@ def test_a_low_stages_gradient_comes_through_the_upsampling() -> None:
     predictions[0].x0.retain_grad()
     (matched,) = method.match(predictions)
     assert matched.size == FULL and matched.y.shape[-2:] == (8, 8)
-    sample = method.score_sample(matched, random)
-    loss, _ = method.generator_loss(matched, networks.teacher, networks.fake, sample)
+    loss, _ = method.generator_loss(matched, scores_of(method, networks, matched, random), random)
     loss.backward()
     gradient = predictions[0].x0.grad
     assert gradient is not None and bool((gradient != 0).all())
@@ -211,13 +213,12 @@ def test_a_pipelined_sample_moves_on_by_its_own_prediction() -> None:
 def test_a_shared_sample_gives_the_critic_the_generators_own_prediction() -> None:
     method, networks, random = prepared("rmd", shared_score_sample=True)
     (matched,) = matched_of(method, networks, random)
-    sample = method.score_sample(matched, random)
-    method.generator_loss(matched, networks.teacher, networks.fake, sample)
-    assert sample.fake is not None
+    scores = scores_of(method, networks, matched, random)
     again = method.backbone.predict_x0(
-        sample.x, sample.tau, method.prompts.conditioning(matched.rows), FULL, denoiser=networks.fake
+        scores.sample.x, scores.sample.tau, method.prompts.conditioning(matched.rows), FULL, denoiser=networks.fake
     )
-    torch.testing.assert_close(sample.fake, again)
+    torch.testing.assert_close(scores.fake, again)
+    assert scores.fake.requires_grad and not scores.real.requires_grad
 
 
 def test_the_warm_start_regresses_the_guided_teacher() -> None:
@@ -225,7 +226,7 @@ def test_the_warm_start_regresses_the_guided_teacher() -> None:
     method.guidance_scale = 3.0
     rollout = method.rollout(random)
     predictions = rollout.predict(networks.student, [State(3, torch.randn(2, 8, 8, 8), torch.tensor([0, 1]))])
-    loss = method.warm_start_loss(predictions, networks.teacher, random)
+    loss = warm_start_loss(method, predictions, networks.teacher, random)
     target = method.backbone.guided_x0(
         predictions[0].x_t, predictions[0].t, method.prompts.conditioning(torch.tensor([0, 1])),
         method.prompts.unconditional(2), 3.0, FULL, denoiser=networks.teacher,
@@ -248,14 +249,6 @@ def test_swd_starts_from_clean_samples_of_the_scale_before() -> None:
     assert matched.size.width == 48, "each scale is matched at its own side"
 
 
-def test_importance_weights_follow_the_intervals_lengths() -> None:
-    method, networks, random = prepared("rmd", interval="step", importance_weight=True, rollout="pipelined")
-    (matched,) = matched_of(method, networks, random)
-    weights = method._sample_weights(matched)
-    lengths = torch.tensor([0.23, 0.25, 0.25, 0.23], dtype=torch.float64)
-    torch.testing.assert_close(weights, (lengths / lengths.mean())[matched.steps])
-
-
 def test_fake_weights_average_one_over_a_stage() -> None:
     method, networks, random = prepared("rmd", rollout="pipelined")
     (matched,) = matched_of(method, networks, random)
@@ -264,7 +257,9 @@ def test_fake_weights_average_one_over_a_stage() -> None:
         tau = torch.linspace(low, high, 4001, dtype=torch.float64)
         steps = torch.full((4001,), step)
         stage = Matched(FULL, matched.y, matched.eps, steps, steps)
-        assert float(method._fake_weights(stage, tau).mean()) == pytest.approx(1.0, rel=1e-2)
+        assert float(
+            method.fake_weights(stage, ScoreSample(FULL, matched.y, matched.y, tau, matched.eps, matched.eps)).mean()
+        ) == pytest.approx(1.0, rel=1e-2)
 
 
 def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
@@ -287,7 +282,7 @@ def test_stage_weights_must_fit_the_stages() -> None:
 FILM_LOW, FILM = Size(32, 32, 5), Size(48, 48, 5)
 
 
-def film_method(frames: int | None) -> tuple[DistillationMethod, Networks]:
+def film_method(frames: int | None) -> tuple[DistributionMatching, Networks]:
     backbone = EmbeddedVideoBackbone.from_config(tiny_config("embedded-video"), dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     text = {
@@ -315,13 +310,14 @@ def test_scores_see_some_frames_of_a_film_and_are_told_which() -> None:
         )
     sample = method.score_sample(matched, random)
     assert sample.x.shape[2] == 3 and sample.size == Size(48, 48, 3) and sample.frames is not None
-    loss, _ = method.generator_loss(matched, networks.teacher, networks.fake, sample)
+    scores = method.scores(matched, sample, networks.teacher, networks.fake)
+    loss, _ = method.generator_loss(matched, scores, random)
     loss.backward()  # type: ignore[no-untyped-call]
     (chosen,) = {tuple(row) for call in seen for row in call}
     assert chosen == tuple(sample.frames[0].tolist()) == tuple(sorted(set(chosen)))
     touched = matched.y.grad.abs().sum((0, 1, 3, 4)) > 0  # type: ignore[union-attr]
     assert touched.nonzero().flatten().tolist() == list(chosen)
-    method.critic_loss(matched, networks.fake, random, sample).backward()  # type: ignore[no-untyped-call]
+    method.critic_loss(matched, networks.fake, random, scores).backward()  # type: ignore[no-untyped-call]
     assert gradients(networks.fake)
     others = {tuple(method.score_sample(matched, random).frames[0].tolist()) for _ in range(20)}  # type: ignore[index]
     assert len(others) > 3
@@ -333,8 +329,9 @@ def test_as_many_frames_as_there_are_is_the_whole_film() -> None:
         method, networks = film_method(frames)
         random = Randomness(1)
         (matched,) = matched_of(method, networks, random)
-        sample = method.score_sample(matched, random)
-        losses.append(float(method.generator_loss(matched, networks.teacher, networks.fake, sample)[0].detach()))
+        losses.append(
+            float(method.generator_loss(matched, scores_of(method, networks, matched, random), random)[0].detach())
+        )
     assert losses[0] == losses[1]
 
 

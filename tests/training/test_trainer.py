@@ -28,6 +28,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"rollout": "pipelined", "shared_score_sample": True, "fake_steps": 2, "rate_warmup": 3, "decay_share": 0.5,
      "warm_start_iterations": 2, "warm_start_fake_iterations": 1, "interval": "step"},
     {"rollout": "pipelined", "fake_warmup_iterations": 1, "rate_warmup": 2},
+    {"method": "tdm"},
     {"method": "swd"},
     {"method": "dmd2", "gan_weight": 0.1, "fake_steps": 2},
 ]  # fmt: skip
@@ -41,7 +42,7 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["fresh", "pipelined", "fake-warmup", "swd", "dmd2-gan"])
+@pytest.mark.parametrize("options", VARIANTS, ids=["fresh", "pipelined", "fake-warmup", "tdm", "swd", "dmd2-gan"])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = make_trainer(tmp_path / "whole", **options)
     initial = {name: value.clone() for name, value in weights_of(whole).items()}

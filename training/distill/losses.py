@@ -66,6 +66,11 @@ def normaliser(y: Tensor, real: Tensor, floor: float = 1e-6) -> Tensor:
     return (y - real).detach().abs().flatten(1).mean(1).clamp(min=floor)
 
 
+def uncapped_snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """`SNR(t)`, float64: turns the squared error of x0 into that of the noise."""
+    return torch.exp(schedule.log_snr(t))
+
+
 def snr_weight(schedule: NoiseSchedule, t: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """`min(SNR(t) (r / R)^2, 5)`, float64.
 

@@ -78,11 +78,13 @@ class State:
         step: index of the step in the cascade.
         x_t: (B, C, [T], H, W) at the step's side and time.
         rows: (B,) rows of the prompts.
+        clean: the clean latents that the samples were made of, where a method starts from such.
     """
 
     step: int
     x_t: Tensor
     rows: Tensor
+    clean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Prediction:
         t: (B,) the students' own (mapped) times.
         steps: (B,) step indices, int64 on the CPU.
         rows: (B,) rows of the prompts.
+        clean: see :class:`State`.
     """
 
     size: Size
@@ -103,6 +106,7 @@ class Prediction:
     t: Tensor
     steps: Tensor
     rows: Tensor
+    clean: Tensor | None = None
 
 
 class Rollout:
@@ -170,7 +174,9 @@ class Rollout:
             indices = torch.cat([torch.full((len(state.rows),), state.step) for state in group])
             t = torch.tensor([steps[int(i)].t for i in indices], dtype=torch.float64, device=x_t.device)
             x0 = self.backbone.predict_x0(x_t, t, self.prompts.conditioning(rows), size, denoiser=student)
-            predictions.append(Prediction(size, x_t, x0, t, indices, rows))
+            known = [state.clean for state in group if state.clean is not None]
+            clean = torch.cat(known) if known else None
+            predictions.append(Prediction(size, x_t, x0, t, indices, rows, clean))
             if self.pipelined:
                 for state, part in zip(group, torch.split(x0.detach(), [len(s.rows) for s in group]), strict=True):
                     if state.step + 1 < self.cascade.num_steps:

@@ -11,29 +11,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from rmd.backbones.base import Backbone
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
-from rmd.sampler import sample
-from rmd.size import Size
 from training.distill.adapters import learnt_adapters
+from training.distill.clean_samples import clean_samples
 from training.distill.export import Export, export_checkpoint
 from training.distill.methods import METHODS
-from training.distill.methods.adversary import TokenTap
-from training.distill.methods.base import DistillationMethod
+from training.distill.methods.base import DistributionMatching
 from training.distill.prompts import PromptSet
 from training.distill.roles import Networks, merged_network, network_of, with_weights
 from training.distill.settings import DistillSettings
 from training.distill.sheets import draw_pictures, teacher_sampling, with_denoiser, write_sheet
 from training.distill.teacher import Teacher, exported_cascades, training_cascade
 from training.distill.trainer import Trainer
-from training.runtime.attention import training_attention
 from training.runtime.checkpoints import checkpoints, load_checkpoint
 from training.runtime.files import load_tensors, save_tensors, write_json
-from training.runtime.randomness import Randomness
 
 PRECISIONS = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 INITIAL_FILE = "initial.json"
@@ -44,7 +38,7 @@ class Distillation:
     """Everything of one run, put together by :meth:`build`."""
 
     teacher: Teacher
-    method: DistillationMethod
+    method: DistributionMatching
     networks: Networks
     trainer: Trainer
     settings: DistillSettings
@@ -72,14 +66,11 @@ class Distillation:
         scale = settings.guidance_scale if settings.guidance_scale is not None else teacher.guidance_scale
         method = METHODS[settings.method](teacher.backbone, cascade, settings, prompts, scale)
         networks = Networks.build(teacher.backbone, settings, initial_denoiser(teacher, settings))
-        attach = getattr(method, "attach_adversary", None)
-        if attach is not None and (settings.gan_weight or settings.method == "swd"):
-            real = rows = torch.zeros(0)
-            if not to_export:
-                say(f"drawing {settings.real_samples} samples of the teacher")
-                real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
+        if method.needs_samples:
+            sizes = method.sample_sizes
+            samples = None if to_export else clean_samples(teacher, prompts, sizes, settings, run, say)
             # In any case: a discriminator's head is among the weights that a checkpoint holds.
-            attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
+            method.attach(networks.fake, samples)
         tokens = teacher.backbone.tokens(cascade.full_size)
         trainer = Trainer(method, networks, settings, run, accelerator=accelerator, tokens=tokens)
         if trainer.accelerator.is_main_process:
@@ -217,40 +208,3 @@ def initial_denoiser(teacher: Teacher, settings: DistillSettings) -> torch.nn.Mo
             f"{odd[0]!r} is {shapes.get(odd[0])} there and {own.get(odd[0])} in the teacher"
         )
     return denoiser
-
-
-@torch.no_grad()
-def teacher_samples(
-    teacher: Teacher, prompts: PromptSet, size: Size, settings: DistillSettings, run: Path, batch: int = 32
-) -> tuple[Tensor, Tensor]:
-    """Clean latents (N, C, [T], H, W) drawn by the teacher, and their prompts' rows; kept in the run's folder."""
-    made_of = [prompts.digest, str(teacher.folder), teacher.steps, teacher.guidance_scale, str(size)]
-    made_of += [settings.seed, settings.real_samples]
-    path = run / f"real-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        stored = load_tensors(path)
-        return stored["latents"], stored["rows"]
-    rows = prompts.draw(Randomness(settings.seed + 17), settings.real_samples)
-    cascade = teacher_sampling(teacher.backbone, size, teacher.steps, teacher.guidance_scale)
-    parts = []
-    with training_attention(teacher.backbone.device.type, teacher.backbone.tokens(size)):
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            uncond = prompts.unconditional(len(part))
-            seeds = [settings.seed + start + i for i in range(len(part))]
-            parts.append(sample(teacher.backbone, cascade, prompts.conditioning(part), seeds, uncond).cpu())
-    latents = torch.cat(parts)
-    save_tensors({"latents": latents, "rows": rows}, path)
-    return latents, rows
-
-
-@torch.no_grad()
-def token_width(backbone: Backbone, networks: Networks, size: Size) -> int:
-    """Channels of the tokens that the fake network's middle block puts out."""
-    tap = TokenTap(networks.fake)
-    latents = torch.zeros(1, *backbone.latent_shape(size), device=backbone.device)
-    with tap.listening():
-        backbone.predict_x0(
-            latents, torch.full((1,), 0.5), backbone.random_conditioning(1), size, denoiser=networks.fake
-        )
-    return int(tap.take().shape[-1])

@@ -10,7 +10,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-Method = Literal["rmd", "tdm", "dmd2", "swd"]
+from training.distill.methods import METHODS
+
+Method = Literal["rmd", "tdm", "dmd2", "swd", "naive"]
 
 CHANGEABLE = frozenset(
     {
@@ -27,22 +29,6 @@ HOUSEKEEPING = frozenset(
 )  # fmt: skip
 """Settings that may differ on resuming without being asked: they do not touch what is learnt."""
 
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rmd": {},
-    "tdm": {
-        "interval": "step", "loss": "elementwise_huber", "normalise": True, "fake_weighting": "snr",
-        "importance_weight": True, "low_stage_iterations": 0, "score_noise_intensity": 0.0,
-    },
-    "dmd2": {
-        "interval": "full", "loss": "squared", "normalise": True, "fake_weighting": "velocity", "fake_steps": 5,
-        "low_stage_iterations": 0, "score_noise_intensity": 0.0,
-    },
-    "swd": {
-        "interval": "full", "loss": "squared", "normalise": True, "fake_weighting": "velocity", "fake_steps": 5,
-        "low_stage_iterations": 0, "score_noise_intensity": 0.0, "transition_noise_intensity": 0.0, "mmd_weight": 1.0,
-    },
-}  # fmt: skip
-
 
 class DistillSettings(BaseSettings):
     """What a distillation run is. The defaults are the paper's where it prints them, for large backbones."""
@@ -51,6 +37,7 @@ class DistillSettings(BaseSettings):
 
     method: Method = "rmd"
     schedule: str | None = Field(None, description="steps per stage, such as 2+2; the method's own by default")
+    timesteps: tuple[float, ...] | None = Field(None, description="of TDM's, DMD2's or SwD's steps; the backbone's own")
     preset: str | None = Field(None, description="name of a cascade preset; the backbone's own by default")
     resolution_map: Literal["shift", "logsnr", "none", "inverse"] | None = Field(None, description="Eq. 2 or another")
     seed: int = 0
@@ -71,8 +58,7 @@ class DistillSettings(BaseSettings):
     match_at: str | None = Field(
         None, description="the teacher's size, for RMD of a student that ends below it; the student's last by default"
     )
-    fake_weighting: Literal["snr", "velocity", "none"] = "snr"
-    importance_weight: bool = Field(False, description="weight a step's samples by the length of its interval")
+    fake_weighting: Literal["snr", "uncapped_snr", "velocity", "none"] = "snr"
     stage_weights: tuple[float, ...] | None = Field(None, description="w_stage, low stage first; 1 by default")
     score_noise_intensity: float | None = Field(None, ge=0, le=1, description="the cascade's own by default")
     transition_noise_intensity: float | None = Field(None, ge=0, le=1, description="in roll-outs; the cascade's own")
@@ -80,9 +66,13 @@ class DistillSettings(BaseSettings):
         None, ge=2, description="so many frames of a film, drawn anew each time, are what teacher and fake score see"
     )
     score_noise_everywhere: bool = Field(False, description="predicted noise also where the stage has the full side")
-    gan_weight: float = Field(0.0, ge=0, description="DMD2's GAN loss on the fake network's tokens")
+    gan_weight: float = Field(0.0, ge=0, description="of the student's GAN loss (DMD2, SwD)")
+    gan_critic_weight: float = Field(1e-2, ge=0, description="of the discriminator's loss, beside the fake score's")
     mmd_weight: float = Field(0.0, ge=0, description="SwD's patch loss on the fake network's tokens")
-    real_samples: int = Field(512, ge=2, description="teacher samples drawn once for the two losses above")
+    score_entries: tuple[int, int] = Field((12, 28), description="SwD: entries of its time table for the DMD loss")
+    patch_entries: tuple[int, int] = Field((18, 28), description="SwD: the same for its patch loss")
+    real_samples: int = Field(512, ge=2, description="clean samples for the losses above")
+    real: str = Field("teacher", description="who makes them: teacher, or a folder (`rmd data`, or metadata.jsonl)")
 
     # The optimisation.
     generator_rate: float = Field(4e-6, gt=0)
@@ -90,6 +80,10 @@ class DistillSettings(BaseSettings):
     betas: tuple[float, float] = (0.0, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
+    clip_fake: bool = Field(True, description="clip the fake score's gradients too")
+    fake_first: bool = Field(
+        False, description="the fake score's updates go before the student's, on samples of their own"
+    )
     fake_steps: int = Field(1, ge=1, description="fake-score updates for each generator update")
     early_fake_steps: int = Field(1, ge=1, description="the same during the first early_iterations")
     early_iterations: int = Field(0, ge=0)
@@ -138,7 +132,7 @@ class DistillSettings(BaseSettings):
     @classmethod
     def _method_defaults(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {**METHOD_DEFAULTS.get(str(values.get("method", "rmd")), {}), **values}
+            return {**method_defaults(str(values.get("method", "rmd"))), **values}
         return values
 
     @model_validator(mode="after")
@@ -150,8 +144,14 @@ class DistillSettings(BaseSettings):
             )
         if self.fake_warmup_iterations and self.warm_start_iterations:
             raise ValueError("fake_warmup_iterations and warm_start_iterations exclude each other: set one to 0")
-        if self.gan_weight and self.method != "dmd2":
-            raise ValueError(f"gan_weight is DMD2's loss, and method {self.method!r} has none: set it to 0")
+        if self.gan_weight and self.method not in ("dmd2", "swd"):
+            raise ValueError(f"gan_weight is DMD2's and SwD's loss, and method {self.method!r} has none: set it to 0")
+        if self.fake_first and (self.rollout == "pipelined" or self.shared_score_sample):
+            raise ValueError("fake_first: under rollout=pipelined or shared_score_sample both learn on one batch")
+        if self.shared_score_sample and self.method in ("dmd2", "swd"):
+            raise ValueError(f"shared_score_sample: {self.method} draws the fake score's times by a law of its own")
+        if self.timesteps is not None and (self.method in ("rmd", "naive") or self.schedule or self.preset):
+            raise ValueError("timesteps are for tdm, dmd2 and swd, without schedule and preset: leave one of them out")
         if self.mmd_weight and self.method != "swd":
             raise ValueError(f"mmd_weight is SwD's loss, and method {self.method!r} has none: set it to 0")
         if self.score_frames is not None and self.method not in ("rmd", "tdm"):
@@ -199,6 +199,11 @@ class DistillSettings(BaseSettings):
     def to_record(self) -> dict[str, Any]:
         """A JSON-ready dictionary of every setting."""
         return self.model_dump(mode="json")
+
+
+def method_defaults(name: str) -> Mapping[str, Any]:
+    """What defines a method, by its class; nothing for an unknown name."""
+    return METHODS[name].defaults if name in METHODS else {}
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

@@ -94,11 +94,16 @@ def backbone_of(folder: Path) -> str:
     return _PIPELINES[pipeline]
 
 
+_PUBLISHED = {("dmd2", "sdxl"): "dmd2-sdxl", ("swd", "sdxl"): "swd-sdxl", ("swd", "sd3"): "swd-sd3"}
+"""Steps and scales that a method's authors published for a backbone: (method, backbone) -> preset."""
+
+
 def training_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     """The cascade that the settings ask for: a preset, one of the teacher's folder, or the backbone's own.
 
-    RMD takes the backbone's cascade (2+2 and its like), TDM and DMD2 as many steps at the full side, SwD the same
-    times over scales from the low to the full side.
+    RMD and the naive cascade take the backbone's cascade (2+2 and its like), TDM and DMD2 as many steps at the full
+    side, SwD the same times over scales from the low to the full side, unless their authors published a list for the
+    backbone and the folder stores no cascade; `timesteps` gives these three other times.
 
     Raises:
         ValueError: no such preset or schedule.
@@ -110,7 +115,19 @@ def training_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
 def _wanted_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     if settings.preset is not None:
         return preset(settings.preset, schedule=settings.schedule, resolution_map=settings.resolution_map)
+    published = _PUBLISHED.get((settings.method, teacher.backbone.name))
+    if published and settings.schedule is None and settings.timesteps is None and not teacher.cascades:
+        return preset(published)
     base = _cascade_named(teacher, settings, settings.schedule)
+    if settings.timesteps is not None:
+        # Only the times and the sizes' ends are taken from a base: the rest is the method's own.
+        base = Cascade.from_steps(
+            base.name,
+            settings.timesteps,
+            [base.steps[0].size] * (len(settings.timesteps) - 1) + [base.full_size],
+            flow_shift=base.flow_shift,
+            resolution_map="none",
+        )
     if settings.method == "swd" and settings.schedule is None:
         return scale_wise(teacher.backbone, base)
     if settings.method in ("tdm", "dmd2") and settings.schedule is None and len(base.sizes) > 1:

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rmd.machine import device_name
-from training.distill.methods.base import DistillationMethod, Matched, ScoreSample
+from training.distill.methods.base import DistributionMatching, Matched, Scores
+from training.distill.methods.warm_start import warm_start_loss
 from training.distill.optimizer import AveragedWeights, MasterAdamW
 from training.distill.roles import Networks, fingerprint, trained_parameters
 from training.distill.settings import DistillSettings, changed_settings
@@ -72,7 +73,7 @@ class Trainer:
 
     def __init__(
         self,
-        method: DistillationMethod,
+        method: DistributionMatching,
         networks: Networks,
         settings: DistillSettings,
         run: Path,
@@ -91,13 +92,11 @@ class Trainer:
         self.random = Randomness(settings.seed + 1_000_003 * rank, device, dtype)
         self.rollout = method.rollout(self.random)
         options = {"betas": settings.betas, "weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+        fake_options = options if settings.clip_fake else {**options, "clip_norm": math.inf}
         student = trained_parameters(networks.student)
         self.student_optimizer = MasterAdamW(student, settings.generator_rate, **options)  # type: ignore[arg-type]
-        fake = trained_parameters(networks.fake)
-        head = getattr(method, "head", None)
-        if head is not None:
-            fake |= {f"discriminator.{name}": parameter for name, parameter in head.named_parameters()}
-        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **options)  # type: ignore[arg-type]
+        fake = trained_parameters(networks.fake) | method.critic_parameters()
+        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **fake_options)  # type: ignore[arg-type]
         self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
         self.progress = Progress()
         self._saved: int | None = None  # the newest iteration that was saved
@@ -113,28 +112,29 @@ class Trainer:
             return self._fake_warmup()
         warm = iteration < settings.warm_start_iterations
         factor = self.rate_factor()
+        figures: dict[str, float] = {}
+        train_fake = not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations
+        if train_fake and settings.fake_first:
+            self._update_fake(self._fresh_matched(), (), factor, figures)
         self.student_optimizer.zero_grad()
         states = method.states(self.rollout, networks.student, method.active_steps(iteration))
         predictions = self.rollout.predict(networks.student, states)
         matched = method.match(predictions)
-        samples: list[ScoreSample | None] = [None] * len(matched)
-        figures: dict[str, float] = {}
+        shared: list[Scores] = []
         if warm:
-            loss = method.warm_start_loss(predictions, networks.teacher, self.random)
+            loss = warm_start_loss(method, predictions, networks.teacher, self.random)
             figures["warm_start_loss"] = float(loss.detach())
             rate = settings.warm_start_rate or settings.generator_rate
         else:
-            loss, drawn = self._generator_loss(matched, figures)
-            if settings.shared_score_sample:
-                samples = list(drawn)
+            loss, shared = self._generator_loss(matched, figures)
             figures["generator_loss"] = float(loss.detach())
             rate = settings.generator_rate
         loss.backward()  # type: ignore[no-untyped-call]
         rate *= self.rate_factor(settings.fake_warmup_iterations)
         figures["generator_grad_norm"] = self.student_optimizer.step(rate, self._reduce)
         self.ema.update(self.student_optimizer.master_state())
-        if not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations:
-            self._update_fake(matched, samples, factor, figures)
+        if train_fake and not settings.fake_first:
+            self._update_fake(matched, shared, factor, figures)
         self.progress.iteration += 1
         self._watch(figures)
         return figures
@@ -147,26 +147,29 @@ class Trainer:
         self._watch(figures)
         return figures
 
-    def _generator_loss(
-        self, matched: Sequence[Matched], figures: dict[str, float]
-    ) -> tuple[Tensor, list[ScoreSample]]:
-        networks = self.networks
+    def _generator_loss(self, matched: Sequence[Matched], figures: dict[str, float]) -> tuple[Tensor, list[Scores]]:
+        """The loss, and the scores that the fake score's update shares, if it does."""
+        method, networks = self.method, self.networks
         total = sum(len(m.steps) for m in matched)
-        samples = [self.method.score_sample(m, self.random) for m in matched]
+        samples = [method.score_sample(m, self.random) for m in matched]
+        shared: list[Scores] = []
         loss: Tensor | None = None
         for m, sample in zip(matched, samples, strict=True):
-            part, part_figures = self.method.generator_loss(m, networks.teacher, networks.fake, sample)
+            scores = method.scores(m, sample, networks.teacher, networks.fake)
+            if self.settings.shared_score_sample:
+                shared.append(scores)
+            part, part_figures = method.generator_loss(m, scores, self.random)
             figures.update(part_figures)
             part = part * (len(m.steps) / total)
             loss = part if loss is None else loss + part
         if loss is None:
             raise TrainingError("the method matched nothing")
-        return loss, samples
+        return loss, shared
 
     def _update_fake(
         self,
         matched: Sequence[Matched],
-        samples: Sequence[ScoreSample | None],
+        shared: Sequence[Scores],
         factor: float,
         figures: dict[str, float],
     ) -> None:
@@ -174,14 +177,14 @@ class Trainer:
         early = self.progress.iteration < settings.early_iterations
         for number in range(settings.early_fake_steps if early else settings.fake_steps):
             if number and not self.rollout.pipelined:
-                matched, samples = self._fresh_matched(), ()
+                matched = self._fresh_matched()
             # Gradients that the generator's loss may have left in the fake network (GAN, patch loss) are dropped.
             self.fake_optimizer.zero_grad()
             total = sum(len(m.steps) for m in matched)
             parts = []
             for index, m in enumerate(matched):
-                sample = samples[index] if number == 0 and index < len(samples) else None
-                parts.append(self.method.critic_loss(m, fake, self.random, sample) * (len(m.steps) / total))
+                scores = shared[index] if shared and number == 0 else None
+                parts.append(self.method.critic_loss(m, fake, self.random, scores) * (len(m.steps) / total))
             loss = torch.stack(parts).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             figures["fake_loss"] = float(loss.detach())

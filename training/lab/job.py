@@ -16,16 +16,17 @@ from filelock import FileLock, Timeout
 
 from rmd.backbones.base import Backbone
 from rmd.cascade import Cascade
-from rmd.checkpoint import CASCADE_FILE, file_digest
+from rmd.checkpoint import CASCADE_FILE
 from rmd.dtypes import parse_dtype
 from rmd.size import Size
+from rmd.weight_files import file_digest
 from training.distill.prompts import PromptSet, caption_prompts, encode_prompts
 from training.distill.roles import fingerprint, trained_parameters, with_weights
 from training.distill.run import PRECISIONS, Distillation
 from training.distill.settings import DistillSettings
 from training.distill.sheets import with_denoiser
 from training.distill.teacher import Teacher
-from training.evaluate.report import environment
+from training.evaluate.shared.provenance import environment
 from training.lab.cost import row_cost, sampling_cost, snapshots, teacher_size
 from training.lab.grid import Grid, Job, Row
 from training.lab.measure import LabMeasurer

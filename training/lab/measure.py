@@ -13,13 +13,13 @@ from torch import Tensor
 from rmd.backbones.base import Backbone
 from rmd.cascade import Cascade
 from training.embedded.data.dataset import PictureSet
-from training.evaluate.alignment import fit_projection, text_features
-from training.evaluate.measure import RowResult, SetMeasurer, reference_rows
-from training.evaluate.models import EvaluationSettings
-from training.evaluate.rows import PictureCache, Pictures, generate
-from training.evaluate.sets import concept_text, held_out_set, measured_indices
-from training.evaluate.sheets import chosen
-from training.evaluate.store import FeatureStore
+from training.evaluate.embedded.alignment import fit_projection, text_features
+from training.evaluate.embedded.measure import RowResult, SetMeasurer, reference_rows
+from training.evaluate.embedded.models import EvaluationSettings
+from training.evaluate.embedded.rows import PictureCache, Pictures, generate
+from training.evaluate.embedded.sets import concept_text, held_out_set, measured_indices
+from training.evaluate.embedded.sheets import chosen
+from training.evaluate.embedded.store import FeatureStore
 from training.lab.grid import Evaluation
 
 

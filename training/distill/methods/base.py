@@ -1,24 +1,24 @@
-"""Distribution matching over a cascade: what RMD, TDM, DMD2 and SwD share.
+"""Distribution matching over a cascade: what RMD, TDM, DMD2, SwD and the naive cascade share.
 
 An update goes: states (:mod:`training.distill.rollout`) -> the student's predictions, with gradient -> the same at the
-side where they are matched (`match`) -> noised to a teacher's time -> real and fake score -> the generator's loss; then
-the fake score's own denoising loss on the same predictions.
+side where they are matched (`match`) -> noised to a teacher's time (`score_sample`) -> real and fake score (`scores`)
+-> the generator's loss; then the fake score's own denoising loss on the same predictions. Each method's file says what
+of this it defines.
 """
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rmd.cascade import INTERVAL_CLIP, Cascade
+from rmd.cascade import Cascade
 from rmd.size import Size
 from rmd.upsampling import mix_noise, upsample, upsample_noise
+from training.distill.intervals import tau_intervals
 from training.distill.losses import (
     GENERATOR_LOSSES,
     dmd_direction,
@@ -26,12 +26,15 @@ from training.distill.losses import (
     mean_snr_weight,
     normaliser,
     snr_weight,
+    uncapped_snr,
     velocity_weight,
 )
 from training.distill.rollout import Prediction, Prompts, Rollout, State, X0Backbone
-from training.distill.settings import DistillSettings
 from training.runtime.attention import scoring_attention
 from training.runtime.randomness import Randomness
+
+if TYPE_CHECKING:  # the settings read each method's defaults
+    from training.distill.settings import DistillSettings
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Matched:
         eps: `U(eps_hat)`, detached.
         steps: (B,) step indices, on the CPU.
         rows: (B,) prompt rows.
+        clean: clean latents of the same prompts and size, where the method starts from such.
     """
 
     size: Size
@@ -51,9 +55,10 @@ class Matched:
     eps: Tensor
     steps: Tensor
     rows: Tensor
+    clean: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScoreSample:
     """A noised `y`: what teacher and fake score see.
 
@@ -62,26 +67,59 @@ class ScoreSample:
         y: `matched.y`, or of a film the frames that are compared; carries the student's gradient.
         x: `alpha y + sigma eps_mix`, detached.
         tau: (B,) times on the teacher's axis, float64.
+        noise: `eps_mix`.
+        fresh: the fresh noise in it.
         frames: (B, T) numbers of the frames in `y`; all of them when None.
-        fake: the fake score's x0 prediction with its own gradient, once it was made.
     """
 
     size: Size
     y: Tensor
     x: Tensor
     tau: Tensor
+    noise: Tensor
+    fresh: Tensor
     frames: Tensor | None = None
-    fake: Tensor | None = None
 
 
-class DistillationMethod(abc.ABC):
+@dataclass(frozen=True)
+class Scores:
+    """What the two scores make of one sample.
+
+    Attributes:
+        sample: what they saw.
+        real: the guided teacher's x0.
+        fake: the fake score's x0; with the fake score's own gradient under `shared_score_sample`.
+    """
+
+    sample: ScoreSample
+    real: Tensor
+    fake: Tensor
+
+
+@dataclass(frozen=True)
+class CleanSamples:
+    """Clean latents that a method trains on.
+
+    Attributes:
+        latents: (N, C, [T], H, W) at each size that the method asks for.
+        rows: (N,) their prompts' rows.
+    """
+
+    latents: Mapping[Size, Tensor]
+    rows: Tensor
+
+
+class DistributionMatching:
     """One objective over student, teacher and fake score.
 
-    Subclasses say where predictions are matched and may add losses. `generator_loss` never gives gradients to teacher
-    or fake score, `critic_loss` never to the student.
+    Subclasses say where predictions are matched, which defaults make them what they are, and may add losses.
+    `generator_loss` never gives gradients to the teacher, `critic_loss` never to the student.
     """
 
     name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings that define the method, where they differ from the general ones."""
+    one_size: ClassVar[bool] = False  # whether it knows a single resolution only
 
     def __init__(
         self, backbone: X0Backbone, cascade: Cascade, settings: DistillSettings, prompts: Prompts, guidance_scale: float
@@ -89,16 +127,40 @@ class DistillationMethod(abc.ABC):
         self.backbone, self.settings, self.prompts = backbone, settings, prompts
         self.cascade = with_intensities(cascade, settings)
         self.guidance_scale = guidance_scale
-        self.intervals = tau_intervals(self.cascade, settings.interval)
+        self.intervals = self._intervals()
         self._snr_means = self._mean_weights()
         self._generator_metric = GENERATOR_LOSSES[settings.loss]
         self._check()
 
+    # ---- what a method may need besides the three networks ---------------------------------------------------------
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it trains on clean samples; if so, :meth:`attach` is called before anything else."""
+        return False
+
+    @property
+    def sample_sizes(self) -> tuple[Size, ...]:
+        """The sizes at which it needs them."""
+        return (self.cascade.full_size,)
+
+    def attach(self, fake: nn.Module, samples: CleanSamples | None) -> None:
+        """Take what a method with samples needs.
+
+        Args:
+            fake: the fake score network.
+            samples: None where the run is only exported.
+        """
+
+    def critic_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained with the fake score's, by name (a discriminator's)."""
+        return {}
+
     # ---- where predictions are matched ------------------------------------------------------------------------------
 
-    @abc.abstractmethod
     def matched_size(self, size: Size) -> Size:
-        """The side at which a prediction made at `size` is compared with the teacher."""
+        """The side at which a prediction made at `size` is compared with the teacher; its own in most methods."""
+        return size
 
     def rollout(self, random: Randomness) -> Rollout:
         """The source of this method's states."""
@@ -134,7 +196,7 @@ class DistillationMethod(abc.ABC):
                 eps = self.backbone.schedule.eps_from_x0(p.x_t, p.x0.detach(), p.t)
                 eps = upsample_noise(eps, shape, self.cascade.noise_upsampling)
             y = upsample(p.x0, shape, self.cascade.x0_upsampling)
-            groups.setdefault(size, []).append(Matched(size, y, eps, p.steps, p.rows))
+            groups.setdefault(size, []).append(Matched(size, y, eps, p.steps, p.rows, p.clean))
         return [
             Matched(
                 size,
@@ -142,47 +204,51 @@ class DistillationMethod(abc.ABC):
                 torch.cat([m.eps for m in group]),
                 torch.cat([m.steps for m in group]),
                 torch.cat([m.rows for m in group]),
+                group[0].clean,  # of one step, hence one size, hence one prediction
             )
             for size, group in groups.items()
         ]
 
     # ---- the noised sample ----------------------------------------------------------------------------------------
 
-    def score_sample(self, matched: Matched, random: Randomness) -> ScoreSample:
-        """Noise `y` to times drawn from each sample's interval, with the score's noise law (Eq. 10)."""
+    def _intervals(self) -> Tensor:
+        """(steps, 2) float64: from where to where the generator's `tau` is drawn for each step."""
+        return tau_intervals(self.cascade, self.settings.interval)
+
+    def draw_times(self, matched: Matched, random: Randomness) -> Tensor:
+        """(B,) float64, `tau` of each sample: uniform on its step's interval."""
+        low, high = self.intervals[matched.steps].to(matched.y.device).unbind(1)
+        return low + (high - low) * random.uniform(len(matched.steps))
+
+    def critic_times(self, matched: Matched, random: Randomness) -> Tensor:
+        """The same for the fake score's own loss, where a method draws them otherwise."""
+        return self.draw_times(matched, random)
+
+    def score_sample(self, matched: Matched, random: Randomness, critic: bool = False) -> ScoreSample:
+        """Noise `y` to the generator's or the critic's times, with the score's noise law (Eq. 10)."""
         y, predicted, size, frames = matched.y, matched.eps, matched.size, None
         count = self.settings.score_frames
         if count is not None and count < y.shape[2]:
             chosen = random.uniform(y.shape[2]).argsort()[:count].sort().values
             y, predicted, size = y[:, :, chosen], predicted[:, :, chosen], replace(size, num_frames=count)
             frames = chosen.expand(len(y), -1)
-        low, high = self.intervals[matched.steps].to(y.device).unbind(1)
-        tau = low + (high - low) * random.uniform(len(matched.steps))
-        intensity = self._score_intensity(matched).to(y.device)
-        noise = random.normal(y.shape)
-        eps = noise if not bool(intensity.any()) else mix_noise(predicted, noise, intensity)
-        return ScoreSample(size, y, self.backbone.schedule.add_noise(y.detach(), eps, tau), tau, frames)
+        tau = self.critic_times(matched, random) if critic else self.draw_times(matched, random)
+        intensity = self.score_intensity(matched, tau).to(y.device)
+        fresh = random.normal(y.shape)
+        noise = fresh if not bool(intensity.any()) else mix_noise(predicted, fresh, intensity)
+        x = self.backbone.schedule.add_noise(y.detach(), noise, tau)
+        return ScoreSample(size, y, x, tau, noise, fresh, frames)
 
-    def _score_intensity(self, matched: Matched) -> Tensor:
-        """`a` of each sample: the cascade's where a stage lies below the matched side, else 0 unless asked for."""
-        steps = self.cascade.steps
-        a = self.cascade.score_noise_intensity
-        everywhere = self.settings.score_noise_everywhere
-        per_step = [a if everywhere or step.size != self.matched_size(step.size) else 0.0 for step in steps]
-        return torch.tensor(per_step, dtype=torch.float64)[matched.steps]
+    def score_intensity(self, matched: Matched, tau: Tensor) -> Tensor:
+        """(B,) float64, `a` of Eq. 10 in the scores' sample; fresh noise (0) unless a method says otherwise."""
+        return torch.zeros(len(matched.steps), dtype=torch.float64)
 
     # ---- losses -----------------------------------------------------------------------------------------------------
 
-    def generator_loss(
-        self, matched: Matched, teacher: nn.Module | None, fake: nn.Module | None, sample: ScoreSample
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The student's loss (Eq. 8 or the chosen metric), averaged over the batch.
-
-        With `shared_score_sample` the fake score's prediction is kept in `sample`, with gradient, for its own loss.
-
-        Returns:
-            the loss, and figures to log: mean |d| and the loss of each step.
-        """
+    def scores(
+        self, matched: Matched, sample: ScoreSample, teacher: nn.Module | None, fake: nn.Module | None
+    ) -> Scores:
+        """Both scores of a noised sample. Under `shared_score_sample` the fake one has its own gradient."""
         frames = {} if sample.frames is None else {"frame_numbers": sample.frames}
         conditioning = {**self.prompts.conditioning(matched.rows), **frames}
         uncond = None
@@ -194,88 +260,65 @@ class DistillationMethod(abc.ABC):
             )
         with torch.set_grad_enabled(self.settings.shared_score_sample):
             predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
-        if self.settings.shared_score_sample:
-            sample.fake = predicted
-        d = dmd_direction(sample.y, real, predicted.detach())
+        return Scores(sample, real, predicted)
+
+    def generator_loss(self, matched: Matched, scores: Scores, random: Randomness) -> tuple[Tensor, dict[str, float]]:
+        """The student's loss (Eq. 8 or the chosen metric), averaged over the batch.
+
+        Args:
+            random: for losses that draw more than the scores' sample.
+
+        Returns:
+            the loss, and figures to log: mean |d| and the loss of each step.
+        """
+        y = scores.sample.y
+        d = dmd_direction(y, scores.real, scores.fake.detach())
         losses = self._generator_metric(d)
         if self.settings.normalise:
-            losses = losses / normaliser(sample.y, real)
-        weighted = losses * self._sample_weights(matched).to(losses)
+            losses = losses / normaliser(y, scores.real)
+        weighted = losses * self._stage_weights(matched).to(losses)
         figures = {"direction": float(d.detach().abs().mean())}
         for step in torch.unique(matched.steps).tolist():
             figures[f"generator_loss_step_{step}"] = float(losses.detach()[matched.steps == step].mean())
         return weighted.mean(), figures
 
     def critic_loss(
-        self, matched: Matched, fake: nn.Module | None, random: Randomness, sample: ScoreSample | None = None
+        self, matched: Matched, fake: nn.Module | None, random: Randomness, shared: Scores | None = None
     ) -> Tensor:
         """The fake score's denoising loss (Eq. 9) on the student's detached predictions.
 
         Args:
-            sample: the generator's own, to be used again; otherwise time and noise are drawn afresh.
+            shared: the scores of the generator's own loss, the fake one with gradient, to be used again; otherwise
+                time and noise are drawn afresh.
         """
-        sample = sample if sample is not None else self.score_sample(matched, random)
-        predicted = sample.fake
-        if predicted is None:
+        if shared is not None:
+            sample, predicted = shared.sample, shared.fake
+        else:
+            sample = self.score_sample(matched, random, critic=True)
             conditioning = self.prompts.conditioning(matched.rows)
             if sample.frames is not None:
                 conditioning["frame_numbers"] = sample.frames
             predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
-        return fake_score_loss(predicted, sample.y, self._fake_weights(matched, sample.tau))
-
-    def warm_start_loss(
-        self,
-        predictions: Sequence[Prediction],
-        teacher: nn.Module | None,
-        random: Randomness,
-    ) -> Tensor:
-        """Regression of the guided teacher on the student's own states (ours, not the paper's).
-
-        At a step of the matched side the teacher sees the student's very state, which is guidance distillation. Below
-        it, the teacher sees the student's prediction lifted by U and noised to the step's time on the teacher's axis,
-        so that the target is what the teacher makes of this sample at its own side. A first step has no signal to
-        lift (the noise's share is all), so its target is the teacher's mean picture.
-        """
-        total: Tensor | None = None
-        count = sum(len(p.steps) for p in predictions)
-        for p in predictions:
-            size = self.matched_size(p.size)
-            conditioning = self.prompts.conditioning(p.rows)
-            uncond = self.prompts.unconditional(len(p.rows)) if self.guidance_scale != 1.0 else None
-            y = upsample(p.x0, self.backbone.latent_shape(size), self.cascade.x0_upsampling)
-            if size == p.size:
-                x, t = p.x_t, p.t
-            else:
-                teacher_times = [self.cascade.steps[int(i)].teacher_timestep / 1000 for i in p.steps]
-                t = torch.tensor(teacher_times, dtype=torch.float64, device=y.device)
-                x = self.backbone.schedule.add_noise(y.detach(), random.normal(y.shape), t)
-            with torch.no_grad(), scoring_attention():
-                target = self.backbone.guided_x0(
-                    x, t, conditioning, uncond, self.guidance_scale, size, denoiser=teacher
-                )
-            loss = (y - target).square().flatten(1).mean(1).sum() / count
-            total = loss if total is None else total + loss
-        if total is None:
-            raise ValueError("no predictions to regress")
-        return total
+        return fake_score_loss(predicted, sample.y, self.fake_weights(matched, sample))
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def _sample_weights(self, matched: Matched) -> Tensor:
-        weights = torch.ones(self.cascade.num_steps, dtype=torch.float64)
-        if self.settings.stage_weights is not None:
-            weights *= torch.tensor([self.settings.stage_weights[step.stage] for step in self.cascade.steps])
-        if self.settings.importance_weight:
-            # Steps are drawn evenly; times uniform over the whole axis would meet each as often as it is long.
-            length = self.intervals[:, 1] - self.intervals[:, 0]
-            weights *= length / length.mean()
-        return weights[matched.steps]
+    def _stage_weights(self, matched: Matched) -> Tensor:
+        weights = self.settings.stage_weights
+        if weights is None:
+            return torch.ones(len(matched.steps), dtype=torch.float64)
+        per_step = [weights[step.stage] for step in self.cascade.steps]
+        return torch.tensor(per_step, dtype=torch.float64)[matched.steps]
 
-    def _fake_weights(self, matched: Matched, tau: Tensor) -> Tensor:
+    def fake_weights(self, matched: Matched, sample: ScoreSample) -> Tensor:
+        """(B,) weights of the squared x0 errors in the fake score's loss."""
+        tau = sample.tau
         if self.settings.fake_weighting == "none":
             return torch.ones_like(tau)
         if self.settings.fake_weighting == "velocity":
             return velocity_weight(self.backbone.schedule, tau)
+        if self.settings.fake_weighting == "uncapped_snr":
+            return uncapped_snr(self.backbone.schedule, tau)
         scales = torch.tensor([self._scale(step.size) for step in self.cascade.steps], dtype=torch.float64)
         weight = snr_weight(self.backbone.schedule, tau.cpu(), scales[matched.steps]) / self._snr_means[matched.steps]
         return weight.to(tau.device)
@@ -299,6 +342,11 @@ class DistillationMethod(abc.ABC):
         return self.matched_size(size).short_side / size.short_side
 
     def _check(self) -> None:
+        if self.one_size and len(self.cascade.sizes) > 1:
+            raise ValueError(
+                f"{self.name} works at one resolution; the cascade {self.cascade.schedule_name} has "
+                f"{len(self.cascade.sizes)}: give a schedule such as 0+4"
+            )
         size, steps = self.settings.batch_size, self.cascade.num_steps
         if self.settings.rollout == "pipelined" and size < steps:
             raise ValueError(
@@ -322,25 +370,3 @@ def with_intensities(cascade: Cascade, settings: DistillSettings) -> Cascade:
     if settings.transition_noise_intensity is not None:
         cascade = replace(cascade, training_noise_intensity=settings.transition_noise_intensity)
     return cascade
-
-
-def tau_intervals(cascade: Cascade, interval: str) -> Tensor:
-    """(steps, 2) float64: from where to where `tau` is drawn for each step, on the teacher's axis.
-
-    "stage": the stage's interval; the stages' intervals are disjoint. "step": from the next step's teacher time to the
-    step's own (TDM). "full": everywhere. All are clipped to [0.02, 0.98].
-    """
-    lowest, highest = INTERVAL_CLIP
-    if interval == "full":
-        pairs = [(lowest, highest)] * cascade.num_steps
-    elif interval == "stage":
-        pairs = [cascade.stages[step.stage].teacher_interval for step in cascade.steps]
-    elif interval == "step":
-        edges = [step.teacher_timestep / 1000 for step in cascade.steps] + [0.0]
-        pairs = [(max(low, lowest), min(high, highest)) for high, low in pairwise(edges)]
-    else:
-        raise ValueError(f"interval {interval!r} is not one of stage, step, full")
-    for index, (low, high) in enumerate(pairs):
-        if not low < high:
-            raise ValueError(f"step {index}: nothing is left of its interval ({low}, {high}) inside {INTERVAL_CLIP}")
-    return torch.tensor(pairs, dtype=torch.float64)
