@@ -25,8 +25,9 @@ from tests.training.distil_setup import (
     settings_for,
     tiny_backbone,
 )
+from training.distill.intervals import tau_intervals
 from training.distill.methods import METHODS as METHOD_CLASSES
-from training.distill.methods.base import DistillationMethod, Matched, tau_intervals
+from training.distill.methods.base import DistillationMethod, Matched
 from training.distill.prompts import PromptSet
 from training.distill.roles import Networks
 from training.distill.rollout import Rollout, State
@@ -159,7 +160,7 @@ def test_fresh_roll_outs_reach_every_step_and_pipelined_batches_hold_all() -> No
     fresh = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 2)
     seen = {fresh.states(networks.student, range(4))[0].step for _ in range(30)}
     assert seen == {0, 1, 2, 3}
-    pipelined = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 6, pipelined=True)
+    pipelined = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 6, "pipelined")
     states = pipelined.states(networks.student, range(4))
     assert [(state.step, len(state.rows)) for state in states] == [(0, 2), (1, 2), (2, 1), (3, 1)]
 
@@ -275,7 +276,7 @@ def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
 
 
 def test_a_pipelined_batch_smaller_than_the_cascade_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 3 would never train the last ones; give 4 or more"):
+    with pytest.raises(ValueError, match="batch_size 3 would never train step 3; give more"):
         make_method(settings_for(rollout="pipelined", batch_size=3))
 
 

@@ -22,7 +22,7 @@ from training.runtime import checkpoints as checkpoint_files
 from training.runtime.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from training.runtime.randomness import Randomness
 
-CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").rglob("*.yaml"))
 VARIANTS: list[dict[str, Any]] = [
     {"low_stage_iterations": 1},
     {"rollout": "pipelined", "shared_score_sample": True, "fake_steps": 2, "rate_warmup": 3, "decay_share": 0.5,
@@ -319,7 +319,7 @@ def test_assignments_are_read_as_values() -> None:
         parse_assignments(["guidance_scale"])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_shipped_configurations_are_settings(config: Path) -> None:
     assert DistillSettings.read(config).method == "rmd"
 

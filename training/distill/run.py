@@ -123,10 +123,13 @@ class Distillation:
         return settings.export_weights + several + (f", {share:g} of the teacher's weights" if share else "")
 
     def inference_cascade(self) -> Cascade:
-        """The trained cascade with the re-injection intensity that is exported."""
-        intensity = self.settings.inference_noise_intensity
-        cascade = self.method.cascade
-        return cascade if intensity is None else replace(cascade, transition_noise_intensity=intensity)
+        """The trained cascade with the noise intensities that are exported."""
+        settings, cascade = self.settings, self.method.cascade
+        if settings.inference_noise_intensity is not None:
+            cascade = replace(cascade, transition_noise_intensity=settings.inference_noise_intensity)
+        if settings.inference_step_noise_intensity is not None:
+            cascade = replace(cascade, step_noise_intensity=settings.inference_step_noise_intensity)
+        return cascade
 
     def draw_sheet(self, prompts: Sequence[str]) -> Path:
         """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's."""

@@ -91,13 +91,14 @@ class Trainer:
         self.random = Randomness(settings.seed + 1_000_003 * rank, device, dtype)
         self.rollout = method.rollout(self.random)
         options = {"betas": settings.betas, "weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
+        fake_options = options if settings.clip_fake else {**options, "clip_norm": math.inf}
         student = trained_parameters(networks.student)
         self.student_optimizer = MasterAdamW(student, settings.generator_rate, **options)  # type: ignore[arg-type]
         fake = trained_parameters(networks.fake)
         head = getattr(method, "head", None)
         if head is not None:
             fake |= {f"discriminator.{name}": parameter for name, parameter in head.named_parameters()}
-        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **options)  # type: ignore[arg-type]
+        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **fake_options)  # type: ignore[arg-type]
         self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
         self.progress = Progress()
         self._saved: int | None = None  # the newest iteration that was saved
@@ -173,7 +174,7 @@ class Trainer:
         settings, fake = self.settings, self.networks.fake
         early = self.progress.iteration < settings.early_iterations
         for number in range(settings.early_fake_steps if early else settings.fake_steps):
-            if number and not self.rollout.pipelined:
+            if (number or settings.fake_own_draw) and not self.rollout.pipelined:
                 matched, samples = self._fresh_matched(), ()
             # Gradients that the generator's loss may have left in the fake network (GAN, patch loss) are dropped.
             self.fake_optimizer.zero_grad()

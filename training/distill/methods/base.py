@@ -10,15 +10,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rmd.cascade import INTERVAL_CLIP, Cascade
+from rmd.cascade import Cascade
 from rmd.size import Size
 from rmd.upsampling import mix_noise, upsample, upsample_noise
+from training.distill.intervals import draw_times, faded_intensity, step_ends, tau_intervals
 from training.distill.losses import (
     GENERATOR_LOSSES,
     dmd_direction,
@@ -26,6 +26,7 @@ from training.distill.losses import (
     mean_snr_weight,
     normaliser,
     snr_weight,
+    uncapped_snr,
     velocity_weight,
 )
 from training.distill.rollout import Prediction, Prompts, Rollout, State, X0Backbone
@@ -89,7 +90,7 @@ class DistillationMethod(abc.ABC):
         self.backbone, self.settings, self.prompts = backbone, settings, prompts
         self.cascade = with_intensities(cascade, settings)
         self.guidance_scale = guidance_scale
-        self.intervals = tau_intervals(self.cascade, settings.interval)
+        self.intervals = self._intervals()
         self._snr_means = self._mean_weights()
         self._generator_metric = GENERATOR_LOSSES[settings.loss]
         self._check()
@@ -109,7 +110,8 @@ class DistillationMethod(abc.ABC):
             self.prompts,
             random,
             settings.batch_size,
-            pipelined=settings.rollout == "pipelined",
+            settings.rollout,
+            settings.draw,
         )
 
     def states(self, rollout: Rollout, student: nn.Module, active: Sequence[int]) -> list[State]:
@@ -157,19 +159,34 @@ class DistillationMethod(abc.ABC):
             y, predicted, size = y[:, :, chosen], predicted[:, :, chosen], replace(size, num_frames=count)
             frames = chosen.expand(len(y), -1)
         low, high = self.intervals[matched.steps].to(y.device).unbind(1)
-        tau = low + (high - low) * random.uniform(len(matched.steps))
-        intensity = self._score_intensity(matched).to(y.device)
+        shift = self.cascade.flow_shift if self.settings.interval == "trajectory" else 1.0
+        tau = draw_times(low, high, random.uniform(len(matched.steps)), shift)
+        intensity = self._score_intensity(matched, tau).to(y.device)
         noise = random.normal(y.shape)
         eps = noise if not bool(intensity.any()) else mix_noise(predicted, noise, intensity)
         return ScoreSample(size, y, self.backbone.schedule.add_noise(y.detach(), eps, tau), tau, frames)
 
-    def _score_intensity(self, matched: Matched) -> Tensor:
-        """`a` of each sample: the cascade's where a stage lies below the matched side, else 0 unless asked for."""
+    def _intervals(self) -> Tensor:
+        intervals = tau_intervals(self.cascade, self.settings.interval, self.settings.interval_offsets)
+        top = self.settings.max_tau
+        if top is not None and bool((intervals[:, 0] >= top).any()):
+            raise ValueError(f"max_tau={top} leaves step {int((intervals[:, 0] >= top).nonzero()[0])} no time to draw")
+        return intervals if top is None else intervals.clamp(max=top)
+
+    def _score_intensity(self, matched: Matched, tau: Tensor) -> Tensor:
+        """`a` of each sample: the cascade's where a stage lies below the matched side, else 0 unless asked for.
+
+        Under `score_noise=trajectory` it is what the sample has at its step's end, and fades from there.
+        """
         steps = self.cascade.steps
         a = self.cascade.score_noise_intensity
         everywhere = self.settings.score_noise_everywhere
         per_step = [a if everywhere or step.size != self.matched_size(step.size) else 0.0 for step in steps]
-        return torch.tensor(per_step, dtype=torch.float64)[matched.steps]
+        intensity = torch.tensor(per_step, dtype=torch.float64)[matched.steps]
+        if self.settings.score_noise == "constant":
+            return intensity
+        ends = step_ends(self.cascade)[matched.steps]
+        return faded_intensity(self.backbone.schedule, intensity, ends, tau.cpu())
 
     # ---- losses -----------------------------------------------------------------------------------------------------
 
@@ -199,7 +216,7 @@ class DistillationMethod(abc.ABC):
         d = dmd_direction(sample.y, real, predicted.detach())
         losses = self._generator_metric(d)
         if self.settings.normalise:
-            losses = losses / normaliser(sample.y, real)
+            losses = losses / normaliser(sample.y, real, self.settings.normaliser_floor)
         weighted = losses * self._sample_weights(matched).to(losses)
         figures = {"direction": float(d.detach().abs().mean())}
         for step in torch.unique(matched.steps).tolist():
@@ -276,6 +293,8 @@ class DistillationMethod(abc.ABC):
             return torch.ones_like(tau)
         if self.settings.fake_weighting == "velocity":
             return velocity_weight(self.backbone.schedule, tau)
+        if self.settings.fake_weighting == "uncapped_snr":
+            return uncapped_snr(self.backbone.schedule, tau)
         scales = torch.tensor([self._scale(step.size) for step in self.cascade.steps], dtype=torch.float64)
         weight = snr_weight(self.backbone.schedule, tau.cpu(), scales[matched.steps]) / self._snr_means[matched.steps]
         return weight.to(tau.device)
@@ -299,12 +318,8 @@ class DistillationMethod(abc.ABC):
         return self.matched_size(size).short_side / size.short_side
 
     def _check(self) -> None:
-        size, steps = self.settings.batch_size, self.cascade.num_steps
-        if self.settings.rollout == "pipelined" and size < steps:
-            raise ValueError(
-                f"rollout=pipelined holds a sample at each of the {steps} steps: batch_size {size} would never train "
-                f"the last ones; give {steps} or more, or rollout=fresh"
-            )
+        if self.settings.rollout == "pipelined":
+            self.rollout(Randomness(0)).counts(range(self.cascade.num_steps))
         if self.settings.score_frames is not None and not self.backbone.takes_frame_numbers:
             raise ValueError("score_frames: this backbone's network cannot be told which frames it sees; leave it out")
         weights = self.settings.stage_weights
@@ -321,26 +336,6 @@ def with_intensities(cascade: Cascade, settings: DistillSettings) -> Cascade:
         cascade = replace(cascade, score_noise_intensity=settings.score_noise_intensity)
     if settings.transition_noise_intensity is not None:
         cascade = replace(cascade, training_noise_intensity=settings.transition_noise_intensity)
+    if settings.step_noise_intensity is not None:
+        cascade = replace(cascade, training_step_noise_intensity=settings.step_noise_intensity)
     return cascade
-
-
-def tau_intervals(cascade: Cascade, interval: str) -> Tensor:
-    """(steps, 2) float64: from where to where `tau` is drawn for each step, on the teacher's axis.
-
-    "stage": the stage's interval; the stages' intervals are disjoint. "step": from the next step's teacher time to the
-    step's own (TDM). "full": everywhere. All are clipped to [0.02, 0.98].
-    """
-    lowest, highest = INTERVAL_CLIP
-    if interval == "full":
-        pairs = [(lowest, highest)] * cascade.num_steps
-    elif interval == "stage":
-        pairs = [cascade.stages[step.stage].teacher_interval for step in cascade.steps]
-    elif interval == "step":
-        edges = [step.teacher_timestep / 1000 for step in cascade.steps] + [0.0]
-        pairs = [(max(low, lowest), min(high, highest)) for high, low in pairwise(edges)]
-    else:
-        raise ValueError(f"interval {interval!r} is not one of stage, step, full")
-    for index, (low, high) in enumerate(pairs):
-        if not low < high:
-            raise ValueError(f"step {index}: nothing is left of its interval ({low}, {high}) inside {INTERVAL_CLIP}")
-    return torch.tensor(pairs, dtype=torch.float64)
