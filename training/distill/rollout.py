@@ -143,7 +143,7 @@ class Rollout:
             active: indices of the steps that may be trained, ascending.
         """
         if not self.pipelined:
-            return self._roll_out(student, self._drawn(active))
+            return self._roll_out(student, self.drawn(active))
         states = []
         for step, count in zip(active, self.counts(active), strict=True):
             state = self.carried.pop(step, None)
@@ -161,7 +161,7 @@ class Rollout:
         weights = [1 / (len(set(stages)) * stages.count(stage)) for stage in stages]
         return torch.tensor(weights, dtype=torch.float64)
 
-    def _drawn(self, active: Sequence[int]) -> dict[int, int]:
+    def drawn(self, active: Sequence[int]) -> dict[int, int]:
         """How many samples stand at which step, drawn."""
         if self.mode == "fresh":
             return {active[self._pick(self.shares(active))]: self.batch_size}
@@ -237,6 +237,8 @@ class Rollout:
             indices = torch.cat([torch.full((len(state.rows),), state.step) for state in group])
             t = torch.tensor([steps[int(i)].t for i in indices], dtype=torch.float64, device=x_t.device)
             x0 = self.backbone.predict_x0(x_t, t, self.prompts.conditioning(rows), size, denoiser=student)
+            if x0.requires_grad:
+                x0.retain_grad()  # its size by step is recorded
             predictions.append(Prediction(size, x_t, x0, t, indices, rows))
             if self.pipelined:
                 for state, part in zip(group, torch.split(x0.detach(), [len(s.rows) for s in group]), strict=True):

@@ -140,7 +140,7 @@ class Distillation:
         rows = load_tensors(teacher_file) if teacher_file.is_file() else {}
         if key not in rows:
             own = teacher_sampling(backbone, cascade.full_size, self.teacher.steps, self.teacher.guidance_scale)
-            rows = {key: draw_pictures(backbone, own, prompts)}
+            rows = {key: draw_pictures(backbone, own, prompts, uncond=self.method.prompts.unconditional(1))}
             save_tensors(rows, teacher_file)
         student = with_denoiser(backbone, self.student())
         pictures = {"teacher": rows[key], "student": draw_pictures(student, cascade, prompts)}
@@ -156,6 +156,7 @@ class Distillation:
         cascades = exported_cascades(self.teacher, cascade)
         record: dict[str, Any] = {
             "method": settings.method,
+            **({"departs from the method": ", ".join(departures)} if (departures := settings.departures()) else {}),
             "weights": self._exported_weights(),
             "iterations": progress.iteration,
             "seconds": round(progress.seconds),

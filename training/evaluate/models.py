@@ -96,7 +96,10 @@ class Models:
         low, full = map(int, PROFILES[kind.profile].default_split.split("+"))
         for first in range(low + full):
             schedule = f"{first}+{low + full - first}"
-            self.cascades.setdefault(schedule, preset(kind.profile, schedule=schedule))
+            made = preset(kind.profile, schedule=schedule)
+            # A checkpoint of other sizes has no rows but its own: these would be measured at sizes it never had.
+            if not self.cascades or {*made.sizes} <= {*self.cascades[self.default].sizes}:
+                self.cascades.setdefault(schedule, made)
         self.folders = {"student": folder, "teacher": settings.teacher or teacher_folder}
         self.dtype = native_dtype(settings.device)
         self._loaded: dict[str, Backbone] = {}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rmd.cascade import Cascade
 from rmd.size import Size
 from rmd.upsampling import mix_noise, upsample, upsample_noise
+from training.distill.figures import direction_figures
 from training.distill.intervals import draw_times, faded_intensity, step_ends, tau_intervals
 from training.distill.losses import (
     GENERATOR_LOSSES,
@@ -218,7 +219,7 @@ class DistillationMethod(abc.ABC):
         if self.settings.normalise:
             losses = losses / normaliser(sample.y, real, self.settings.normaliser_floor)
         weighted = losses * self._sample_weights(matched).to(losses)
-        figures = {"direction": float(d.detach().abs().mean())}
+        figures = {"direction": float(d.detach().abs().mean()), **direction_figures(d.detach(), sample.tau)}
         for step in torch.unique(matched.steps).tolist():
             figures[f"generator_loss_step_{step}"] = float(losses.detach()[matched.steps == step].mean())
         return weighted.mean(), figures
