@@ -20,22 +20,33 @@ def step_figures(predictions: Sequence[Prediction], matched: Sequence[Matched]) 
 
     `gradient_step_K` is the mean norm of a sample's own loss with respect to its x0 prediction.
     """
-    figures: dict[str, float] = {}
+    figures: dict[str, Tensor] = {}
+    total = sum(len(p.steps) for p in predictions)
     for p in predictions:
         if p.x0.grad is None:
             continue
-        total = sum(len(other.steps) for other in predictions)
-        norms = p.x0.grad.flatten(1).norm(dim=1).cpu() * total  # the loss is a mean over the batch
-        for step in torch.unique(p.steps).tolist():
-            figures[f"gradient_step_{step}"] = float(norms[p.steps == step].mean())
+        norms = p.x0.grad.flatten(1).norm(dim=1) * total  # the loss is a mean over the batch
+        for step, at in _places(p.steps):
+            figures[f"gradient_step_{step}"] = norms[at].mean()
     for m in matched:
-        for step in torch.unique(m.steps).tolist():
-            own = latent_figures(m.y.detach()[m.steps == step])
+        for step, at in _places(m.steps):
+            own = latent_figures(m.y.detach()[at])
             figures.update({f"latent_{name}_step_{step}": value for name, value in own.items()})
-    return figures
+    return _floats(figures)
 
 
-def latent_figures(y: Tensor) -> dict[str, float]:
+def _places(values: Tensor) -> list[tuple[int, Tensor]]:
+    return [(value, (values == value).nonzero().flatten()) for value in torch.unique(values).tolist()]
+
+
+def _floats(figures: dict[str, Tensor]) -> dict[str, float]:
+    """All at once: each would be a wait for the device of its own."""
+    if not figures:
+        return {}
+    return dict(zip(figures, torch.stack([value.float() for value in figures.values()]).tolist(), strict=True))
+
+
+def latent_figures(y: Tensor) -> dict[str, Tensor]:
     """How predictions (B, C, [T], H, W) look, in four numbers (three for pictures).
 
     - `mean`: root mean square of the channels' means. Colour casts raise it.
@@ -53,13 +64,10 @@ def latent_figures(y: Tensor) -> dict[str, float]:
     }
     if y.ndim == 5 and y.shape[2] > 1:
         figures["change"] = y.diff(dim=2).abs().mean() / least
-    return {name: float(value) for name, value in figures.items()}
+    return figures
 
 
 def direction_figures(d: Tensor, tau: Tensor) -> dict[str, float]:
     """Mean `|fake - real|` by fifths of the time axis: where rounding drowns the scores it grows towards noise."""
-    sizes, bins = d.abs().flatten(1).mean(1).cpu(), (tau.cpu() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-    return {
-        f"direction_tau_{index / TIME_BINS:g}": float(sizes[bins == index].mean())
-        for index in torch.unique(bins).tolist()
-    }
+    sizes, bins = d.abs().flatten(1).mean(1), (tau.cpu() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    return _floats({f"direction_tau_{index / TIME_BINS:g}": sizes[at].mean() for index, at in _places(bins)})

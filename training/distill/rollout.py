@@ -212,15 +212,15 @@ class Rollout:
         rows = self.prompts.draw(self.random, total)
         noise = self.random.normal((total, *self.backbone.latent_shape(first.size)))
         state = State(0, noise * self.cascade.initial_noise_scale, rows)
+        conditioning = self.prompts.conditioning(rows)
         arrived = []
         for index in range(max(counts) + 1):
-            count = counts.get(index, 0)
-            if count:
+            if count := counts.get(index, 0):
                 arrived.append(State(index, state.x_t[:count], state.rows[:count]))
                 state = State(index, state.x_t[count:], state.rows[count:])
+                conditioning = {name: value[count:] for name, value in conditioning.items()}
             if index < max(counts):
-                x0 = self._x0(student, state.x_t, index, self.prompts.conditioning(state.rows))
-                state = self._next(state, x0)
+                state = self._next(state, self._x0(student, state.x_t, index, conditioning))
         return arrived
 
     def predict(self, student: nn.Module, states: Sequence[State]) -> list[Prediction]:
