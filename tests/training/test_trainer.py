@@ -22,6 +22,7 @@ from training.distill.drift import DriftWatch
 from training.distill.figures import latent_figures
 from training.distill.optimizer import AveragedWeights, MasterAdamW
 from training.distill.roles import Networks, merged_network, network_of, with_weights
+from training.distill.rollout import Prompts
 from training.distill.settings import DistillSettings, changed_settings, parse_assignments
 from training.distill.trainer import Hooks, Trainer, TrainingError
 from training.runtime import checkpoints as checkpoint_files
@@ -187,12 +188,28 @@ def test_resuming_refuses_other_prompts_but_an_export_needs_none(tmp_path: Path)
     assert metrics.read_text().endswith(later), "the run may be going on: its records are not the export's"
 
 
-def test_the_fake_score_may_learn_on_samples_of_its_own_unclipped(tmp_path: Path) -> None:
-    shared, own = (make_trainer(tmp_path / str(own), fake_own_draw=own, clip_fake=not own) for own in (False, True))
-    assert shared.update()["generator_loss"] == own.update()["generator_loss"]
-    before, after = shared.fake_optimizer.master_state(), own.fake_optimizer.master_state()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert math.isinf(own.fake_optimizer.clip_norm) and own.student_optimizer.clip_norm == 1.0
+class CountingPrompts:
+    """Prompts that note how many were drawn."""
+
+    def __init__(self, prompts: Prompts, drawn: list[int]) -> None:
+        self.prompts, self.drawn = prompts, drawn
+        self.conditioning, self.unconditional = prompts.conditioning, prompts.unconditional
+
+    def draw(self, random: Randomness, count: int) -> torch.Tensor:
+        self.drawn.append(count)
+        return self.prompts.draw(random, count)
+
+
+def test_the_fake_score_may_go_first_on_samples_of_its_own_unclipped(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fake_first=True, clip_fake=False, rollout="mixed")
+    order: list[str] = []
+    for optimizer, name in ((trainer.fake_optimizer, "fake"), (trainer.student_optimizer, "student")):
+        optimizer.adamw.register_step_post_hook(lambda _optimizer, _args, _kwargs, name=name: order.append(name))
+    drawn: list[int] = []
+    trainer.rollout.prompts = CountingPrompts(trainer.rollout.prompts, drawn)
+    trainer.update()
+    assert order == ["fake", "student"] and drawn == [4, 4]
+    assert math.isinf(trainer.fake_optimizer.clip_norm) and trainer.student_optimizer.clip_norm == 1.0
 
 
 def test_memory_and_precision_may_change_on_resuming(tmp_path: Path) -> None:
@@ -403,7 +420,7 @@ def test_settings_come_from_file_flags_and_method(tmp_path: Path, monkeypatch: p
     for contrary in (
         {"interval_offsets": [0.1]},
         {"score_noise": "trajectory"},
-        {"fake_own_draw": True, "rollout": "pipelined"},
+        {"fake_first": True, "rollout": "pipelined"},
     ):
         with pytest.raises(ValueError, match="|".join(contrary)):
             DistillSettings.read(None, contrary)

@@ -135,7 +135,9 @@ class DistillSettings(BaseSettings):
     # Which steps an update trains.
     draw: Draw = Field("stage", description="Eq. 6: a stage first, then one of its steps; step: all steps alike")
     rollout: Mode = Field("mixed", description="a batch holds one step, one stage, each sample's own; or is pipelined")
-    fake_own_draw: bool = Field(False, description="the fake score learns on samples of its own, not the student's")
+    fake_first: bool = Field(
+        False, description="the fake score's updates go before the student's, on samples of their own"
+    )
 
     # Ours, not the paper's (see docs/training.md).
     shared_score_sample: bool = Field(False, description="both updates use the same tau and noise: one pass fewer")
@@ -195,8 +197,8 @@ class DistillSettings(BaseSettings):
             raise ValueError(f"interval_offsets belong to interval=trajectory, and interval is {self.interval!r}")
         if self.score_noise == "trajectory" and self.interval != "trajectory":
             raise ValueError("score_noise=trajectory starts at a step's end, and tau lies above: interval=trajectory")
-        if self.fake_own_draw and (self.rollout == "pipelined" or self.shared_score_sample):
-            raise ValueError("fake_own_draw: under rollout=pipelined or shared_score_sample both learn on one batch")
+        if self.fake_first and (self.rollout == "pipelined" or self.shared_score_sample):
+            raise ValueError("fake_first: under rollout=pipelined or shared_score_sample both learn on one batch")
         if self.rollout == "pipelined" and self.method == "swd":
             raise ValueError("rollout=pipelined: SwD draws each step's states from clean samples, not from roll-outs")
         return self

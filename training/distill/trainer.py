@@ -118,12 +118,15 @@ class Trainer:
             return self._fake_warmup()
         warm = iteration < settings.warm_start_iterations
         factor = self.rate_factor()
+        figures: dict[str, float] = {}
+        train_fake = not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations
+        if train_fake and settings.fake_first:
+            self._update_fake(self._fresh_matched(), (), factor, figures)
         self.student_optimizer.zero_grad()
         states = method.states(self.rollout, networks.student, method.active_steps(iteration))
         predictions = self.rollout.predict(networks.student, states)
         matched = method.match(predictions)
         samples: list[ScoreSample | None] = [None] * len(matched)
-        figures: dict[str, float] = {}
         if warm:
             loss = method.warm_start_loss(predictions, networks.teacher, self.random)
             figures["warm_start_loss"] = float(loss.detach())
@@ -139,7 +142,7 @@ class Trainer:
         rate *= self.rate_factor(settings.fake_warmup_iterations)
         figures["generator_grad_norm"] = self.student_optimizer.step(rate, self._reduce)
         self.ema.update(self.student_optimizer.master_state())
-        if not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations:
+        if train_fake and not settings.fake_first:
             self._update_fake(matched, samples, factor, figures)
         self.progress.iteration += 1
         self._watch(figures)
@@ -179,7 +182,7 @@ class Trainer:
         settings, fake = self.settings, self.networks.fake
         early = self.progress.iteration < settings.early_iterations
         for number in range(settings.early_fake_steps if early else settings.fake_steps):
-            if (number or settings.fake_own_draw) and not self.rollout.pipelined:
+            if number and not self.rollout.pipelined:
                 matched, samples = self._fresh_matched(), ()
             # Gradients that the generator's loss may have left in the fake network (GAN, patch loss) are dropped.
             self.fake_optimizer.zero_grad()
