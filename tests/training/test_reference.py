@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from cli.main import app
+from rmd.backbones.tiny import write_tiny_folder
 from rmd.cascade import Cascade
+from rmd.checkpoint import CheckpointFolder
 from rmd.noise_schedule import RectifiedFlow
 from rmd.presets import preset
 from rmd.sampler import advance
@@ -151,6 +156,29 @@ def test_the_recipe_is_what_its_file_says() -> None:
     assert (settings.low_stage_iterations, settings.rollout, settings.draw) == (15, "stage", "stage")
     assert settings.negative_prompt is not None and settings.negative_prompt.startswith("Bright tones, overexposed")
     assert settings.export_weights == "student" and not settings.clip_fake
+
+
+def test_the_recipe_from_the_command_to_a_checkpoint(tmp_path: Path) -> None:
+    """On a tiny Wan, at its own sizes."""
+    recipe = tmp_path / "reference.yaml"
+    lines = (CONFIGS / "wan" / "reference.yaml").read_text().splitlines()
+    recipe.write_text("\n".join(line for line in lines if not line.startswith("preset:")))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na cat\n")
+    teacher = write_tiny_folder("wan-1.3b", tmp_path / "teacher")
+    command = ["distill", "--teacher", str(teacher), "--out", str(tmp_path / "out"), "--run", str(tmp_path / "run"),
+               "--config", str(recipe), "--prompts", str(prompts), "--iterations", "1", "--batch-size", "2",
+               "--device", "cpu", "--set", "sheet_every=0", "--set", "log_every=1"]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "wan-1.3b's own defaults: negative_prompt=Bright tones" in result.output
+    checkpoint = CheckpointFolder.read(tmp_path / "out")
+    assert checkpoint.distillation["settings"]["negative_prompt"].startswith("Bright tones")
+    cascade = checkpoint.default_cascade
+    assert (cascade.training_step_noise_intensity, cascade.training_noise_intensity) == (0.5, 0.0)
+    (line,) = (json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    # The warm-up: the low stage alone.
+    assert any(f"latent_change_step_{step}" in line for step in range(3)) and "gradient_step_3" not in line
 
 
 @pytest.mark.parametrize("folder", ["sdxl", "pixart", "sd3", "wan", "embedded"])

@@ -94,11 +94,12 @@ class Models:
         kind = get_backbone(self.backbone_name)
         self.media, self.frames_per_second = kind.media, kind.frames_per_second
         low, full = map(int, PROFILES[kind.profile].default_split.split("+"))
+        own = {size for cascade in self.cascades.values() for size in cascade.sizes}
         for first in range(low + full):
             schedule = f"{first}+{low + full - first}"
             made = preset(kind.profile, schedule=schedule)
             # A checkpoint of other sizes has no rows but its own: these would be measured at sizes it never had.
-            if not self.cascades or {*made.sizes} <= {*self.cascades[self.default].sizes}:
+            if not own or {*made.sizes} <= own:
                 self.cascades.setdefault(schedule, made)
         self.folders = {"student": folder, "teacher": settings.teacher or teacher_folder}
         self.dtype = native_dtype(settings.device)
@@ -108,7 +109,8 @@ class Models:
         """The teacher; the student's cascade, the same without distillation, and as many steps at the full size."""
         split = PROFILES[get_backbone(self.backbone_name).profile].default_split
         full = f"0+{sum(map(int, split.split('+')))}"
-        return "teacher", f"student-{self.default}", f"naive-{split}", f"naive-{full}"
+        naive = (f"naive-{schedule}" for schedule in (split, full) if schedule in self.cascades)
+        return "teacher", f"student-{self.default}", *naive
 
     def rows(self, keys: Sequence[str] = ()) -> list[Row]:
         """The rows ``keys``; without any, those that the settings name, or else :meth:`default_rows`."""
