@@ -56,7 +56,8 @@ def last_layer_in_float32(denoiser: nn.Module) -> None:
     """Let a network's last projection compute, and put out, float32 in place.
 
     Where x0 comes from predicted noise, `(x - sigma eps) / alpha`, an output's rounding is multiplied by
-    `sigma / alpha`, 14 at the start of SDXL's table and 157 of PixArt's: in bfloat16 more than the scores differ by.
+    `sigma / alpha`, 14 at the start of SDXL's table and 157 of PixArt's: in bfloat16 it would rival the scores' own
+    difference.
     """
     _, network = network_of(denoiser)
     (layer,) = (child for name, child in network.named_children() if name in _LAST_LAYERS)
