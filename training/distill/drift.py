@@ -1,7 +1,9 @@
 """Notices a student that falls apart: last-step predictions that turn to noise, one colour, a cast or a still.
 
 What counts as such is relative to the run's own beginning, when the last step still has the teacher's weights. The
-limits are wide: they are for runs that nobody would keep. Figures are :func:`training.distill.figures.latent_figures`.
+limits are wide: they are for runs that nobody would keep. The shipped students' last steps (8 pictures, 3 films) have
+1.4 and 1.6 times the spread that their teachers' weights have there, 1.6 and 1.5 times the roughness (.45 and .44).
+Figures are :func:`training.distill.figures.latent_figures`.
 """
 
 from __future__ import annotations
