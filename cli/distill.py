@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from training.distill.prompts import PromptSet
     from training.distill.run import Distillation
     from training.distill.settings import DistillSettings
+    from training.distill.teacher import Teacher
 
 _SHEET_PROMPTS = 8
 
@@ -130,6 +131,7 @@ def _run(
     place = accelerator.device if device in ("auto", "cpu", "cuda") else torch.device(device)
     dtype = parse_dtype(PRECISIONS[settings.precision], place)
     teacher = Teacher.open(teacher_folder, backbone, dtype, place)
+    settings = _for_backbone(settings, teacher)
     training_cascade(teacher, settings)  # a schedule that does not exist is said before any prompt is encoded
     with accelerator.main_process_first():  # the others read what it has encoded and drawn
         prompt_set = _prompts(teacher, prompt_file, data, max_prompts, settings, run, needed=not export_only)
@@ -174,7 +176,11 @@ def _prompts(
     with Progress(transient=True) as bar:
         task = bar.add_task("encoding prompts", total=1.0)
         return encode_prompts(
-            teacher.backbone, texts, run / "prompts", progress=lambda share: bar.update(task, completed=share)
+            teacher.backbone,
+            texts,
+            run / "prompts",
+            negative=settings.negative_prompt,
+            progress=lambda share: bar.update(task, completed=share),
         )
 
 
@@ -230,6 +236,16 @@ def _print_settings(settings: DistillSettings) -> None:
     import yaml
 
     _say(yaml.safe_dump(settings.to_record(), sort_keys=False, default_flow_style=None, width=110).rstrip())
+
+
+def _for_backbone(settings: DistillSettings, teacher: Teacher) -> DistillSettings:
+    """The settings with the backbone's own defaults; says what is not as printed, or not as the method has it."""
+    chosen, before = settings.for_backbone(teacher.backbone.profile), settings.to_record()
+    if own := [f"{name}={value}" for name, value in chosen.to_record().items() if value != before[name]]:
+        _say(f"{teacher.backbone.name}'s own defaults: {', '.join(own)}")
+    if departures := chosen.departures():
+        _say(f"departs from {chosen.method} as defined: {', '.join(departures)}")
+    return chosen
 
 
 def _say(text: str) -> None:

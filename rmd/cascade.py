@@ -97,6 +97,7 @@ class Cascade:
         step_noise_intensity: `a` inside a stage: 1 is deterministic (Euler, DDIM), 0 is fresh noise (LCM, DMD2). One
             number, or one a transition (`num_steps - 1` of them, as ancestral and TCD sampling need: see
             `rmd.noise_rules`); at a change of size `transition_noise_intensity` holds instead.
+        training_step_noise_intensity: `step_noise_intensity` of training roll-outs; None: the same.
         noise_upsampling: "bilinear", "renormalised" or "nearest_block" (see `rmd.upsampling.upsample_noise`).
         x0_upsampling: "bilinear" or "bicubic": how the prediction itself is enlarged (see `rmd.upsampling.upsample`).
         initial_noise_scale: standard deviation of the noise that sampling starts from.
@@ -127,6 +128,7 @@ class Cascade:
     final_timestep: float | None = None
     score_noise_intensity: float = 0.2
     training_noise_intensity: float = 0.2
+    training_step_noise_intensity: float | None = None
     guidance_scale: float = 1.0
     thresholds: tuple[float, ...] | None = None
     stage_boundaries: tuple[float, ...] | None = None

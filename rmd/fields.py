@@ -102,6 +102,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "x0_upsampling": text,
     "step_noise_intensity": _number_or_numbers,
     "final_timestep": _number_or_none,
+    "training_step_noise_intensity": _number_or_none,
     "thresholds": _numbers,
     "stage_boundaries": _numbers,
     "note": _any_text,
@@ -192,6 +193,8 @@ def check_cascade(cascade: Cascade) -> None:
         )
     each = intensities if isinstance(intensities, tuple) else (intensities,)
     require(all(0 <= a <= 1 for a in each), "step_noise_intensity", "must be from 0 to 1")
+    in_training = cascade.training_step_noise_intensity
+    require(in_training is None or 0 <= in_training <= 1, "training_step_noise_intensity", "must be from 0 to 1")
     num_stages = steps[-1].stage + 1
     if cascade.thresholds is not None:
         require(len(cascade.thresholds) == num_stages - 1, "thresholds", f"must hold {num_stages - 1} values")

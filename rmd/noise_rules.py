@@ -5,6 +5,7 @@ Times are timesteps (`1000 t`); `s = sigma / alpha` of the family's schedule.
 
 - `deterministic`: Euler, DDIM with eta = 0. `a = 1`.
 - `fresh`: LCM, DMD2, Wan's step-distilled students. `a = 0`.
+- `mixed`: RMD's public reference implementation mixes the prediction's noise and fresh noise at every step: `a = eta`.
 - `ancestral`: Euler ancestral (SDXL-Turbo). The move of `s` to `s'` goes down to `s'^2 / s` and adds noise of variance
   `s'^2 - s'^4 / s^2`, so `a = s' / s`.
 - `tcd`: trajectory consistency distillation (arXiv 2402.19159) goes down to `floor((1 - eta) t')` and adds noise up to
@@ -49,6 +50,7 @@ def _ddim(schedule: NoiseSchedule, timestep: float, following: float, eta: float
 NOISE_RULES: Mapping[str, Rule] = {
     "deterministic": lambda _schedule, _timestep, _following, _eta: 1.0,
     "fresh": lambda _schedule, _timestep, _following, _eta: 0.0,
+    "mixed": lambda _schedule, _timestep, _following, eta: eta,
     "ancestral": _ancestral,
     "tcd": _tcd,
     "ddim": _ddim,
@@ -63,7 +65,7 @@ def step_noise_intensities(
     Args:
         rule: a key of `NOISE_RULES`.
         timesteps: of the steps, decreasing.
-        eta: of `tcd` and `ddim`, in [0, 1].
+        eta: of `mixed`, `tcd` and `ddim`, in [0, 1].
 
     Raises:
         ValueError: an unknown rule, or an eta outside [0, 1].

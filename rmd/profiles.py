@@ -32,6 +32,15 @@ def rectified_flow() -> NoiseSchedule:
     return RectifiedFlow()
 
 
+# As diffusers' WanPipeline documents it, after Wan2.1's own.
+WAN_NEGATIVE_PROMPT = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards"
+)
+
+
 @dataclass(frozen=True)
 class BackboneProfile:
     """What one backbone's cascades have in common.

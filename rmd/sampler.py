@@ -129,6 +129,8 @@ def noise_intensity(cascade: Cascade, step_index: int, training: bool = False) -
         return 1.0
     if cascade.steps[step_index].size == cascade.steps[step_index + 1].size:
         intensity = cascade.step_noise_intensity
+        if training and cascade.training_step_noise_intensity is not None:
+            return cascade.training_step_noise_intensity
         return intensity[step_index] if isinstance(intensity, tuple) else intensity
     return cascade.training_noise_intensity if training else cascade.transition_noise_intensity
 
@@ -158,7 +160,7 @@ def advance(
         x_t, x0_hat: (B, C, [T], H, W).
         latent_shape_of: a backbone's `latent_shape`.
         noise: (B, *latent_shape_of(next size)); needed when `needs_noise(cascade, step_index, training)`.
-        training: use `training_noise_intensity` at a change of size.
+        training: use `training_noise_intensity` at a change of size, `training_step_noise_intensity` inside a stage.
 
     Returns:
         float32 (float64 for float64 inputs) at the next step's side.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rmd.size import Size
-from rmd.timesteps import euler_timesteps, shift_time, uniform_teacher_timesteps
+from rmd.timesteps import euler_timesteps, reference_timesteps, shift_time, uniform_teacher_timesteps
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,27 @@ _WAN = {
     ),
 }  # fmt: skip
 
+_RMD_SIZES = (_480P,) * 3 + (_720P,) * 3
+
+
+def _rmd(timesteps: tuple[float, ...], flow_shift: float, note: str) -> StepList:
+    # Of either size of Wan, so no base. Its noise: a share of .9 inside a stage, fresh where the size changes.
+    return StepList(
+        "wan-14b", timesteps, _RMD_SIZES, noise_rule="mixed", eta=0.9, transition_noise_intensity=0.0,
+        prediction="velocity", flow_shift=flow_shift, source="github.com/Skylar-aigc/RMD-Inference-Acceleration",
+        files="no weights are published; a folder student_model-N that its trainer wrote", licence="Apache-2.0 (code)",
+        note=note,
+    )  # fmt: skip
+
+
+_REFERENCE = {
+    "rmd-wan": _rmd(reference_timesteps(6, 3.0), 3.0, "its recipes: flow_shift_trans 1, eta 0.9 at inference"),
+    # The teacher's own shift at 720p, a smaller one below: the low side gets the smaller times.
+    "rmd-wan-shift5": _rmd(
+        reference_timesteps(6, 3.0)[:3] + reference_timesteps(6, 5.0)[3:], 5.0, "its flow_shift_trans 2"
+    ),
+}  # fmt: skip
+
 # ---- Without training -----------------------------------------------------------------------------------------------
 
 
@@ -295,7 +316,7 @@ _TRAINING_FREE = {
     ),
 }
 
-STEP_LISTS: Mapping[str, StepList] = {**_SDXL, **_PIXART, **_SD3, **_WAN, **_TRAINING_FREE}
+STEP_LISTS: Mapping[str, StepList] = {**_SDXL, **_PIXART, **_SD3, **_WAN, **_REFERENCE, **_TRAINING_FREE}
 
 _MULTISTEP = "published with a multistep solver, which looks back at earlier steps; every step here stands alone"
 

@@ -46,6 +46,16 @@ def tabled_teacher_timesteps(num_steps: int, flow_shift: float, sigma_min: float
     return tuple(round(1000 * shift_time(1 - (1 - sigma_min) * entry / 999, flow_shift)) for entry in entries)
 
 
+def reference_timesteps(num_steps: int, flow_shift: float) -> tuple[float, ...]:
+    """The steps of RMD's public reference implementation: from entry 999 of its table down by `1000 // n` entries.
+
+    Entry `i` is the time `(i + 1) / 1000` under the flow shift. Six steps under shift 3 are 1000, 937.8, 857.9, 751.5,
+    602.9, 380.6.
+    """
+    entries = (999 - k * (1000 // num_steps) for k in range(num_steps))
+    return tuple(1000 * shift_time((entry + 1) / 1000, flow_shift) for entry in entries)
+
+
 def euler_timesteps(num_steps: int, flow_shift: float) -> tuple[float, ...]:
     """The timesteps that diffusers' `FlowMatchEulerDiscreteScheduler(shift).set_timesteps(n)` gives, in float64.
 

@@ -129,7 +129,8 @@ def test_presets_are_listed_with_their_sources_and_what_is_not_supported() -> No
     ):
         assert part in text
     listed = json.loads(run.invoke(main, ["presets", "--json", "--backbone", "wan-14b"]).stdout)
-    assert [row["name"] for row in listed["presets"]] == ["wan", "lightx2v-wan-14b", "rcm-wan-14b"]
+    students = ["lightx2v-wan-14b", "rcm-wan-14b", "rmd-wan", "rmd-wan-shift5"]
+    assert [row["name"] for row in listed["presets"]] == ["wan", *students]
     assert listed["presets"][1]["timesteps"] == [1000, 937.5, pytest.approx(2500 / 3), 625]
     wrong = run.invoke(main, ["presets", "--backbone", "flux"])
     assert "--backbone 'flux' has no presets" in str(wrong.exception)

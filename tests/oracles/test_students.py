@@ -358,7 +358,8 @@ def test_every_student_has_its_oracle() -> None:
     }
     with_scheduler = {"swd-sdxl", "lightx2v-wan-14b", "rcm-wan-1.3b", "rcm-wan-14b", "causvid-wan-1.3b"}
     students = {name for name, entry in STEP_LISTS.items() if entry.source}
-    assert students == with_pipeline | with_scheduler
+    closed_form = {"rmd-wan", "rmd-wan-shift5"}  # test_reference.py
+    assert students == with_pipeline | with_scheduler | closed_form
 
 
 def test_ddims_stochastic_step_is_diffusers() -> None:

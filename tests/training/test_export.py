@@ -82,6 +82,9 @@ def test_an_export_is_a_checkpoint_folder_with_the_averaged_student(
     assert checkpoint.teacher_path is not None and checkpoint.teacher_path.resolve() == teacher_folder.resolve()
     assert checkpoint.distillation["settings"]["method"] == "rmd"
     own = dict(backbone.component_modules()["denoiser"].named_parameters())
+    assert not checkpoint.cascades["2+2"].note and all(
+        "not distilled" in checkpoint.cascades[name].note for name in ("1+3", "3+1", "0+4")
+    )
     for name, value in distillation.trainer.ema.weights.items():
         assert torch.equal(own[name], value.to(torch.bfloat16)), name
     assert (out / "README.md").read_text().startswith("# student") and (out / "NOTICE").read_text()
@@ -257,6 +260,15 @@ def test_prompts_are_cached_and_drawn_as_often_as_they_are_given(distillation: D
     for name, value in second.conditioning(torch.tensor([1])).items():
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-4)
         assert torch.equal(value, first.conditioning(torch.tensor([1]))[name])
+
+
+def test_a_negative_prompt_takes_the_empty_ones_place(distillation: Distillation, tmp_path: Path) -> None:
+    backbone = distillation.teacher.backbone
+    for negative in (None, "blurred", "blurred"):
+        found = encode_prompts(backbone, ["a dog"], tmp_path, negative=negative).unconditional(1)
+        for name, value in backbone.encode_prompts([negative or ""]).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_another_teachers_text_encoder_encodes_anew(distillation: Distillation, tmp_path: Path) -> None:

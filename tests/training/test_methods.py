@@ -161,9 +161,65 @@ def test_fresh_roll_outs_reach_every_step_and_pipelined_batches_hold_all() -> No
     fresh = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 2)
     seen = {fresh.states(networks.student, range(4))[0].step for _ in range(30)}
     assert seen == {0, 1, 2, 3}
-    pipelined = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 6, pipelined=True)
+    pipelined = Rollout(method.backbone, method.cascade, prompt_set(), Randomness(0), 6, "pipelined")
     states = pipelined.states(networks.student, range(4))
     assert [(state.step, len(state.rows)) for state in states] == [(0, 2), (1, 2), (2, 1), (3, 1)]
+
+
+def uneven() -> Cascade:
+    """1+3: Eq. 6 gives the first step half of the samples."""
+    return Cascade.from_steps("tiny", [1000, 750, 500, 250], [LOW, FULL, FULL, FULL], resolution_map="none")
+
+
+def test_steps_are_drawn_by_stage_or_all_alike() -> None:
+    backbone, networks = tiny_backbone(), prepared("rmd")[1]
+    for draw, mode, expected in (
+        ("stage", "fresh", [1 / 2, 1 / 6, 1 / 6, 1 / 6]),
+        ("step", "fresh", [1 / 4] * 4),
+        ("stage", "mixed", [1 / 2, 1 / 6, 1 / 6, 1 / 6]),
+        ("stage", "stage", [1 / 2, 1 / 6, 1 / 6, 1 / 6]),
+    ):
+        rollout = Rollout(backbone, uneven(), prompt_set(), Randomness(0), 3, mode, draw)  # type: ignore[arg-type]
+        counts = torch.zeros(4)
+        for _ in range(600):
+            for step, count in rollout.drawn(range(4)).items():
+                counts[step] += count
+        torch.testing.assert_close(counts / counts.sum(), torch.tensor(expected), atol=0.06, rtol=0)
+    pipelined = Rollout(backbone, uneven(), prompt_set(), Randomness(0), 7, "pipelined")
+    states = pipelined.states(networks.student, range(4))
+    assert [(state.step, len(state.rows)) for state in states] == [(0, 4), (1, 1), (2, 1), (3, 1)]
+
+
+def test_a_mixed_batch_is_the_samples_of_each_steps_own_roll_out() -> None:
+    """One pass over the cascade, from which every sample leaves at its step; the low-stage warm-up holds one stage."""
+    method, networks, _ = prepared("rmd", transition_noise_intensity=1.0, batch_size=5, rollout="mixed")
+    rollout = method.rollout(Randomness(3))
+    states = rollout.states(networks.student, range(4))
+    assert sum(len(state.rows) for state in states) == 5 and len(states) >= 3
+    draws = Randomness(3)
+    draws.uniform(1)
+    rows, start = prompt_set().draw(draws, 5), draws.normal((5, *method.backbone.latent_shape(LOW)))
+    torch.testing.assert_close(torch.cat([state.rows for state in states]), rows)
+    seen = 0
+    for state in states:
+        mine = slice(seen, seen + len(state.rows))
+        x, text = start[mine], prompt_set().conditioning(rows[mine])
+        for index in range(state.step):
+            step = method.cascade.steps[index]
+            t = torch.full((len(x),), step.t, dtype=torch.float64)
+            with torch.no_grad():
+                x0 = method.backbone.predict_x0(x, t, text, step.size, denoiser=networks.student)
+            x = advance(
+                method.cascade, index, x, x0, method.backbone.schedule, method.backbone.latent_shape, training=True
+            )
+        torch.testing.assert_close(state.x_t, x, rtol=1e-4, atol=1e-5)
+        seen += len(state.rows)
+    one = method.rollout(Randomness(3))
+    one.mode = "stage"
+    for _ in range(4):
+        stages = {method.cascade.steps[state.step].stage for state in one.states(networks.student, range(4))}
+        assert len(stages) == 1
+    assert {state.step for state in rollout.states(networks.student, [0, 1])} == {0, 1}
 
 
 def test_roll_outs_take_the_cascades_list_of_intensities_start_and_enlargement() -> None:
@@ -270,7 +326,7 @@ def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
 
 
 def test_a_pipelined_batch_smaller_than_the_cascade_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 3 would never train the last ones; give 4 or more"):
+    with pytest.raises(ValueError, match="batch_size 3 would never train step 3; give more"):
         make_method(settings_for(rollout="pipelined", batch_size=3))
 
 

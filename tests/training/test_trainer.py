@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,17 +13,24 @@ from typing import Any
 import pytest
 import torch
 
+from rmd.backbones.registry import get_backbone
+from rmd.backbones.tiny import write_tiny_folder
 from rmd.machine import device_name
-from tests.training.distil_setup import make_trainer, prompt_set
+from rmd.size import Size
+from tests.training.distil_setup import FULL, make_trainer, prompt_set, settings_for
+from training.distill.drift import DriftWatch
+from training.distill.figures import latent_figures
 from training.distill.optimizer import AveragedWeights, MasterAdamW
-from training.distill.roles import merged_network, network_of, with_weights
+from training.distill.roles import Networks, merged_network, network_of, with_weights
+from training.distill.rollout import Prompts
 from training.distill.settings import DistillSettings, changed_settings, parse_assignments
 from training.distill.trainer import Hooks, Trainer, TrainingError
 from training.runtime import checkpoints as checkpoint_files
 from training.runtime.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from training.runtime.randomness import Randomness
 
-CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
+CONFIGS_FOLDER = Path(__file__).parents[2] / "training" / "configs"
+CONFIGS = sorted(CONFIGS_FOLDER.rglob("*.yaml"))
 VARIANTS: list[dict[str, Any]] = [
     {"low_stage_iterations": 1},
     {"rollout": "pipelined", "shared_score_sample": True, "fake_steps": 2, "rate_warmup": 3, "decay_share": 0.5,
@@ -181,6 +189,117 @@ def test_resuming_refuses_other_prompts_but_an_export_needs_none(tmp_path: Path)
     assert metrics.read_text().endswith(later), "the run may be going on: its records are not the export's"
 
 
+class CountingPrompts:
+    """Prompts that note how many were drawn."""
+
+    def __init__(self, prompts: Prompts, drawn: list[int]) -> None:
+        self.prompts, self.drawn = prompts, drawn
+        self.conditioning, self.unconditional = prompts.conditioning, prompts.unconditional
+
+    def draw(self, random: Randomness, count: int) -> torch.Tensor:
+        self.drawn.append(count)
+        return self.prompts.draw(random, count)
+
+
+def test_the_fake_score_may_go_first_on_samples_of_its_own_unclipped(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fake_first=True, clip_fake=False, rollout="mixed")
+    order: list[str] = []
+    for optimizer, name in ((trainer.fake_optimizer, "fake"), (trainer.student_optimizer, "student")):
+        optimizer.adamw.register_step_post_hook(lambda _optimizer, _args, _kwargs, name=name: order.append(name))
+    drawn: list[int] = []
+    trainer.rollout.prompts = CountingPrompts(trainer.rollout.prompts, drawn)
+    trainer.update()
+    assert order == ["fake", "student"] and drawn == [4, 4]
+    assert math.isinf(trainer.fake_optimizer.clip_norm) and trainer.student_optimizer.clip_norm == 1.0
+
+
+def test_memory_and_precision_may_change_on_resuming(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", iterations=1, precision="bf16").train()
+    later = make_trainer(tmp_path / "run", iterations=2, precision="fp32", gradient_checkpointing=True)
+    assert later.resume() and later.train()
+
+
+def test_a_run_whose_pictures_fall_apart_is_ended_and_may_go_on_all_the_same(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", iterations=100, batch_size=4)
+    good = {"latent_mean_step_3": 0.1, "latent_spread_step_3": 1.0, "latent_roughness_step_3": 0.5}
+    for _ in range(60):
+        assert trainer.drift.observe(good) is None
+    trainer.save()
+    resumed = make_trainer(tmp_path / "run", iterations=100, batch_size=4)
+    assert resumed.resume() and resumed.drift.state() == trainer.drift.state()
+    resumed.drift.present["spread"] = 0.01
+    with pytest.raises(TrainingError, match=r"turn to one colour: spread .*stop_on_drift=false"):
+        resumed.train()
+    going_on = make_trainer(tmp_path / "run", iterations=2, stop_on_drift=False)
+    assert going_on.resume()
+    going_on.drift.present["spread"] = 0.01
+    assert going_on.train()
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "what"),
+    [("roughness", 1.1, "noise"), ("spread", 0.1, "one colour"), ("spread", 5.0, "extremes"), ("mean", 2.5, "cast"),
+     ("change", 0.01, "a still")],
+)  # fmt: skip
+def test_drift_has_names(figure: str, value: float, what: str) -> None:
+    watch = DriftWatch(5)
+    usual = {"mean": 0.2, "spread": 1.0, "roughness": 0.5, "change": 0.3}
+
+    def observe(**figures: float) -> str | None:
+        return watch.observe({f"latent_{name}_step_5": value for name, value in {**usual, **figures}.items()})
+
+    assert watch.observe({"latent_spread_step_0": 100.0}) is None, "another step's"
+    assert not any(observe() for _ in range(60))
+    assert observe(**{figure: value}) is None, "one update is no drift"
+    assert what in [observe(**{figure: value}) for _ in range(60)][-1]  # type: ignore[operator]
+
+
+def test_an_update_records_latents_and_gradients_by_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", rollout="pipelined")
+    figures = trainer.update()
+    for step in range(4):
+        assert figures[f"gradient_step_{step}"] > 0 and figures[f"latent_spread_step_{step}"] > 0
+    assert any(name.startswith("direction_tau_") for name in figures)
+    noise = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = {name: float(value) for name, value in latent_figures(noise).items()}
+    assert found == pytest.approx({"mean": 0.0, "spread": 1.0, "roughness": 1.128, "change": 1.128}, abs=0.02)
+
+
+def test_the_last_layer_of_a_noise_predictor_is_float32(tmp_path: Path) -> None:
+    """Its output is no longer rounded to bfloat16, which sigma / alpha would multiply in x0."""
+    folder = write_tiny_folder("pixart", tmp_path / "pixart")
+    backbone = get_backbone("pixart").load(folder, dtype=torch.bfloat16)
+    networks = Networks.build(backbone, settings_for())
+    size = Size.square(32)
+    latents, text = torch.randn(1, *backbone.latent_shape(size)), backbone.random_conditioning(1)
+    for denoiser in (networks.teacher, networks.student, networks.fake):
+        network = network_of(denoiser)[1]
+        assert {p.dtype for p in network.proj_out.parameters()} == {torch.float32}
+        assert {p.dtype for p in network.transformer_blocks.parameters()} == {torch.bfloat16}
+        output = backbone.predict_output(latents, torch.tensor([0.98]), text, size, denoiser)
+        assert not torch.equal(output, output.bfloat16().float())
+    flow = get_backbone("sd3").load(write_tiny_folder("sd3", tmp_path / "sd3"), dtype=torch.bfloat16)
+    assert network_of(Networks.build(flow, settings_for()).student)[1].proj_out.weight.dtype == torch.bfloat16
+
+
+def test_a_merged_lora_is_rounded_once(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", lora_rank=2, precision="bf16", generator_rate=0.05, iterations=1)
+    assert trainer.train()
+    weights = trainer.student_optimizer.master_state()
+    base = dict(network_of(trainer.networks.teacher)[1].named_parameters())
+    student = with_weights(trainer.networks.student, weights)
+    text = {"encoder_hidden_states": torch.randn(1, 24, 16), "pooled_projections": torch.randn(1, 16)}
+    drawn = trainer.method.backbone.predict_x0(torch.randn(1, 8, 8, 8), torch.tensor([0.5]), text, FULL, student)
+    assert bool(torch.isfinite(drawn).all()), "as for a sheet"
+    merged = dict(merged_network(student).named_parameters())
+    name = "transformer_blocks.0.attn.to_q.weight"
+    (down,) = (value for key, value in weights.items() if "transformer_blocks.0.attn.to_q.lora_A" in key)
+    (up,) = (value for key, value in weights.items() if "transformer_blocks.0.attn.to_q.lora_B" in key)
+    expected = (base[name].float() + up.float() @ down.float()).bfloat16()
+    assert torch.equal(merged[name], expected) and not torch.equal(expected, base[name])
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+
+
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="--minutes or --iterations"):
         make_trainer(tmp_path / "run", iterations=None).train()
@@ -299,10 +418,36 @@ def test_settings_come_from_file_flags_and_method(tmp_path: Path, monkeypatch: p
     ):
         with pytest.raises(ValueError, match="|".join(unheeded)):
             DistillSettings.read(None, unheeded)
+    for contrary in (
+        {"interval_offsets": [0.1]},
+        {"score_noise": "trajectory"},
+        {"fake_first": True, "rollout": "pipelined"},
+    ):
+        with pytest.raises(ValueError, match="|".join(contrary)):
+            DistillSettings.read(None, contrary)
     broken = tmp_path / "broken.yaml"
     broken.write_text("betas: [0, 0.95")
     with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
         DistillSettings.read(broken)
+
+
+def test_a_file_of_another_methods_is_refused_and_departures_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"embedded\.yaml was written for method rmd, and its .*fake_weighting.*of tdm"
+    ):
+        DistillSettings.read(CONFIGS_FOLDER / "embedded.yaml", {"method": "tdm"})
+    own = tmp_path / "tdm.yaml"
+    own.write_text("method: tdm\ninterval: stage\n")
+    assert DistillSettings.read(own).departures() == ["interval=stage (tdm: step)"]
+    assert DistillSettings.read(None, {"method": "tdm"}).departures() == []
+
+
+def test_a_backbones_own_defaults_yield_to_whatever_was_said() -> None:
+    wan = DistillSettings.read(None, {"low_stage_iterations": 7}).for_backbone("wan")
+    assert (wan.batch_size, wan.low_stage_iterations) == (4, 7) and "walking backwards" in str(wan.negative_prompt)
+    assert DistillSettings.read(None, {"method": "tdm"}).for_backbone("wan").low_stage_iterations == 0
+    assert DistillSettings.read().for_backbone("pixart").max_tau == 0.9
+    assert DistillSettings.read().for_backbone("sdxl") == DistillSettings.read()
 
 
 def test_assignments_are_read_as_values() -> None:
@@ -320,7 +465,7 @@ def test_assignments_are_read_as_values() -> None:
         parse_assignments(["guidance_scale"])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_shipped_configurations_are_settings(config: Path) -> None:
     assert DistillSettings.read(config).method == "rmd"
 

@@ -49,6 +49,14 @@ def elementwise_huber(d: Tensor, c: float = ELEMENTWISE_HUBER_C) -> Tensor:
     return ((d.square() + c * c).sqrt() - c).flatten(1).mean(1)
 
 
+def sized_huber(d: Tensor) -> Tensor:
+    """The public reference implementation's: :func:`elementwise_huber` with `c = 1e-3 sqrt(dim / 16384)`. Returns (B,).
+
+    16384 are the values of a 512 px latent of four channels, so `c` grows with a sample's size.
+    """
+    return elementwise_huber(d, ELEMENTWISE_HUBER_C * math.sqrt(d[0].numel() / 16384))
+
+
 def squared(d: Tensor) -> Tensor:
     """`||d||^2 / (2 dim)`: its gradient is `d / dim`. Returns (B,)."""
     return 0.5 * d.square().flatten(1).mean(1)
@@ -57,17 +65,18 @@ def squared(d: Tensor) -> Tensor:
 GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "pseudo_huber": pseudo_huber,
     "elementwise_huber": elementwise_huber,
+    "sized_huber": sized_huber,
     "squared": squared,
 }
 
 
 def normaliser(y: Tensor, real: Tensor, floor: float = 1e-6) -> Tensor:
-    """`mean |y - real|` of each sample, detached (DMD). A sample's loss is divided by it. Returns (B,)."""
+    """`mean |y - real|` of each sample, at least `floor`, detached (DMD): what its loss is divided by. Returns (B,)."""
     return (y - real).detach().abs().flatten(1).mean(1).clamp(min=floor)
 
 
 def uncapped_snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """`SNR(t)`, float64: turns the squared error of x0 into that of the noise."""
+    """`SNR(t)`, float64: turns the squared error of x0 into that of the noise. The public reference's weight too."""
     return torch.exp(schedule.log_snr(t))
 
 

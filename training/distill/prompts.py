@@ -58,7 +58,7 @@ class PromptSet:
         return {name: value[rows].to(self._device) for name, value in self._tensors.items()}
 
     def unconditional(self, count: int) -> dict[str, Tensor]:
-        """The conditions of the empty prompt, `count` times."""
+        """The conditions of the negative (or empty) prompt, `count` times."""
         return {name: value.to(self._device).expand(count, *value.shape[1:]) for name, value in self._uncond.items()}
 
 
@@ -103,6 +103,7 @@ def encode_prompts(
     prompts: Sequence[str],
     cache: Path,
     *,
+    negative: str | None = None,
     batch: int = 128,
     progress: Callable[[float], None] = lambda _share: None,
 ) -> PromptSet:
@@ -111,13 +112,15 @@ def encode_prompts(
     Args:
         prompts: with repetitions; how often one stands there is how often it is drawn.
         cache: folder of encoded sets, one file for each set of texts and text encoders.
+        negative: what guidance contrasts with, in place of the empty prompt.
         progress: told the share that is done.
     """
     texts = list(dict.fromkeys(prompts))
     row_of = {text: row for row, text in enumerate(texts)}
     order = torch.tensor([row_of[text] for text in prompts])
     encoders = [fingerprint(m) for name, m in backbone.component_modules().items() if name.startswith("text_encoder")]
-    key = hashlib.sha256("\n".join([backbone.name, str(backbone.dtype), *encoders, *texts]).encode()).hexdigest()[:16]
+    named = [backbone.name, str(backbone.dtype), *encoders, *texts, *([f"negative: {negative}"] if negative else [])]
+    key = hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
     path = cache / f"{key}.safetensors"
     if path.is_file():
         stored = load_tensors(path)
@@ -133,7 +136,8 @@ def encode_prompts(
             progress(min(1.0, (start + batch) / len(texts)))
         place = torch.tensor(by_length).argsort()
         tensors = {name: torch.cat([part[name] for part in parts])[place] for name in parts[0]}
-        uncond = {name: value.cpu() for name, value in backbone.encode_unconditional(1).items()}
+        contrast = backbone.encode_prompts([negative]) if negative else backbone.encode_unconditional(1)
+        uncond = {name: value.cpu() for name, value in contrast.items()}
         save_tensors(
             {
                 **{f"prompt.{name}": value for name, value in tensors.items()},

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from rmd.backbones.base import Backbone
+from rmd.noise_schedule import VariancePreserving
 from training.distill.adapters import adapted_layers
 from training.distill.settings import DistillSettings
+
+_LAST_LAYERS = ("conv_out", "proj_out")
 
 
 @dataclass
@@ -37,6 +40,10 @@ class Networks:
             initial: a denoiser of the same class whose weights the student starts from instead.
         """
         teacher = backbone.component_modules()["denoiser"].eval().requires_grad_(False)
+        if isinstance(backbone.schedule, VariancePreserving):
+            for module in (teacher, initial):
+                if module is not None:
+                    last_layer_in_float32(module)
         with torch.random.fork_rng(devices=[]):  # a LoRA's first weights are random
             torch.manual_seed(settings.seed)
             student = trainable_copy(initial if initial is not None else teacher, settings)
@@ -45,6 +52,23 @@ class Networks:
             for module in (teacher, student, fake):
                 compile_blocks(network_of(module)[1])
         return cls(teacher, student, fake)
+
+
+def last_layer_in_float32(denoiser: nn.Module) -> None:
+    """Let a network's last projection compute, and put out, float32 in place.
+
+    Where x0 comes from predicted noise, `(x - sigma eps) / alpha`, an output's rounding is multiplied by
+    `sigma / alpha`, 14 at the start of SDXL's table and 157 of PixArt's: in bfloat16 it would rival the scores' own
+    difference.
+    """
+    _, network = network_of(denoiser)
+    (layer,) = (child for name, child in network.named_children() if name in _LAST_LAYERS)
+    if next(layer.parameters()).dtype != torch.float32:
+        layer.float().register_forward_pre_hook(_inputs_in_float32)
+
+
+def _inputs_in_float32(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in inputs)
 
 
 def compile_blocks(network: Any) -> None:
@@ -121,19 +145,35 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a trained module, without gradients, that carries other (averaged) weights.
 
+    A LoRA's factors stay in the weights' own precision, float32, so that merging rounds once.
+
     Raises:
         KeyError: a weight's name is not one of the module's.
     """
     copied = copy.deepcopy(module).requires_grad_(False)
     own = dict(copied.named_parameters())
     for name, value in weights.items():
-        own[name].copy_(value)
+        if "lora_" in name:
+            own[name].data = value.detach().to(own[name].device, copy=True)
+        else:
+            own[name].copy_(value)
     return copied
 
 
 def merged_network(module: nn.Module) -> Any:
-    """The plain diffusers model of a denoiser, with a LoRA merged into its weights."""
+    """The plain diffusers model of a denoiser, with a LoRA merged into its weights in place.
+
+    Layer by layer in float32 on the CPU, rounded once: in bfloat16 a small change of a large weight is lost.
+    """
     _, network = network_of(module)
-    if hasattr(network, "merge_and_unload"):
-        network = network.merge_and_unload()
-    return network
+    if not hasattr(network, "unload"):
+        return network
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            place, dtype = layer.get_base_layer().weight.device, layer.get_base_layer().weight.dtype
+            layer.to("cpu", torch.float32)
+            layer.merge()
+            layer.get_base_layer().to(place, dtype)
+    return network.unload()

@@ -1,16 +1,21 @@
 """Roll-outs of the student's cascade up to the steps that an update differentiates.
 
-Two ways. *Fresh* (Algorithm 1): a random step, and every sample of the batch is rolled out to it without gradient.
-*Pipelined* (ours): every batch holds samples at every active step; what a sample's step predicted, with gradient, also
-moves it on, so that it stands at the next step in the next update. The roll-out then costs nothing, each update sees
-all steps, and a sample's state is as old as the few updates that it has lived through.
+Which step a sample is trained at is drawn by stage (Eq. 6: first a stage, then one of its steps) or evenly by step.
+There are four ways to fill a batch, all but the last by roll-outs without gradient (Algorithm 1):
+
+- *fresh*: one step, for every sample of the batch.
+- *stage*: one stage; each sample its own step of it.
+- *mixed*: each sample its own step, spread over the batch as evenly as the law allows.
+- *pipelined* (ours): every batch holds samples at every active step; what a sample's step predicted, with gradient,
+  also moves it on, so that it stands at the next step in the next update. The roll-out then costs nothing, each update
+  sees all steps, and a sample's state is as old as the few updates that it has lived through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +25,9 @@ from rmd.noise_schedule import NoiseSchedule
 from rmd.sampler import advance, needs_noise
 from rmd.size import Size
 from training.runtime.randomness import Randomness
+
+Mode = Literal["fresh", "stage", "mixed", "pipelined"]
+Draw = Literal["stage", "step"]
 
 
 class X0Backbone(Protocol):
@@ -119,27 +127,29 @@ class Rollout:
         prompts: Prompts,
         random: Randomness,
         batch_size: int,
-        pipelined: bool = False,
+        mode: Mode = "fresh",
+        draw: Draw = "stage",
     ) -> None:
         self.backbone, self.cascade, self.prompts, self.random = backbone, cascade, prompts, random
-        self.batch_size, self.pipelined = batch_size, pipelined
+        self.batch_size, self.mode, self.draw = batch_size, mode, draw
         self.carried: dict[int, State] = {}
 
+    @property
+    def pipelined(self) -> bool:
+        """Whether an update's own predictions are the next one's states."""
+        return self.mode == "pipelined"
+
     def states(self, student: nn.Module, active: Sequence[int]) -> list[State]:
-        """States at the active steps: one step's (fresh), or every step's (pipelined).
+        """States at the active steps, `batch_size` samples in all; see the module's text.
 
         Args:
             student: called without gradient for the steps before.
             active: indices of the steps that may be trained, ascending.
         """
         if not self.pipelined:
-            step = active[int(self.random.integers(len(active), 1))]
-            return [self.roll_out(student, step, self.batch_size)]
+            return self._roll_out(student, self.drawn(active))
         states = []
-        for index, step in enumerate(active):
-            count = self.batch_size // len(active) + (index < self.batch_size % len(active))
-            if count == 0:
-                continue
+        for step, count in zip(active, self.counts(active), strict=True):
             state = self.carried.pop(step, None)
             if state is None or len(state.rows) != count:
                 state = self.roll_out(student, step, count)
@@ -147,18 +157,75 @@ class Rollout:
         self.carried.clear()
         return states
 
-    @torch.no_grad()
+    def shares(self, active: Sequence[int]) -> Tensor:
+        """The probability of each active step, float64: 1 / (stages x steps of its stage), or 1 / steps."""
+        if self.draw == "step":
+            return torch.full((len(active),), 1 / len(active), dtype=torch.float64)
+        stages = [self.cascade.steps[step].stage for step in active]
+        weights = [1 / (len(set(stages)) * stages.count(stage)) for stage in stages]
+        return torch.tensor(weights, dtype=torch.float64)
+
+    def drawn(self, active: Sequence[int]) -> dict[int, int]:
+        """How many samples stand at which step, drawn."""
+        if self.mode == "fresh":
+            return {active[self._pick(self.shares(active))]: self.batch_size}
+        if self.mode == "stage":
+            stage = self.cascade.steps[active[self._pick(self.shares(active))]].stage
+            active = [step for step in active if self.cascade.steps[step].stage == stage]
+        # One draw for all samples, evenly spaced: each count is within one of its expectation, which is exact.
+        edges = self.shares(active).cumsum(0)
+        places = (torch.arange(self.batch_size, dtype=torch.float64) + self._uniform()) / self.batch_size
+        chosen = torch.searchsorted(edges, places, right=True).clamp(max=len(active) - 1).tolist()
+        return {step: chosen.count(index) for index, step in enumerate(active) if index in chosen}
+
+    def _pick(self, shares: Tensor) -> int:
+        place = torch.searchsorted(shares.cumsum(0), torch.tensor(self._uniform(), dtype=torch.float64), right=True)
+        return min(int(place), len(shares) - 1)
+
+    def _uniform(self) -> float:
+        return float(self.random.uniform(1))
+
+    def counts(self, active: Sequence[int]) -> list[int]:
+        """A pipelined batch's samples at each step: always the same, largest remainders first.
+
+        Raises:
+            ValueError: a step would get none.
+        """
+        exact = (self.shares(active) * self.batch_size).tolist()
+        # Rounded before it is floored: 6 / 4 steps must not become 1.4999.
+        counts = [int(value + 1e-9) for value in exact]
+        order = sorted(range(len(active)), key=lambda index: counts[index] - exact[index])
+        for index in order[: self.batch_size - sum(counts)]:
+            counts[index] += 1
+        if 0 in counts:
+            raise ValueError(
+                f"rollout=pipelined holds a sample at each of the {len(active)} steps: batch_size {self.batch_size} "
+                f"would never train step {active[counts.index(0)]}; give more, or another rollout"
+            )
+        return counts
+
     def roll_out(self, student: nn.Module, step: int, count: int) -> State:
         """`count` new samples, from noise to just before `step`."""
+        return self._roll_out(student, {step: count})[0]
+
+    @torch.no_grad()
+    def _roll_out(self, student: nn.Module, counts: Mapping[int, int]) -> list[State]:
+        """New samples, so many to just before each step; a sample runs no further than its own."""
         first = self.cascade.steps[0]
-        rows = self.prompts.draw(self.random, count)
-        conditioning = self.prompts.conditioning(rows)
-        noise = self.random.normal((count, *self.backbone.latent_shape(first.size)))
+        total = sum(counts.values())
+        rows = self.prompts.draw(self.random, total)
+        noise = self.random.normal((total, *self.backbone.latent_shape(first.size)))
         state = State(0, noise * self.cascade.initial_noise_scale, rows)
-        for index in range(step):
-            x0 = self._x0(student, state.x_t, index, conditioning)
-            state = self._next(state, x0)
-        return state
+        conditioning = self.prompts.conditioning(rows)
+        arrived = []
+        for index in range(max(counts) + 1):
+            if count := counts.get(index, 0):
+                arrived.append(State(index, state.x_t[:count], state.rows[:count]))
+                state = State(index, state.x_t[count:], state.rows[count:])
+                conditioning = {name: value[count:] for name, value in conditioning.items()}
+            if index < max(counts):
+                state = self._next(state, self._x0(student, state.x_t, index, conditioning))
+        return arrived
 
     def predict(self, student: nn.Module, states: Sequence[State]) -> list[Prediction]:
         """Run the student at the states, with gradient: one call a size.
@@ -176,6 +243,8 @@ class Rollout:
             x0 = self.backbone.predict_x0(x_t, t, self.prompts.conditioning(rows), size, denoiser=student)
             known = [state.clean for state in group if state.clean is not None]
             clean = torch.cat(known) if known else None
+            if x0.requires_grad:
+                x0.retain_grad()  # its size by step is recorded
             predictions.append(Prediction(size, x_t, x0, t, indices, rows, clean))
             if self.pipelined:
                 for state, part in zip(group, torch.split(x0.detach(), [len(s.rows) for s in group]), strict=True):

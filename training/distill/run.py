@@ -115,10 +115,13 @@ class Distillation:
         return settings.export_weights + several + (f", {share:g} of the teacher's weights" if share else "")
 
     def inference_cascade(self) -> Cascade:
-        """The trained cascade with the re-injection intensity that is exported."""
-        intensity = self.settings.inference_noise_intensity
-        cascade = self.method.cascade
-        return cascade if intensity is None else replace(cascade, transition_noise_intensity=intensity)
+        """The trained cascade with the noise intensities that are exported."""
+        settings, cascade = self.settings, self.method.cascade
+        if settings.inference_noise_intensity is not None:
+            cascade = replace(cascade, transition_noise_intensity=settings.inference_noise_intensity)
+        if settings.inference_step_noise_intensity is not None:
+            cascade = replace(cascade, step_noise_intensity=settings.inference_step_noise_intensity)
+        return cascade
 
     def draw_sheet(self, prompts: Sequence[str]) -> Path:
         """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's."""
@@ -129,7 +132,7 @@ class Distillation:
         rows = load_tensors(teacher_file) if teacher_file.is_file() else {}
         if key not in rows:
             own = teacher_sampling(backbone, cascade.full_size, self.teacher.steps, self.teacher.guidance_scale)
-            rows = {key: draw_pictures(backbone, own, prompts)}
+            rows = {key: draw_pictures(backbone, own, prompts, uncond=self.method.prompts.unconditional(1))}
             save_tensors(rows, teacher_file)
         student = with_denoiser(backbone, self.student())
         pictures = {"teacher": rows[key], "student": draw_pictures(student, cascade, prompts)}
@@ -145,6 +148,7 @@ class Distillation:
         cascades = exported_cascades(self.teacher, cascade)
         record: dict[str, Any] = {
             "method": settings.method,
+            **({"departs from the method": ", ".join(departures)} if (departures := settings.departures()) else {}),
             "weights": self._exported_weights(),
             "iterations": progress.iteration,
             "seconds": round(progress.seconds),

@@ -1,4 +1,8 @@
-"""Settings of a distillation run: YAML file, environment (`RMD_DISTILL_*`) and flags."""
+"""Settings of a distillation run: YAML file, environment (`RMD_DISTILL_*`) and flags.
+
+What is left open is filled from the method's definition (its class's `defaults`) and, once the teacher is known, from its
+backbone (`BACKBONE_DEFAULTS`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from rmd.profiles import WAN_NEGATIVE_PROMPT
 from training.distill.methods import METHODS
+from training.distill.rollout import Draw, Mode
 
 Method = Literal["rmd", "tdm", "dmd2", "swd", "naive"]
 
@@ -25,9 +31,18 @@ HOUSEKEEPING = frozenset(
     {
         "minutes", "iterations", "log_every", "save_every", "keep_checkpoints", "sheet_every", "sheet_prompts",
         "compile", "export_weights", "export_checkpoints", "export_teacher_share", "inference_noise_intensity",
+        "inference_step_noise_intensity", "gradient_checkpointing", "precision", "stop_on_drift",
     }
 )  # fmt: skip
-"""Settings that may differ on resuming without being asked: they do not touch what is learnt."""
+"""Settings that may differ on resuming without being asked: they do not touch what is learnt, but for rounding."""
+
+BACKBONE_DEFAULTS: dict[str, dict[str, Any]] = {
+    # The paper's Appendix B; and the contrast that this teacher is published with.
+    "wan": {"batch_size": 4, "low_stage_iterations": 20, "negative_prompt": WAN_NEGATIVE_PROMPT},
+    # sigma / alpha is 41 at .857 and 157 at .999: what bfloat16 rounds away of the noise drowns the score in x0.
+    "pixart": {"max_tau": 0.9},
+}
+"""By a backbone's profile: what is right for it where neither the user nor the method says otherwise."""
 
 
 class DistillSettings(BaseSettings):
@@ -52,16 +67,32 @@ class DistillSettings(BaseSettings):
     # The objective.
     batch_size: int = Field(32, ge=1, description="samples matched in one update, on each process")
     guidance_scale: float | None = Field(None, ge=0, description="of the real score; the teacher's own by default")
-    loss: Literal["pseudo_huber", "elementwise_huber", "squared"] = "pseudo_huber"
+    negative_prompt: str | None = Field(
+        None, description="what guidance contrasts with; the backbone's own by default, mostly the empty prompt"
+    )
+    loss: Literal["pseudo_huber", "elementwise_huber", "sized_huber", "squared"] = "pseudo_huber"
     normalise: bool = Field(False, description="divide each sample's loss by mean |y - real|")
-    interval: Literal["stage", "step", "full"] = Field("stage", description="where tau is drawn for a sample")
+    normaliser_floor: float = Field(1e-6, gt=0, description="the least that it is divided by")
+    interval: Literal["stage", "step", "full", "trajectory"] = Field(
+        "stage", description="where tau is drawn for a sample; trajectory: from its step's end to the stage's top"
+    )
+    interval_offsets: tuple[float, ...] | None = Field(
+        None, description="interval=trajectory: the share of the way up that is left out, low stage first"
+    )
     match_at: str | None = Field(
         None, description="the teacher's size, for RMD of a student that ends below it; the student's last by default"
     )
+    max_tau: float | None = Field(None, gt=0, le=1, description="tau is drawn no higher; the backbone's own by default")
     fake_weighting: Literal["snr", "uncapped_snr", "velocity", "none"] = "snr"
     stage_weights: tuple[float, ...] | None = Field(None, description="w_stage, low stage first; 1 by default")
     score_noise_intensity: float | None = Field(None, ge=0, le=1, description="the cascade's own by default")
     transition_noise_intensity: float | None = Field(None, ge=0, le=1, description="in roll-outs; the cascade's own")
+    step_noise_intensity: float | None = Field(
+        None, ge=0, le=1, description="the same inside a stage, in roll-outs; the cascade's own"
+    )
+    score_noise: Literal["constant", "trajectory"] = Field(
+        "constant", description="trajectory: predicted noise as at the step's end, fading as tau rises"
+    )
     score_frames: int | None = Field(
         None, ge=2, description="so many frames of a film, drawn anew each time, are what teacher and fake score see"
     )
@@ -81,9 +112,6 @@ class DistillSettings(BaseSettings):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     clip_fake: bool = Field(True, description="clip the fake score's gradients too")
-    fake_first: bool = Field(
-        False, description="the fake score's updates go before the student's, on samples of their own"
-    )
     fake_steps: int = Field(1, ge=1, description="fake-score updates for each generator update")
     early_fake_steps: int = Field(1, ge=1, description="the same during the first early_iterations")
     early_iterations: int = Field(0, ge=0)
@@ -94,8 +122,14 @@ class DistillSettings(BaseSettings):
     fake_warmup_iterations: int = Field(0, ge=0, description="first train the fake score alone, on a student at rest")
     ema_decay: float = Field(0.995, ge=0, lt=1)
 
+    # Which steps an update trains.
+    draw: Draw = Field("stage", description="Eq. 6: a stage first, then one of its steps; step: all steps alike")
+    rollout: Mode = Field("mixed", description="a batch holds one step, one stage, each sample's own; or is pipelined")
+    fake_first: bool = Field(
+        False, description="the fake score's updates go before the student's, on samples of their own"
+    )
+
     # Ours, not the paper's (see docs/training.md).
-    rollout: Literal["fresh", "pipelined"] = Field("fresh", description="pipelined: every step in every batch")
     shared_score_sample: bool = Field(False, description="both updates use the same tau and noise: one pass fewer")
     warm_start_iterations: int = Field(0, ge=0, description="first regress the guided teacher on the student's states")
     warm_start_fake_iterations: int = Field(50, ge=0, description="the last of these also train the fake score")
@@ -118,8 +152,10 @@ class DistillSettings(BaseSettings):
     inference_noise_intensity: float | None = Field(
         None, ge=0, le=1, description="re-injection at inference, as exported; the cascade's own by default"
     )
+    inference_step_noise_intensity: float | None = Field(None, ge=0, le=1, description="the same inside a stage")
 
     # Records.
+    stop_on_drift: bool = Field(True, description="end a run whose predictions turn to noise, one colour or a still")
     log_every: int = Field(10, ge=1)
     save_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
@@ -156,6 +192,12 @@ class DistillSettings(BaseSettings):
             raise ValueError(f"mmd_weight is SwD's loss, and method {self.method!r} has none: set it to 0")
         if self.score_frames is not None and self.method not in ("rmd", "tdm"):
             raise ValueError(f"score_frames: method {self.method!r} has a further loss, on whole films; leave it out")
+        if self.interval_offsets is not None and self.interval != "trajectory":
+            raise ValueError(f"interval_offsets belong to interval=trajectory, and interval is {self.interval!r}")
+        if self.score_noise == "trajectory" and self.interval != "trajectory":
+            raise ValueError("score_noise=trajectory starts at a step's end, and tau lies above: interval=trajectory")
+        if self.fake_first and (self.rollout == "pipelined" or self.shared_score_sample):
+            raise ValueError("fake_first: under rollout=pipelined or shared_score_sample both learn on one batch")
         if self.rollout == "pipelined" and self.method == "swd":
             raise ValueError("rollout=pipelined: SwD draws each step's states from clean samples, not from roll-outs")
         return self
@@ -188,13 +230,29 @@ class DistillSettings(BaseSettings):
             if not isinstance(loaded, dict):
                 raise ValueError(f"{file} must hold a mapping of settings")
             values.update(loaded)
-        values.update({key: value for key, value in (flags or {}).items() if value is not None})
+        given = {key: value for key, value in (flags or {}).items() if value is not None}
+        _refuse_another_methods(file, values, given)
+        values.update(given)
         if unknown := sorted(values.keys() - cls.model_fields.keys()):
             raise ValueError(f"unknown setting {unknown[0]!r}; there are {', '.join(cls.model_fields)}")
         try:
             return cls(**values)
         except ValidationError as error:
             raise ValueError(_one_line(error)) from None
+
+    def for_backbone(self, profile: str) -> DistillSettings:
+        """The same with a backbone's own defaults where nothing was said, see `BACKBONE_DEFAULTS`."""
+        defaults = BACKBONE_DEFAULTS.get(profile, {})
+        return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
+
+    def departures(self) -> list[str]:
+        """Where the settings leave the method's definition, such as "interval=stage (tdm: step)"."""
+        defined = method_defaults(self.method)
+        return [
+            f"{name}={getattr(self, name)} ({self.method}: {value})"
+            for name, value in defined.items()
+            if getattr(self, name) != value
+        ]
 
     def to_record(self) -> dict[str, Any]:
         """A JSON-ready dictionary of every setting."""
@@ -204,6 +262,19 @@ class DistillSettings(BaseSettings):
 def method_defaults(name: str) -> Mapping[str, Any]:
     """What defines a method, by its class; nothing for an unknown name."""
     return METHODS[name].defaults if name in METHODS else {}
+
+
+def _refuse_another_methods(file: Path | None, values: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """A file that was written for another method than the flags name would win over that method's definition."""
+    method, written_for = str(flags.get("method", "")), str(values.get("method", "rmd"))
+    defined = method_defaults(method)
+    odd = [name for name in defined if name not in flags and values.get(name, defined[name]) != defined[name]]
+    if file is not None and method and method != written_for and odd:
+        raise ValueError(
+            f"{file} was written for method {written_for}, and its {', '.join(odd)} would make of {method} something "
+            f"else ({method} has {', '.join(f'{name}={defined[name]}' for name in odd)}); give a file of {method}'s, "
+            f"or these settings as flags (--set)"
+        )
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

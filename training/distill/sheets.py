@@ -40,12 +40,22 @@ def with_denoiser(backbone: Backbone, denoiser: nn.Module) -> Backbone:
 
 
 @torch.no_grad()
-def draw_pictures(backbone: Backbone, cascade: Cascade, prompts: Sequence[str], seed: int = 0) -> Tensor:
+def draw_pictures(
+    backbone: Backbone,
+    cascade: Cascade,
+    prompts: Sequence[str],
+    seed: int = 0,
+    uncond: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """One picture a prompt: (N, 3, H, W) uint8; of a film, its middle frame.
 
     One after the other: during training there is little memory left.
+
+    Args:
+        uncond: what guidance contrasts with, one row; by default the backbone's own.
     """
-    uncond = backbone.encode_unconditional(1) if cascade.guidance_scale != 1.0 else None
+    if uncond is None and cascade.guidance_scale != 1.0:
+        uncond = backbone.encode_unconditional(1)
     pictures = []
     for i, prompt in enumerate(prompts):
         latents = sample(backbone, cascade, backbone.encode_prompts([prompt]), [seed + i], uncond)

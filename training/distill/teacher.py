@@ -14,7 +14,7 @@ from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
-from rmd.presets import preset
+from rmd.presets import NOT_DISTILLED, preset
 from rmd.published.hub import HUB_PREFIX, is_hub_name
 from rmd.size import Size
 from training.distill.settings import DistillSettings
@@ -181,7 +181,7 @@ def scale_wise(backbone: Backbone, base: Cascade) -> Cascade:
 
 
 def exported_cascades(teacher: Teacher, trained: Cascade) -> dict[str, Cascade]:
-    """The trained schedule, and the backbone's other splits at the same sizes, which the student can run as well."""
+    """The trained schedule, and the backbone's other splits at the same sizes, which the student can run untrained."""
     cascades = {trained.schedule_name: trained}
     if len(trained.stages) != 2 or trained.num_steps != 4:
         return cascades
@@ -209,5 +209,7 @@ def exported_cascades(teacher: Teacher, trained: Cascade) -> dict[str, Cascade]:
             final_timestep=trained.final_timestep,
             score_noise_intensity=trained.score_noise_intensity,
             training_noise_intensity=trained.training_noise_intensity,
+            training_step_noise_intensity=trained.training_step_noise_intensity,
+            note=NOT_DISTILLED,
         )
     return cascades

@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rmd.machine import device_name
+from training.distill.drift import DriftWatch
+from training.distill.figures import step_figures
 from training.distill.methods.base import DistributionMatching, Matched, Scores
 from training.distill.methods.warm_start import warm_start_loss
 from training.distill.optimizer import AveragedWeights, MasterAdamW
@@ -99,6 +101,8 @@ class Trainer:
         self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **fake_options)  # type: ignore[arg-type]
         self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
         self.progress = Progress()
+        self.drift = DriftWatch(method.cascade.num_steps - 1)
+        self._drifted: str | None = None
         self._saved: int | None = None  # the newest iteration that was saved
         self._stop = self._stop_wanted = False
 
@@ -130,6 +134,7 @@ class Trainer:
             figures["generator_loss"] = float(loss.detach())
             rate = settings.generator_rate
         loss.backward()  # type: ignore[no-untyped-call]
+        figures.update(step_figures(predictions, matched))
         rate *= self.rate_factor(settings.fake_warmup_iterations)
         figures["generator_grad_norm"] = self.student_optimizer.step(rate, self._reduce)
         self.ema.update(self.student_optimizer.master_state())
@@ -206,6 +211,7 @@ class Trainer:
         torch._foreach_div_(grads, self.accelerator.num_processes)
 
     def _watch(self, figures: dict[str, float]) -> None:
+        self._drifted = self.drift.observe(figures)
         norms = [value for name, value in figures.items() if name.endswith("grad_norm")]
         if all(math.isfinite(value) for value in norms):
             self.progress.bad_updates = 0
@@ -266,6 +272,7 @@ class Trainer:
                 self.progress.seconds, mark = self.progress.seconds + now - mark, now
                 self._agree()
                 self._record(figures)
+                self._stop_on_drift()
                 self.hooks.on_update(self.share_done(), figures)
                 iteration = self.progress.iteration
                 if iteration % settings.save_every == 0:
@@ -275,6 +282,13 @@ class Trainer:
         if self._saved != self.progress.iteration:
             self.save()
         return not self._stop
+
+    def _stop_on_drift(self) -> None:
+        if self._drifted and self.settings.stop_on_drift:
+            raise TrainingError(
+                f"update {self.progress.iteration}: {self._drifted}. The run's checkpoints are as they were: --resume "
+                f"with lower rates (--change-settings --set generator_rate=...), or with --set stop_on_drift=false"
+            )
 
     def _draw_sheet(self) -> None:
         """A sheet is a record: where it cannot be drawn (memory, disk), the run goes on without it."""
@@ -287,9 +301,12 @@ class Trainer:
         """Processes take the mean time and any wish to stop, so that they cool down and leave together."""
         if self.accelerator.num_processes == 1:
             return
-        state = torch.tensor([self.progress.seconds, float(self._stop_wanted)], device=self.accelerator.device)
-        seconds, stop = self.accelerator.reduce(state, reduction="mean").tolist()
+        own = [self.progress.seconds, float(self._stop_wanted), float(self._drifted is not None)]
+        state = torch.tensor(own, device=self.accelerator.device)
+        seconds, stop, drifted = self.accelerator.reduce(state, reduction="mean").tolist()
         self.progress.seconds, self._stop = seconds, stop > 0
+        if drifted and self._drifted is None:
+            self._drifted = "another process' predictions drifted"
 
     def stop(self) -> None:
         """Ask the loop to save and return after the update it is in; several processes leave together, one later."""
@@ -347,6 +364,7 @@ class Trainer:
             "sums": self.progress.sums,
             "devices": self.progress.devices,
             "ema_updates": self.ema.updates,
+            "drift": self.drift.state(),
             "settings": self.settings.to_record(),
             "prompts": self._prompts_digest(),
             "teacher": fingerprint(self.networks.teacher),
@@ -400,6 +418,7 @@ class Trainer:
         self.fake_optimizer.load_optimizer_state(roles["fake_optimizer"])
         self.ema.weights = {name: roles["ema"][name].to(value) for name, value in self.ema.weights.items()}
         self.ema.updates = int(state["ema_updates"])
+        self.drift.load_state(state.get("drift", {}))
         if self.accelerator.process_index == 0:
             self.random.load_state(roles["random"], int(state["iteration"]))
             self.rollout.load_state_dict(roles["random"])

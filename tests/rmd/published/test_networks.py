@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     PixArtTransformer2DModel,
@@ -25,6 +27,8 @@ from rmd.backbones.base import BackboneError
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.published.files import ImportRefused
+from rmd.sampler import sample
+from rmd.size import Size
 from tests.rmd.published.conftest import TinyFolder, save, weights
 from tests.rmd.published.test_lora_merge import _wan_first, sd3_first
 
@@ -67,6 +71,32 @@ def test_a_network_in_diffusers_names(
     assert_same(weights(tmp_path / "out" / "transformer"), state)
     assert_same(weights(tmp_path / "out" / "vae"), weights(base("pixart") / "vae"))
     assert done.record["imported"]["network"]["name"] == network.name and not done.left_out
+
+
+def test_a_student_that_the_public_rmd_trainer_wrote(
+    base: TinyFolder, student: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    """Its `student_model-N` is what accelerate's save_model writes: shards and their index, no configuration."""
+    network = WanTransformer3DModel.from_pretrained(student("wan-1.3b") / "transformer")
+    folder = tmp_path / "student_model-300"
+    Accelerator(cpu=True).save_model(network, folder, max_shard_size="40KB", safe_serialization=True)
+    assert (folder / "model.safetensors.index.json").is_file() and len(list(folder.glob("*.safetensors"))) > 2
+    done = imported("wan-1.3b", network=folder, preset="rmd-wan")
+    assert_same(weights(tmp_path / "out" / "transformer"), weights(student("wan-1.3b") / "transformer"))
+    assert_same(weights(tmp_path / "out" / "vae"), weights(base("wan-1.3b") / "vae"))
+    backbone, checkpoint = load_checkpoint(tmp_path / "out", dtype=torch.float32)
+    cascade = checkpoint.default_cascade
+    assert done.record["imported"]["network"]["name"] == "student_model-300"
+    assert (cascade.schedule_name, cascade.transition_noise_intensity, cascade.step_noise_intensity) == (
+        "3+3",
+        0.0,
+        0.9,
+    )
+    sizes = (Size(32, 16, 5), Size(48, 32, 5))
+    steps = tuple(replace(step, size=sizes[step.stage]) for step in cascade.steps)
+    small = replace(cascade, steps=steps, full_size=sizes[1])
+    latents = sample(backbone, small, backbone.encode_prompts(["a fox"]), [0])
+    assert latents.shape[1:] == backbone.latent_shape(sizes[1]) and bool(torch.isfinite(latents).all())
 
 
 def test_the_written_network_is_cut_into_parts_that_diffusers_reads(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rmd.cascade import Cascade
 from rmd.size import Size
 from rmd.upsampling import mix_noise, upsample, upsample_noise
-from training.distill.intervals import tau_intervals
+from training.distill.figures import direction_figures
+from training.distill.intervals import draw_times, tau_intervals
 from training.distill.losses import (
     GENERATOR_LOSSES,
     dmd_direction,
@@ -171,7 +172,8 @@ class DistributionMatching:
             self.prompts,
             random,
             settings.batch_size,
-            pipelined=settings.rollout == "pipelined",
+            settings.rollout,
+            settings.draw,
         )
 
     def states(self, rollout: Rollout, student: nn.Module, active: Sequence[int]) -> list[State]:
@@ -213,12 +215,17 @@ class DistributionMatching:
 
     def _intervals(self) -> Tensor:
         """(steps, 2) float64: from where to where the generator's `tau` is drawn for each step."""
-        return tau_intervals(self.cascade, self.settings.interval)
+        intervals = tau_intervals(self.cascade, self.settings.interval, self.settings.interval_offsets)
+        top = self.settings.max_tau
+        if top is not None and bool((intervals[:, 0] >= top).any()):
+            raise ValueError(f"max_tau={top} leaves step {int((intervals[:, 0] >= top).nonzero()[0])} no time to draw")
+        return intervals if top is None else intervals.clamp(max=top)
 
     def draw_times(self, matched: Matched, random: Randomness) -> Tensor:
         """(B,) float64, `tau` of each sample: uniform on its step's interval."""
         low, high = self.intervals[matched.steps].to(matched.y.device).unbind(1)
-        return low + (high - low) * random.uniform(len(matched.steps))
+        shift = self.cascade.flow_shift if self.settings.interval == "trajectory" else 1.0
+        return draw_times(low, high, random.uniform(len(matched.steps)), shift)
 
     def critic_times(self, matched: Matched, random: Randomness) -> Tensor:
         """The same for the fake score's own loss, where a method draws them otherwise."""
@@ -275,9 +282,9 @@ class DistributionMatching:
         d = dmd_direction(y, scores.real, scores.fake.detach())
         losses = self._generator_metric(d)
         if self.settings.normalise:
-            losses = losses / normaliser(y, scores.real)
+            losses = losses / normaliser(y, scores.real, self.settings.normaliser_floor)
         weighted = losses * self._stage_weights(matched).to(losses)
-        figures = {"direction": float(d.detach().abs().mean())}
+        figures = {"direction": float(d.detach().abs().mean()), **direction_figures(d.detach(), scores.sample.tau)}
         for step in torch.unique(matched.steps).tolist():
             figures[f"generator_loss_step_{step}"] = float(losses.detach()[matched.steps == step].mean())
         return weighted.mean(), figures
@@ -347,12 +354,8 @@ class DistributionMatching:
                 f"{self.name} works at one resolution; the cascade {self.cascade.schedule_name} has "
                 f"{len(self.cascade.sizes)}: give a schedule such as 0+4"
             )
-        size, steps = self.settings.batch_size, self.cascade.num_steps
-        if self.settings.rollout == "pipelined" and size < steps:
-            raise ValueError(
-                f"rollout=pipelined holds a sample at each of the {steps} steps: batch_size {size} would never train "
-                f"the last ones; give {steps} or more, or rollout=fresh"
-            )
+        if self.settings.rollout == "pipelined":
+            self.rollout(Randomness(0)).counts(range(self.cascade.num_steps))
         if self.settings.score_frames is not None and not self.backbone.takes_frame_numbers:
             raise ValueError("score_frames: this backbone's network cannot be told which frames it sees; leave it out")
         weights = self.settings.stage_weights
@@ -369,4 +372,6 @@ def with_intensities(cascade: Cascade, settings: DistillSettings) -> Cascade:
         cascade = replace(cascade, score_noise_intensity=settings.score_noise_intensity)
     if settings.transition_noise_intensity is not None:
         cascade = replace(cascade, training_noise_intensity=settings.transition_noise_intensity)
+    if settings.step_noise_intensity is not None:
+        cascade = replace(cascade, training_step_noise_intensity=settings.step_noise_intensity)
     return cascade
