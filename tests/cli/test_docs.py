@@ -10,6 +10,7 @@ import click
 import pytest
 from typer.main import get_command
 
+from cli.groups import DefaultCommand
 from cli.main import app
 from rmd.presets import preset
 
@@ -29,6 +30,8 @@ def command_of(arguments: list[str]) -> tuple[click.Command, list[str]]:
     command: click.Command = get_command(app)
     context = click.Context(command)
     while hasattr(command, "resolve_command"):
+        if isinstance(command, DefaultCommand) and arguments[0] not in command.commands:
+            arguments = [next(iter(command.commands)), *arguments]
         _, found, arguments = command.resolve_command(context, arguments)
         assert found is not None
         command, context = found, click.Context(found)

@@ -17,7 +17,6 @@ from PIL import Image
 
 from rmd.backbones.decoders import TinyDecoder
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
-from rmd.checkpoint import CheckpointFolder
 from rmd.dtypes import dtype_name, native_dtype
 from rmd.presets import preset
 from training.embedded.data.dataset import PictureSet, Record
@@ -405,23 +404,6 @@ def test_unknown_rows_and_sets_are_named(checkpoint: Path, data: Path, tmp_path:
             evaluate(_settings(checkpoint, data, tmp_path, sets=sets))
     with pytest.raises(ValueError, match=r"unknown row 'student-9\+9'"):
         evaluate(_settings(checkpoint, data, tmp_path, rows=("student-9+9",)))
-
-
-def test_a_checkpoint_of_other_sizes_is_not_measured_at_the_backbones(
-    checkpoint: Path, data: Path, tmp_path: Path
-) -> None:
-    sizes = {
-        step.size
-        for cascade in Models(_settings(checkpoint, data, tmp_path)).cascades.values()
-        for step in cascade.steps
-    }
-    assert sizes == set(CheckpointFolder.read(checkpoint).default_cascade.sizes)
-    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
-    stored = json.loads((other / "cascade.json").read_text())
-    text = json.dumps({**stored, "schedules": {"2+2": stored["schedules"]["2+2"]}, "default": "2+2"})
-    (other / "cascade.json").write_text(text.replace("64x64", "48x48"))
-    models = Models(_settings(other, data, tmp_path))
-    assert set(models.cascades) == {"2+2"} and models.default_rows() == ("teacher", "student-2+2", "naive-2+2")
 
 
 def test_pictures_do_not_depend_on_the_batch_and_a_damaged_file_is_drawn_again(

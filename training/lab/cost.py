@@ -43,17 +43,19 @@ def update_cost(cascade: Cascade, settings: DistillSettings, full: Size) -> floa
     matched = [cost if own_side else 1.0 for cost in steps]
     if settings.method == "rmd" and settings.match_at is None:
         matched = [pass_cost(cascade.full_size, full)] * len(steps)
-    rolled = settings.rollout == "fresh" and settings.method != "swd"
+    rolled = settings.rollout != "pipelined" and settings.method != "swd"
     before = [0.0, *accumulate(steps)][: len(steps)] if rolled else [0.0] * len(steps)
     gan = 1.0 if settings.gan_weight else 0.0
     patch = 1.0 if settings.mmd_weight else 0.0
+    stages = [step.stage for step in cascade.steps]
     total = 0.0
-    for prefix, own, side in zip(before, steps, matched, strict=True):
+    for stage, prefix, own, side in zip(stages, before, steps, matched, strict=True):
         scores = (2 if settings.shared_score_sample else 3) + 3 * gan + 4 * patch
         critic = 3 + 6 * gan
         further = (settings.fake_steps - 1) * (prefix + own + critic * side)
-        total += prefix + 3 * own + (scores + critic) * side + further
-    return total / len(steps)
+        share = 1 / len(steps) if settings.draw == "step" else 1 / (len(set(stages)) * stages.count(stage))
+        total += share * (prefix + 3 * own + (scores + critic) * side + further)
+    return total
 
 
 def row_cost(grid: Grid, row: Row) -> float:

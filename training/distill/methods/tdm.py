@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.distill.intervals import faded_intensity
 from training.distill.losses import MAX_SNR_WEIGHT, uncapped_snr
 from training.distill.methods.base import DistributionMatching, Matched, ScoreSample
-from training.distill.rollout import Rollout, State
 
 _MARGIN = 0.01
 """`tau` stays so far below a step's own time (`t_k - 10` of 1000)."""
@@ -31,14 +30,6 @@ class TDM(DistributionMatching):
         "interval": "step", "loss": "elementwise_huber", "normalise": True, "fake_weighting": "snr",
         "low_stage_iterations": 0, "fake_first": True, "clip_fake": False, "weight_decay": 1e-2,
     }  # fmt: skip
-
-    def states(self, rollout: Rollout, student: nn.Module, active: Sequence[int]) -> list[State]:
-        """Every sample stands at a step of its own."""
-        if rollout.pipelined:
-            return super().states(rollout, student, active)
-        drawn = rollout.random.integers(len(active), rollout.batch_size)
-        counts = torch.bincount(drawn, minlength=len(active)).tolist()
-        return [rollout.roll_out(student, step, count) for step, count in zip(active, counts, strict=True) if count]
 
     def score_intensity(self, matched: Matched, tau: Tensor) -> Tensor:
         """The share that is left at `tau` of the predicted noise, which is all there is at the step's end."""
