@@ -122,7 +122,7 @@ def test_a_ten_megabyte_body_in_chunks_of_undeclared_length(open_house: House) -
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(open_house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.http.middleware.CLIENT_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("server.http.incoming.CLIENT_PATIENCE_SECONDS", 0.1)
     address = urlsplit(open_house.url)
     with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
         connection.sendall(f"POST {URL} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n".encode())
