@@ -10,7 +10,7 @@ PROBES = ("/health/live", "/health/ready", "/metrics")
 """Asked every few seconds by machines that have no key and know no name."""
 
 _SLASHES = re.compile("/{2,}")
-_ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"^https?://[^/]*", re.IGNORECASE)
 
 
 def route_path(scope: Scope) -> str:
@@ -36,7 +36,7 @@ class CleanPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application inside."""
         if scope["type"] == "http":
-            path = _SLASHES.sub("/", _ABSOLUTE.sub("", scope["path"], count=1)).rstrip("/")
+            path = _SLASHES.sub("/", _ABSOLUTE.sub("", scope["path"])).rstrip("/")
             if path == self.root_path or path.startswith(f"{self.root_path}/"):
                 path = path.removeprefix(self.root_path)
             scope = {**scope, "root_path": self.root_path, "path": f"{self.root_path}{path or '/'}"}

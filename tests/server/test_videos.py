@@ -16,6 +16,7 @@ from PIL import Image
 from rmd.pixels import to_pixels
 from rmd.sampler import sample
 from server.device.model import DeviceModel
+from server.films.store import VideoJob
 from server.front.media import encode_film
 from server.front.service import Service, State
 from server.start.films import open_jobs
@@ -343,6 +344,17 @@ def test_what_has_expired_does_not_read_as_there(film_model: DeviceModel, film_s
         url = f"{URL}/{job['id']}"
         house.until(lambda: house.client.get(url).status_code == 404, "its end, before anybody has tidied up")
         assert house.client.get(f"{url}/content").status_code == 404 and house.client.get(URL).json()["data"] == []
+
+
+def test_a_film_that_nobody_makes_any_more_reads_as_waiting(house: House) -> None:
+    """Of a model that is no longer served: in_progress for a day, to be asked for four times a second."""
+    store, now = house.service.jobs.store, time.time()
+    request = {"prompt": PROMPT, "schedule": "x", "seed": 1, "fps": 16}
+    left = store.add(VideoJob("", "gone", request, seconds="1", size="32x32", created_at=now))
+    assert store.claim(["gone"], "dead", now, now - 1) and store.advance(left.id, "dead", 40)
+    reply = house.client.get(f"{URL}/{left.id}")
+    assert (reply.json()["status"], reply.json()["progress"]) == ("queued", 0)
+    assert reply.headers["openai-poll-after-ms"] == "10000"
 
 
 def test_films_are_nobody_elses_on_the_machine(house: House) -> None:

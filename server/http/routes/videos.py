@@ -232,24 +232,26 @@ def _not_ready(job: VideoJob, wanted: str) -> RequestError:
 
 
 def _poll_after_ms(service: Service, job: VideoJob) -> int:
-    """Return a twentieth of the film's expected work, within bounds."""
+    """Return a twentieth of the film's expected work, within bounds; the upper one where nobody here makes it."""
     card = next((card for card in service.cards if card.model_id == job.model), None)
     schedule = card.schedules.get(str(job.request.get("schedule"))) if card else None
-    seconds = 1.0
-    if card and schedule:
-        seconds = step_costs(service.costs, schedule.cascade, schedule.lane, model=card.place)[0]
     least, most = _POLL_BOUNDS_MS
+    if card is None or schedule is None:
+        return most
+    seconds = step_costs(service.costs, schedule.cascade, schedule.lane, model=card.place)[0]
     return int(min(max(1000 * seconds / _POLLS_A_FILM, least), most))
 
 
 def _video(job: VideoJob) -> Video:
     request = job.request
     failed = job.status == "failed"
+    # Its server ended, and nobody has taken it up: it waits, for ever perhaps, if its model is no longer served.
+    left = job.status == "in_progress" and job.lease_until < time.time()
     return Video(
         id=job.id,
         model=job.model,
-        status=job.status,
-        progress=job.progress,
+        status="queued" if left else job.status,
+        progress=0 if left else job.progress,
         created_at=int(job.created_at),
         completed_at=None if job.completed_at is None else int(job.completed_at),
         expires_at=None if job.expires_at is None else int(job.expires_at),
