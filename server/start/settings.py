@@ -67,7 +67,9 @@ class ServerSettings(BaseSettings):
     allow_open: bool = Field(False, description="listen beyond this machine though there are no api_keys")
     port: int = Field(8000, ge=0, le=65535)
     public_url: str | None = Field(None, description="base of the URLs of response_format=url, behind a proxy")
-    root_path: str = Field("", pattern=r"(/[\w.~-]+)*", description="prefix of all paths behind a proxy, such as /rmd")
+    root_path: str = Field(
+        "", pattern=r"^(/[\w.~-]+)*$", description="prefix of all paths behind a proxy, such as /rmd"
+    )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="names this server goes by, beside IP addresses and localhost; *.example.org, * for any"
     )

@@ -121,6 +121,13 @@ def test_listening_beyond_this_machine_without_keys_must_be_meant() -> None:
     assert ServerSettings(host="::1").host == "::1"
 
 
+def test_a_prefix_is_a_path() -> None:
+    assert ServerSettings(root_path="/a/b").root_path == "/a/b"
+    for wrong in ("rmd", "/rmd/", "https://example.org/rmd"):
+        with pytest.raises(ValidationError, match="root_path"):
+            ServerSettings(root_path=wrong)
+
+
 # -- paths and methods -------------------------------------------------------------------------------------------------
 
 
