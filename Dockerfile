@@ -34,13 +34,15 @@ COPY models/embedded-teacher models/embedded-teacher
 COPY models/embedded-video models/embedded-video
 COPY models/embedded-video-teacher models/embedded-video-teacher
 COPY LICENSE NOTICE ./
+# A container's port is reached through whatever publishes it: keep that to 127.0.0.1, as compose does, or set RMD_API_KEYS.
 ENV PATH=/opt/rmd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     RMD_HOST=0.0.0.0 \
+    RMD_ALLOW_OPEN=true \
     RMD_ENGINES=/var/lib/rmd/engines \
     RMD_VIDEOS=/var/lib/rmd/videos
-RUN install --directory --owner=rmd --group=rmd /var/lib/rmd/engines /var/lib/rmd/videos
+RUN install --directory --owner=rmd --group=rmd --mode=700 /var/lib/rmd/engines /var/lib/rmd/videos
 USER rmd
 VOLUME /var/lib/rmd
 EXPOSE 8000

@@ -28,6 +28,9 @@ def command(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    allow_open: Annotated[
+        bool | None, typer.Option("--allow-open", help="Listen beyond this machine without API keys.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     model_name: Annotated[str | None, typer.Option(help="The one model's id; default: the folder's name.")] = None,
     teacher: Annotated[bool | None, typer.Option("--teacher/--no-teacher", help="Offer schedule 'teacher'.")] = None,
@@ -66,6 +69,7 @@ def command(
         "policy": policy,
         "host": host,
         "port": port,
+        "allow_open": allow_open,
         "model_name": model_name,
         "serve_teacher": teacher,
         "build_missing": build_missing,

@@ -256,10 +256,14 @@ class JobRunner:
             return
         report = self._maker.report(generation, film)
         size = sum(map(len, files.values()))
-        # Where the job is no longer ours, the files are another worker's too, or the sweep's.
         if self.store.complete(job.id, self._worker, now, now + self._limits.seconds, size, report):
             self._maker.ended(job, COMPLETED)
             self._bound_bytes()
+            return
+        # No longer ours: cancelled at the last moment, or another worker's, whose files these are too.
+        found = self.store.get(job.account, job.id)
+        if found is None or found.status == "failed":
+            self.shelf.remove(job.id)
 
     def _fail(self, job: VideoJob, error: RequestError) -> None:
         now = time.time()
@@ -299,7 +303,7 @@ class JobRunner:
         for job in kept[:-1]:
             if total <= self._limits.bytes:
                 return
-            self.store.drop_files(job.id)
+            self.store.drop_files(job.id, time.time())
             self.shelf.remove(job.id)
             total -= job.bytes
 

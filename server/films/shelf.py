@@ -25,7 +25,7 @@ class FilmShelf:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # films and prompts are nobody else's on the machine
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"the folder of films {folder} cannot be written to; give another as videos")
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     delete,
     event,
     func,
+    or_,
     select,
     update,
 )
@@ -33,6 +34,7 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 _OPEN: tuple[Status, ...] = ("queued", "in_progress")
 _ENDED: tuple[Status, ...] = ("completed", "failed")
 CANCELLED = "cancelled"
+_DELETED = "deleted"  # the account of what nobody is to see any more; no digest of a key
 
 
 class _Base(MappedAsDataclass, DeclarativeBase):
@@ -130,26 +132,29 @@ class JobStore:
             session.add(job)
         return job
 
-    def get(self, account: str, job_id: str) -> VideoJob | None:
-        """Return a job of this account."""
+    def get(self, account: str, job_id: str, now: float = 0.0) -> VideoJob | None:
+        """Return a job of this account, unless it had expired at ``now``."""
         with self._session() as session:
-            return session.scalar(select(VideoJob).where(VideoJob.id == job_id, VideoJob.account == account))
+            mine = VideoJob.id == job_id, VideoJob.account == account
+            return session.scalar(select(VideoJob).where(*mine, _is_there(now)))
 
-    def page(self, account: str, after: str | None, limit: int, newest_first: bool) -> Page:
-        """Return up to ``limit`` of an account's jobs, those behind the job ``after``.
+    def page(self, account: str, after: str | None, limit: int, newest_first: bool, now: float = 0.0) -> Page:
+        """Return up to ``limit`` of an account's jobs that had not expired at ``now``, those behind the job ``after``.
+
+        That one may have been deleted: clients delete what they page through.
 
         Raises:
             KeyError: there is no such job.
         """
-        query = select(VideoJob).where(VideoJob.account == account)
-        if after is not None:
-            cursor = self.get(account, after)
-            if cursor is None:
-                raise KeyError(after)
-            beyond = VideoJob.number < cursor.number if newest_first else VideoJob.number > cursor.number
-            query = query.where(beyond)
+        query = select(VideoJob).where(VideoJob.account == account, _is_there(now))
         order = VideoJob.number.desc() if newest_first else VideoJob.number.asc()
+        known = VideoJob.account.in_((account, _DELETED))
         with self._session() as session:
+            if after is not None:
+                cursor = session.scalar(select(VideoJob.number).where(VideoJob.id == after, known))
+                if cursor is None:
+                    raise KeyError(after)
+                query = query.where(VideoJob.number < cursor if newest_first else VideoJob.number > cursor)
             found = session.scalars(query.order_by(order).limit(limit + 1)).all()
         return Page(found[:limit], len(found) > limit)
 
@@ -159,9 +164,9 @@ class JobStore:
         return self._change(_is_open(job_id), status="failed", completed_at=now, expires_at=expires_at, **values)
 
     def delete(self, job_id: str) -> None:
-        """Forget a finished job."""
-        with self._session() as session, session.begin():
-            session.execute(delete(VideoJob).where(VideoJob.id == job_id, VideoJob.status.not_in(_OPEN)))
+        """Forget a finished job, but for its place in the list, which is kept until it would have expired."""
+        ended = [VideoJob.id == job_id, VideoJob.status.not_in(_OPEN)]
+        self._change(ended, account=_DELETED, request={}, report=None, bytes=0)
 
     def count_open(self, models: Collection[str]) -> int:
         """Return how many jobs of these models wait or are worked on."""
@@ -171,7 +176,8 @@ class JobStore:
 
     def counts(self, models: Collection[str]) -> dict[str, int]:
         """Return the number of these models' jobs by status."""
-        query = select(VideoJob.status, func.count()).where(VideoJob.model.in_(models)).group_by(VideoJob.status)
+        there = VideoJob.model.in_(models), VideoJob.account != _DELETED
+        query = select(VideoJob.status, func.count()).where(*there).group_by(VideoJob.status)
         with self._session() as session:
             found = dict(session.execute(query).tuples().all())
         return {status: found.get(status, 0) for status in _OPEN + _ENDED}
@@ -258,14 +264,18 @@ class JobStore:
         with self._session() as session:
             return list(session.scalars(query))
 
-    def drop_files(self, job_id: str) -> None:
-        """Note that a job's files are gone."""
-        self._change([VideoJob.id == job_id], bytes=0)
+    def drop_files(self, job_id: str, now: float) -> None:
+        """Note that a job's files are gone, and the job with them."""
+        self._change([VideoJob.id == job_id], bytes=0, expires_at=now)
 
     def _change(self, which: Sequence[ColumnElement[bool]], **values: Any) -> bool:
         with self._session() as session, session.begin():
             result = session.execute(update(VideoJob).where(*which).values(**values))
         return bool(result.rowcount)  # type: ignore[attr-defined]
+
+
+def _is_there(now: float) -> ColumnElement[bool]:
+    return or_(VideoJob.expires_at.is_(None), VideoJob.expires_at > now)
 
 
 def _is_open(job_id: str) -> list[ColumnElement[bool]]:

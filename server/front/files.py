@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class StoredFile:
     content: bytes
     media_type: str
     expires_at: float
+
+    @cached_property
+    def etag(self) -> str:
+        """Of the content, as HTTP has it."""
+        return f'"{hashlib.sha256(self.content).hexdigest()[:32]}"'
 
 
 class FileStore:
@@ -28,16 +35,19 @@ class FileStore:
         self._clock = clock
         self._files: OrderedDict[str, StoredFile] = OrderedDict()
         self._bytes = 0
+        self._together = 0  # pictures of the newest reply
         self._lock = threading.Lock()
 
-    def put(self, content: bytes, media_type: str, suffix: str) -> str:
-        """Keep one picture and return the name it can be fetched by."""
-        name = f"{secrets.token_urlsafe(24)}.{suffix}"
+    def put(self, contents: Sequence[bytes], media_type: str, suffix: str) -> list[str]:
+        """Keep the pictures of one reply and return the names they can be fetched by."""
+        names = [f"{secrets.token_urlsafe(24)}.{suffix}" for _ in contents]
         with self._lock:
-            self._files[name] = StoredFile(content, media_type, self._clock() + self._life)
-            self._bytes += len(content)
+            for name, content in zip(names, contents, strict=True):
+                self._files[name] = StoredFile(content, media_type, self._clock() + self._life)
+                self._bytes += len(content)
+            self._together = len(names)
             self._prune()
-        return name
+        return names
 
     def get(self, name: str) -> StoredFile | None:
         """Return a picture, or None where it expired, was pushed out or never was."""
@@ -56,8 +66,8 @@ class FileStore:
         now = self._clock()
         while self._files:
             name, oldest = next(iter(self._files.items()))
-            # One picture above the whole bound is still served: dropping the newest would break its own reply.
-            if oldest.expires_at > now and (self._bytes <= self._max_bytes or len(self._files) == 1):
+            # The newest reply is served whole though it is above the bound: its own links would be dead on arrival.
+            if oldest.expires_at > now and (self._bytes <= self._max_bytes or len(self._files) <= self._together):
                 return
             del self._files[name]
             self._bytes -= len(oldest.content)

@@ -80,6 +80,8 @@ class Fleet:
         limits = limits or WatchLimits()
         self.members = [Member(i, device, start, limits) for i, (device, start) in enumerate(starts)]
         self._metrics = metrics
+        for member in self.members:  # from the start: a counter that appears with its first end hides it from alerts
+            metrics.engine_restarts.labels(str(member.index))
         self._on_progress, self._on_ready = on_progress, on_ready
         self._on_failed = on_failed
         self._ledger = Ledger(metrics, package_threads, self._forget, on_picture)

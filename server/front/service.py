@@ -26,6 +26,7 @@ from server.front.fleet import Fleet
 from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec, of_model
 from server.front.idempotency import IdempotencyStore
 from server.front.member import Health, WatchLimits
+from server.front.quotas import Quotas
 from server.start.settings import ServerSettings
 from server.telemetry.metrics import Metrics, Snapshot
 
@@ -80,6 +81,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.keys = KeyRing(settings.api_keys)
+        self.quotas = Quotas(settings.key_rate, settings.key_requests)
         self.files = FileStore(int(settings.files_megabytes * 1e6), settings.files_seconds)
         self.replies = IdempotencyStore(
             settings.idempotency_replies, int(settings.idempotency_megabytes * 1e6), settings.idempotency_seconds

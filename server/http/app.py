@@ -9,14 +9,24 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 
 from server import playground
 from server.core.faults import Fault, RequestError
 from server.front.service import Service
 from server.http.errors import error_response, fault_for_status, validation_error
-from server.http.middleware import OUTCOME, Accounting, BoundBody, RefuseWhenFull, RequireKey
+from server.http.incoming import BoundBody
+from server.http.keys import RequireKey
+from server.http.middleware import OUTCOME, Accounting, RefuseEarly
+from server.http.openapi import add_docs
+from server.http.origins import CheckDoor
+from server.http.paths import CleanPath, route_path
 from server.http.routes import files, health, images, models, videos
+
+_EXPOSED = ("idempotent-replayed", "openai-poll-after-ms", "retry-after", "x-request-id", "x-should-retry")
+"""Headers that a page of an allowed origin may read."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -33,18 +43,33 @@ def create_app(service: Service) -> FastAPI:
         summary="Few-step, multi-resolution generation of pictures and films behind OpenAI's image and video APIs.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
     for router in (images.router, videos.router, models.router, health.router, files.router, playground.router):
         app.include_router(router)
+    add_docs(app)
     app.add_exception_handler(RequestError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     # the last one added is the outermost
     app.add_middleware(BoundBody, max_bytes=service.settings.max_body_bytes)
-    app.add_middleware(RefuseWhenFull, admission=service.admission, check_accepting=service.check_accepting)
-    app.add_middleware(RequireKey, keys=service.keys)
+    app.add_middleware(RefuseEarly, admission=service.admission, check_accepting=service.check_accepting)
+    app.add_middleware(RequireKey, keys=service.keys, quotas=service.quotas)
+    settings = service.settings
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=_EXPOSED,
+        )
+    app.add_middleware(CheckDoor, hosts=settings.known_hosts, origins=settings.known_origins)
     app.add_middleware(Accounting, metrics=service.metrics)
+    app.add_middleware(CleanPath, root_path=settings.root_path)
     return app
 
 
@@ -63,12 +88,24 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Give unknown routes, wrong methods and unreadable bodies the one error shape."""
     assert isinstance(error, HTTPException)
     fault = fault_for_status(error.status_code)
-    path = request.url.path[:80]
+    path = route_path(request.scope)[:80]
     if fault is Fault.NOT_FOUND:
         text = f"There is no {request.method} {path} here; /docs lists the routes."
         return error_response(RequestError(fault, text, code="unknown_url"))
     if fault is Fault.WRONG_METHOD:
-        allowed = (error.headers or {}).get("Allow", "")
-        text = f"{path} does not take {request.method}; use {allowed or 'another method'}."
-        return error_response(RequestError(fault, text, headers=dict(error.headers or {})))
+        allowed = _methods_of(request)
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": allowed})
+        text = f"{path} does not take {request.method}; use {allowed}."
+        return error_response(RequestError(fault, text, headers={"Allow": allowed}))
     return error_response(RequestError(fault, f"{error.detail}.", headers=dict(error.headers or {})))
+
+
+def _methods_of(request: Request) -> str:
+    """Return what all routes of a path take together, for the Allow header."""
+
+    def taken(method: str) -> bool:
+        asked = {**request.scope, "method": method}
+        return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
+
+    return ", ".join(method for method in ("DELETE", "GET", "HEAD", "POST") if taken(method))

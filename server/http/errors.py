@@ -9,6 +9,23 @@ from starlette.responses import JSONResponse
 
 from server.core.faults import COMPLETED, Fault, RequestError
 
+_STEPS = "the schedule fixes the steps: /v1/models lists the schedules"
+_TOP_LEVEL = "send what is in it at the top level of the body"
+_GUIDANCE = "guidance is called guidance_scale, and guided schedules alone take it"
+_SIZE = 'say size as "WIDTHxHEIGHT": /v1/models lists the sizes'
+_TEXT_ALONE = "this server draws from text alone"
+_WAYS_OUT = {
+    **dict.fromkeys(("steps", "num_inference_steps", "num_steps"), _STEPS),
+    **dict.fromkeys(("extra_body", "nvext"), _TOP_LEVEL),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance"), _GUIDANCE),
+    **dict.fromkeys(("width", "height", "aspect_ratio", "resolution"), _SIZE),
+    **dict.fromkeys(("image", "images", "mask", "input_image", "input_fidelity", "strength"), _TEXT_ALONE),
+    "num_images": "the number of pictures is called n",
+    "num_images_per_prompt": "the number of pictures is called n",
+    "rng_seed": "it is called seed",
+}
+"""What other servers' clients send, and what it is called here."""
+
 
 def error_body(error: RequestError) -> dict[str, Any]:
     """Return the JSON body."""
@@ -41,13 +58,14 @@ def validation_error(errors: Sequence[Any]) -> RequestError:
         )
     name = where[0][:64]
     if kind == "extra_forbidden":
-        text = f"Unknown field '{name}'; /docs lists the known ones."
+        text = f"Unknown field '{name}'; {_WAYS_OUT.get(name, '/docs lists the known ones')}."
         return RequestError(Fault.BAD_FIELD, text, param=name, code="unknown_parameter")
     if kind == "missing":
         return RequestError(
             Fault.BAD_FIELD, f"The field '{name}' is required.", param=name, code="missing_required_parameter"
         )
-    return RequestError(Fault.BAD_FIELD, f"Invalid '{name}': {first['msg']}.", param=name)
+    hint = " Leave it out for a picture of its own each time." if name == "seed" and first.get("input") == -1 else ""
+    return RequestError(Fault.BAD_FIELD, f"Invalid '{name}': {first['msg']}.{hint}", param=name)
 
 
 def fault_for_status(status: int) -> Fault:
@@ -60,7 +78,9 @@ def fault_for_status(status: int) -> Fault:
         405: Fault.WRONG_METHOD,
         408: Fault.SLOW_BODY,
         409: Fault.CONFLICT,
+        412: Fault.NOT_AS_ASKED,
         413: Fault.TOO_LARGE,
+        416: Fault.BAD_RANGE,
         429: Fault.QUEUE_FULL,
         499: Fault.CLIENT_GONE,
         503: Fault.NOT_READY,

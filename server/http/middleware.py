@@ -1,4 +1,4 @@
-"""What surrounds every route: request ids and counting, the last catch, keys, and the bound on bodies.
+"""What surrounds every route: request ids, counting and the access log, the last catch, and early refusals.
 
 Plain ASGI, no buffering of replies: streams and disconnects pass straight through.
 """
@@ -6,28 +6,31 @@ Plain ASGI, no buffering of replies: streams and disconnects pass straight throu
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Callable
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.core.admission import Admission
 from server.core.faults import Fault, RequestError
-from server.front.auth import KeyRing
+from server.front.auth import Caller
 from server.http.errors import error_response, outcome_of_status
+from server.http.incoming import discard
+from server.http.keys import CALLER
+from server.http.paths import PROBES, route_path
 from server.telemetry.metrics import Metrics
 
 log = logging.getLogger("rmd.server")
+access_log = logging.getLogger("rmd.access")
 
 OUTCOME = "rmd.outcome"
 REQUEST_ID = "request_id"
-CLIENT_PATIENCE_SECONDS = 30.0
-"""How long a client may take over its body, or over reading one event: a connection must not hold memory for ever."""
-_MOST_DISCARDED = 32 * 1024 * 1024
 _PICTURES = "/v1/images/generations"
+_FROM_PICTURES = ("/v1/images/edits", "/v1/images/variations")
 _ROUTES = (
     "/", "/playground", "/v1/images/generations", "/v1/videos", "/v1/models", "/health/live", "/health/ready",
     "/metrics", "/docs", "/files",
@@ -35,7 +38,7 @@ _ROUTES = (
 
 
 class Accounting:
-    """Outermost: gives each request an id, counts how it ended, and turns what nobody caught into a 500."""
+    """Gives each request an id, counts and logs how it ended, and turns what nobody caught into a 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -47,7 +50,7 @@ class Accounting:
             await self.app(scope, receive, send)
             return
         request_id = uuid.uuid4().hex
-        status = 0
+        status, begun = 0, time.monotonic()
 
         async def watched_send(message: Message) -> None:
             nonlocal status
@@ -76,38 +79,33 @@ class Accounting:
             )
             await error_response(error)(scope, receive, watched_send)
         finally:
-            outcome = state.get(OUTCOME) or outcome_of_status(status or 499)
-            if outcome == Fault.CLIENT_GONE.value.outcome:
-                log.info("request %s: its client left", request_id)
-            self.metrics.requests.labels(_route(scope["path"]), outcome).inc()
+            status = status or Fault.CLIENT_GONE.value.status
+            outcome = state.get(OUTCOME) or outcome_of_status(status)
+            caller: Caller = state.get(CALLER, Caller())
+            path = route_path(scope)
+            self.metrics.requests.labels(_route(path), outcome).inc()
+            if caller.name:
+                self.metrics.key_requests.labels(caller.name, outcome).inc()
+            if path not in PROBES:  # they come every few seconds and say nothing
+                # Without the query: a key that was put there by mistake is not to be kept.
+                access_log.info(
+                    '%s %s "%s %s" %d %s %.3fs %s',
+                    (scope.get("client") or ("-",))[0],
+                    caller.name or "-",
+                    scope["method"],
+                    quote(path),
+                    status,
+                    outcome,
+                    time.monotonic() - begun,
+                    request_id,
+                )
 
 
-class RequireKey:
-    """Refuses calls to /v1 without a known key, before their body is looked at."""
+class RefuseEarly:
+    """Refuses before bodies are parsed: what is asked of pictures, and pictures while no place is free.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
-        self.app = app
-        self.keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check the key, then run the application inside."""
-        if scope["type"] == "http" and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
-            headers = Headers(scope=scope)
-            try:
-                # Only browsers send it. Otherwise any page that is open beside a server without keys could order films
-                # from it: a form needs no leave.
-                if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-                    raise RequestError(Fault.FOREIGN_PAGE, "Pages of other sites may not use this server.")
-                self.keys.check(headers.get("authorization"))
-            except RequestError as error:
-                await _discard(receive)
-                await error_response(error)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class RefuseWhenFull:
-    """Refuses requests for pictures before their bodies are parsed while no place is free: a crowd must cost little."""
+    A crowd must cost little.
+    """
 
     def __init__(self, app: ASGIApp, admission: Admission, check_accepting: Callable[[], None]) -> None:
         self.app = app
@@ -116,90 +114,28 @@ class RefuseWhenFull:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or run the application inside."""
-        # A repeated request may have its reply already, whatever the queue holds.
-        if scope["type"] == "http" and scope["path"] == _PICTURES and "idempotency-key" not in Headers(scope=scope):
+        if scope["type"] == "http":
             try:
-                if self.admission.full:
-                    self.check_accepting()
-                    self.admission.acquire(1, 0).release()
+                self._check(scope)
             except RequestError as error:
                 scope.setdefault("state", {})[OUTCOME] = error.fault.value.outcome
-                await _discard(receive)
+                await discard(receive)
                 await error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-
-class BoundBody:
-    """Reads a request's body, at most ``max_bytes`` of it; longer ones get 413 without being kept.
-
-    A declared length above the bound is refused before a byte is read. What the client still sends is discarded,
-    since most clients only look at the reply once they have sent everything.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body, then run the application inside."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        body = b""
-        too_long = declared.isdecimal() and int(declared[:18]) > self.max_bytes
-        more = True
-        try:
-            async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
-                while more and not too_long:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return
-                    body += message.get("body", b"")
-                    more = bool(message.get("more_body"))
-                    too_long = len(body) > self.max_bytes
-        except TimeoutError:
-            text = f"The body did not arrive within {CLIENT_PATIENCE_SECONDS:g} seconds."
-            await error_response(RequestError(Fault.SLOW_BODY, text))(scope, receive, send)
-            return
-        if too_long:
-            if more:
-                await _discard(receive)
-            form = Headers(scope=scope).get("content-type", "").lower().startswith("multipart/")
-            advice, param = ("send texts, no files", None) if form else ("shorten the prompt", "prompt")
-            error = RequestError(
-                Fault.TOO_LARGE, f"The body is longer than {self.max_bytes} bytes; {advice}.", param=param
+    def _check(self, scope: Scope) -> None:
+        path = route_path(scope)
+        if path in _FROM_PICTURES:
+            raise RequestError(
+                Fault.NOT_FOUND,
+                f"{path} is not served: this server draws from text alone, by POST {_PICTURES}.",
+                code="unsupported_endpoint",
             )
-            await error_response(error)(scope, receive, send)
-            return
-        await self.app(scope, _replay(body, receive), send)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a receive that gives the body once, then whatever the connection says (a disconnect)."""
-    given = False
-
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
-
-
-async def _discard(receive: Receive) -> None:
-    """Read and drop what the client is still sending, up to a bound in bytes and in time."""
-    dropped = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
-            while dropped < _MOST_DISCARDED:
-                message = await receive()
-                dropped += len(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body"):
-                    return
+        # A repeated request may have its reply already, whatever the queue holds.
+        if path == _PICTURES and self.admission.full and "idempotency-key" not in Headers(scope=scope):
+            self.check_accepting()
+            self.admission.acquire(1, 0).release()
 
 
 def _route(path: str) -> str:

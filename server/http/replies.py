@@ -39,7 +39,7 @@ def image_reply(
     ordered = sorted(pictures, key=lambda picture: picture.index)
     if body.response_format == "url":
         media_type = MEDIA_TYPES[spec.output_format]
-        names = [files.put(picture.content, media_type, spec.output_format) for picture in ordered]
+        names = files.put([picture.content for picture in ordered], media_type, spec.output_format)
         data = [ImageData(url=f"{base_url.rstrip('/')}/files/{name}") for name in names]
     else:
         data = [ImageData(b64_json=picture.encoded) for picture in ordered]

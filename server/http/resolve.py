@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import secrets
+from collections.abc import Sequence
 
 from rmd.cascade import Cascade
 from rmd.size import Size
@@ -15,14 +18,16 @@ from server.http.schemas import LARGEST_SEED, GenerationRequest, ImageRequest, V
 from server.start.settings import ServerSettings
 
 _SECONDS_TOLERANCE = 0.5
+_SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
 
 
 def choose_model(name: str | None, service: Service, films: bool) -> ModelCard:
-    """Return the model a request names, or the first that makes what its route is for.
+    """Return the model a request names, by an alias perhaps, or the first that makes what its route is for.
 
     Raises:
         RequestError: 503 while they are loading, 404 for a model that is not served, 400 for one that makes the other.
     """
+    name = service.settings.aliases.get(name or "", name)
     cards = service.cards
     fitting = [card for card in cards if card.films == films]
     model = next((card for card in (cards if name else fitting) if name in (None, "", card.model_id)), None)
@@ -46,7 +51,7 @@ def resolve(body: ImageRequest, model: ModelCard, settings: ServerSettings) -> G
     n = body.n or 1
     if n > settings.max_images:
         raise _bad("n", f"n is {n}; one request draws at most {settings.max_images} pictures.")
-    schedule = _schedule(body, model)
+    schedule = _schedule(body, model, settings.nearest_size)
     seed = secrets.randbelow(2**32) if body.seed is None else body.seed
     return GenerationSpec(
         prompt=body.prompt,
@@ -75,7 +80,7 @@ def resolve_film(body: VideoRequest, model: ModelCard, settings: ServerSettings)
     _check_texts(body, settings)
     if body.input_reference is not None:
         raise _bad("input_reference", f"'{model.model_id}' draws from text alone; leave input_reference out.")
-    schedule = _schedule(body, model)
+    schedule = _schedule(body, model, settings.nearest_size)
     frames = schedule.cascade.full_size.num_frames
     if body.num_frames not in (None, frames):
         raise _bad("num_frames", f"schedule '{schedule.name}' makes {frames} frames, not {body.num_frames}.")
@@ -137,14 +142,21 @@ def _bad(param: str, message: str, code: str | None = None) -> RequestError:
     return RequestError(Fault.BAD_FIELD, message, param=param, code=code)
 
 
-def _schedule(body: GenerationRequest, model: ModelCard) -> Schedule:
-    """Find the schedule by name and size; a size alone picks the default or the first schedule that ends in it."""
+def _schedule(body: GenerationRequest, model: ModelCard, nearest: bool) -> Schedule:
+    """Find the schedule by name and size; a size alone picks the default or the first schedule that ends in it.
+
+    Args:
+        nearest: take another size for the nearest one that the schedule, or any, draws.
+    """
     size = None if body.size == "auto" else body.size
     sizes = [plane(offered) for offered in model.sizes]
+    named = model.schedules.get(body.schedule or "")
+    if nearest and size is not None and _SIZE.fullmatch(size):
+        size = _nearest(size, [plane(named.cascade.full_size)] if named else sizes)
     if size is not None and size not in sizes:
         raise _bad("size", f"size '{size[:32]}' is not offered; choose one of {', '.join(sizes)} or 'auto'.")
     if body.schedule is not None:
-        found = model.schedules.get(body.schedule)
+        found = named
         if found is None:
             names = ", ".join(model.schedules)
             raise _bad("schedule", f"schedule '{body.schedule[:40]}' is not offered; choose one of {names}.")
@@ -153,6 +165,17 @@ def _schedule(body: GenerationRequest, model: ModelCard) -> Schedule:
         return found
     candidates = [model.schedules[model.default], *model.schedules.values()]
     return next(s for s in candidates if size in (None, plane(s.cascade.full_size)))
+
+
+def _nearest(size: str, offered: Sequence[str]) -> str:
+    """Return the offered size whose shape, and then whose area, is least far from ``size`` ("WIDTHxHEIGHT")."""
+    width, height = map(int, size.split("x"))
+
+    def distance(other: str) -> tuple[float, float]:
+        w, h = map(int, other.split("x"))
+        return abs(math.log(w * height / (h * width))), abs(math.log(w * h / (width * height)))
+
+    return min(offered, key=distance)
 
 
 def _check_changes(body: GenerationRequest, schedule: Schedule) -> None:

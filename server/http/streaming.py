@@ -16,7 +16,8 @@ from server.front.generation import FinishedPicture, Generation, PartialPicture
 from server.front.service import Service
 from server.http.bodies import json_bytes
 from server.http.errors import error_body
-from server.http.middleware import CLIENT_PATIENCE_SECONDS, OUTCOME
+from server.http.incoming import CLIENT_PATIENCE_SECONDS
+from server.http.middleware import OUTCOME
 from server.http.replies import completed_event, partial_event
 from server.http.schemas import ImageRequest
 

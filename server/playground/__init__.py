@@ -33,7 +33,8 @@ def _sender(file: Path) -> Callable[[], Awaitable[FileResponse]]:
 
 
 # One route a file, so that no part of a path is ever looked up in the folder.
-router.add_api_route("/", _sender(_FOLDER / "index.html"))
+_METHODS = ["GET", "HEAD"]
+router.add_api_route("/", _sender(_FOLDER / "index.html"), methods=_METHODS)
 for _file in sorted(_FOLDER.iterdir()):
     if _file.suffix in (".js", ".css"):
-        router.add_api_route(f"/playground/{_file.name}", _sender(_file), name=_file.name)
+        router.add_api_route(f"/playground/{_file.name}", _sender(_file), methods=_METHODS, name=_file.name)

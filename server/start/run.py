@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from server.front.service import Service
 from server.http.app import create_app
-from server.http.middleware import CLIENT_PATIENCE_SECONDS
+from server.http.connections import BoundedProtocol, Doorway, bounds, raise_descriptor_limit
+from server.http.incoming import CLIENT_PATIENCE_SECONDS
 
 log = logging.getLogger("rmd.server")
 
@@ -55,13 +57,6 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-class _QuietProbes(logging.Filter):
-    """Leaves probes and scrapes out of the access log: they come every few seconds and say nothing."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not any(part in record.getMessage() for part in ('"GET /health/', '"GET /metrics'))
-
-
 def _listen(host: str, port: int) -> socket.socket:
     """Open the port before anything is loaded for it, and let the kernel give up on clients that take nothing.
 
@@ -87,15 +82,19 @@ def make_server(service: Service) -> DrainingServer:
         ValueError: it cannot.
     """
     settings = service.settings
+    most, backlog = bounds(raise_descriptor_limit())
     config = uvicorn.Config(
         create_app(service),
         host=settings.host,
         port=settings.port,
-        http="h11",  # bounds request line and headers at 64 KiB; httptools keeps whatever is sent
+        # h11: bounds request line and headers at 64 KiB; httptools keeps whatever is sent
+        http=partial(BoundedProtocol, doorway=Doorway(most)),  # type: ignore[arg-type]
+        ws="none",
+        backlog=backlog,
+        access_log=False,  # ours names keys, and leaves out queries
         log_level=settings.log_level,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_REPLIES_SECONDS,
         server_header=False,
     )
-    logging.getLogger("uvicorn.access").addFilter(_QuietProbes())
     return DrainingServer(config, service)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -19,6 +21,8 @@ from pydantic_settings import (
 
 from server.core.costs import CostTable
 from server.core.policies import make_policy
+from server.front.auth import KeyRing
+from server.front.quotas import parse_rates
 
 CONFIG_VARIABLE = "RMD_CONFIG"
 # Of the command line, the load test and compose.
@@ -60,9 +64,27 @@ class ServerSettings(BaseSettings):
     measure_teacher: bool = Field(True, description="time the teacher's guided step at start and in idle moments")
 
     host: str = "127.0.0.1"
+    allow_open: bool = Field(False, description="listen beyond this machine though there are no api_keys")
     port: int = Field(8000, ge=0, le=65535)
     public_url: str | None = Field(None, description="base of the URLs of response_format=url, behind a proxy")
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field((), description="accepted keys; none: open")
+    root_path: str = Field(
+        "", pattern=r"^(/[\w.~-]+)*$", description="prefix of all paths behind a proxy, such as /rmd"
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names this server goes by, beside IP addresses and localhost; *.example.org, * for any"
+    )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="other sites whose pages may use it, such as https://example.org; * for any"
+    )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="accepted keys, each KEY or NAME=KEY; none: open"
+    )
+    key_rate: str | None = Field(None, description="requests for work that one key may send, such as 60/minute")
+    key_requests: int | None = Field(None, ge=1, description="requests for work that one key may have under way")
+    model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="further names of models: NAME, of what a route takes first, or NAME=MODEL"
+    )
+    nearest_size: bool = Field(False, description="draw the nearest size where another is asked for; replies say which")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     max_body_bytes: int = Field(64 * 1024, ge=1024)
@@ -95,6 +117,25 @@ class ServerSettings(BaseSettings):
     idempotency_megabytes: float = Field(64.0, gt=0, description="memory kept for those replies' pictures")
     files_seconds: float = Field(3600.0, gt=0, description="life of a response_format=url picture")
     files_megabytes: float = Field(64.0, gt=0, description="memory kept for those pictures")
+
+    @field_validator("allowed_hosts", "allowed_origins", "model_aliases", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        """An empty variable means none."""
+        return () if value is None else _split_commas(value)
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """As browsers write them: lower case, no slash at the end."""
+        return tuple(origin.rstrip("/").lower() for origin in value)
+
+    @field_validator("key_rate")
+    @classmethod
+    def _known_rate(cls, value: str | None) -> str | None:
+        if value:
+            parse_rates(value)
+        return value or None
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -153,6 +194,45 @@ class ServerSettings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _aliases_are_free(self) -> ServerSettings:
+        names = [name for _, name in self.models]
+        for alias, model in self.aliases.items():
+            if alias in names:
+                raise ValueError(f"model_aliases: '{alias}' is a model's own name")
+            if model is not None and model not in names:
+                raise ValueError(f"model_aliases: '{alias}' is to mean '{model}', and there are {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _open_on_purpose(self) -> ServerSettings:
+        if not (self.api_keys or self.allow_open or _is_loopback(self.host)):
+            raise ValueError(
+                f"host {self.host} is reached from other machines and there are no api_keys: set some, "
+                "or allow_open (RMD_ALLOW_OPEN=true, --allow-open) to serve whoever comes"
+            )
+        return self
+
+    @property
+    def aliases(self) -> dict[str, str | None]:
+        """Further names of models, and whose each is; None: of whatever a route takes first."""
+        pairs = (entry.partition("=") for entry in self.model_aliases)
+        return {alias: model or None for alias, _, model in pairs}
+
+    @property
+    def known_hosts(self) -> tuple[str, ...]:
+        """Names that requests may call this server by. A page that points its own name here has none of the keys."""
+        if self.allowed_hosts or not self.api_keys:
+            own = urlsplit(self.public_url or "").hostname
+            return tuple(name for name in (*self.allowed_hosts, self.host, own) if name)
+        return ("*",)
+
+    @property
+    def known_origins(self) -> tuple[str, ...]:
+        """Of the pages that may use the API, beside those that have the request's own host."""
+        own = urlsplit(self.public_url or "")
+        return (*self.allowed_origins, *([f"{own.scheme}://{own.netloc}".lower()] if own.netloc else []))
+
     @property
     def engine_devices(self) -> tuple[str, ...]:
         """The device of each engine."""
@@ -191,7 +271,8 @@ class ServerSettings(BaseSettings):
     def describe(self) -> str:
         """Return the settings as YAML with every secret hidden."""
         plain = self.model_dump(mode="json")
-        plain["api_keys"] = f"{len(self.api_keys)} key(s), hidden" if self.api_keys else "none: the API is open"
+        names = ", ".join(KeyRing(self.api_keys).names)
+        plain["api_keys"] = f"{len(self.api_keys)} key(s), hidden: {names}" if names else "none: the API is open"
         return yaml.safe_dump(plain, sort_keys=False).rstrip()
 
 
@@ -202,6 +283,13 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
         name for name in environment
         if name.startswith("RMD_") and not name.startswith("RMD_DISTILL_") and name not in known
     )  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _split_commas(value: Any) -> Any:

@@ -124,6 +124,12 @@ class Metrics:
         self.requests = Counter(
             "rmd_requests", "HTTP requests by route and how they ended.", ["route", "outcome"], registry=self.registry
         )
+        self.key_requests = Counter(
+            "rmd_key_requests",
+            "Calls to /v1 by the name of their API key and how they ended.",
+            ["key", "outcome"],
+            registry=self.registry,
+        )
         self.request_seconds = Histogram(
             "rmd_request_seconds",
             "Seconds from admission (a film's from its job's creation) to the finished reply, completed ones only.",

@@ -83,7 +83,7 @@ class House:
         content = json.dumps(body).encode()
         address = urlsplit(self.url)
         connection = socket.create_connection((address.hostname, address.port), timeout=30)
-        head = f"POST {URL} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n"
+        head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return connection
 

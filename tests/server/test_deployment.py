@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +44,6 @@ def labels(house: House) -> dict[str, set[str]]:
     assert house.draw().status_code == 200
     house.service.metrics.dropped.labels("deadline")
     house.service.metrics.retried_batches.labels("encode")
-    house.service.metrics.engine_restarts.labels("0")
     found: dict[str, set[str]] = defaultdict(set)
     films = replace(house.service.snapshot(), video_jobs={"queued": 1})  # what a server of films shows besides
     shown = house.client.get("/metrics").text, Metrics(lambda: films).render().decode()
@@ -74,6 +75,17 @@ def test_engines_that_end_or_stay_down_are_shown_and_raise_alerts() -> None:
         assert name in alerts and asked.count(name) > alerts.count(name), name
     for name in ("rmd_station_compiled", "rmd_teacher_age_seconds", "rmd_teacher_spread_ratio"):
         assert name in asked
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")
+@pytest.mark.parametrize(
+    "command", ["check rules rules.yml", "check config prometheus.yml", "test rules rules_test.yml"]
+)
+def test_prometheus_reads_the_rules_and_raises_each_alert_in_its_case(command: str) -> None:
+    done = subprocess.run(
+        ["promtool", *command.split()], cwd=ROOT / "deploy/prometheus", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_panels_have_numbers_and_places_of_their_own() -> None:

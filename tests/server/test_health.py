@@ -20,7 +20,7 @@ from tests.server.thread_engine import ThreadEngine
 
 
 def asgi(service: Service) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://server")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)), base_url="http://localhost")
 
 
 def until(condition: Callable[[], bool]) -> None:

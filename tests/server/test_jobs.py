@@ -378,7 +378,21 @@ def test_the_oldest_films_leave_when_there_are_too_many(desks: Callable[..., Des
         desk.until_status(one, "completed 100")
     desk.until(lambda: desk.shelf.path(made[0].id, "video.mp4") is None)
     assert all(desk.shelf.path(one.id, "video.mp4") for one in made[1:])
-    assert desk.status(made[0]) == "completed 100"
+    gone = desk.store.get("", made[0].id)
+    assert gone and gone.expires_at and gone.expires_at <= time.time(), "it says so"
+    assert desk.store.get("", made[0].id, time.time()) is None
+    assert {one.id for one in desk.store.page("", None, 9, True, time.time()).jobs} == {one.id for one in made[1:]}
+
+
+def test_a_film_that_was_ready_when_it_was_cancelled_does_not_stay(desks: Callable[..., Desk]) -> None:
+    desk = desks()
+    made = desk.accept()
+    desk.until(lambda: made.id in desk.maker.taken)
+    assert desk.store.cancel(made.id, time.time(), time.time() + 60)
+    desk.maker.tell(made.id, FILM)
+    desk.until(lambda: not desk.runner._running)
+    desk.until(lambda: desk.shelf.path(made.id, "video.mp4") is None)
+    assert desk.status(made) == "failed 0 cancelled"
 
 
 def test_a_finished_job_is_forgotten_with_its_film(desks: Callable[..., Desk]) -> None:

@@ -173,7 +173,7 @@ def test_a_poisoned_request_fails_alone(house: House) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_places(house: House, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "rmd.server")
+    caplog.set_level(logging.INFO, "rmd.access")
     with held(house):
         connection = house.send(prompt="gone", n=3, stream=stream)
         house.until_waiting(4)
@@ -182,7 +182,7 @@ def test_a_client_that_leaves_frees_its_places(house: House, stream: bool, caplo
         assert house.metric("rmd_queue_depth") == 0
     house.until_idle()
     house.until(lambda: house.metric("rmd_requests_total", outcome="client_gone") == 1, "the count")
-    assert len(re.findall("request [0-9a-f]{32}: its client left", caplog.text)) == 1
+    assert len(re.findall(r" client_gone [\d.]+s [0-9a-f]{32}", caplog.text)) == 1
     assert house.metric("rmd_dropped_items_total", outcome="client_gone") == 3
     assert house.metric("rmd_pictures_total") == 1
 

@@ -16,7 +16,7 @@ from tests.server.house import Clock
 def test_stored_files_expire_and_stay_within_their_memory() -> None:
     clock = Clock()
     store = FileStore(max_bytes=100, life_seconds=10, clock=clock)
-    names = [store.put(bytes(40), "image/png", "png") for _ in range(3)]
+    names = [store.put([bytes(40)], "image/png", "png")[0] for _ in range(3)]
     assert store.get(names[0]) is None and store.get(names[2]) is not None and store.stored_bytes == 80
     clock.now = 11
     assert store.get(names[2]) is None and store.stored_bytes == 0

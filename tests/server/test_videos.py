@@ -16,6 +16,7 @@ from PIL import Image
 from rmd.pixels import to_pixels
 from rmd.sampler import sample
 from server.device.model import DeviceModel
+from server.films.store import VideoJob
 from server.front.media import encode_film
 from server.front.service import Service, State
 from server.start.films import open_jobs
@@ -322,3 +323,73 @@ def test_a_film_checkpoint_without_a_place_for_its_films_says_so(
         time.sleep(0.005)
     assert str(blocked) in failures[0] and not service.ready and service.state is State.FAILED
     service.stop()
+
+
+def test_what_is_paged_through_may_be_deleted(house: House) -> None:
+    """The sixth page asked for what follows a film that was gone, and was refused."""
+    jobs = [post(house, seed=seed) for seed in range(5)]
+    for job in jobs:
+        ended(house, job)
+    client = openai.OpenAI(base_url=f"{house.url}/v1", api_key="x", max_retries=0)
+    with pytest.warns(DeprecationWarning):
+        for video in client.videos.list(limit=2):
+            assert client.videos.delete(video.id).deleted
+    assert house.client.get(URL).json()["data"] == [] and house.metric("rmd_video_jobs") == 0
+    assert house.client.get(f"{URL}/{jobs[0]['id']}").status_code == 404
+
+
+def test_what_has_expired_does_not_read_as_there(film_model: DeviceModel, film_settings: ServerSettings) -> None:
+    with serving(film_model, film_settings.model_copy(update={"video_seconds": 0.5})) as house:
+        job = post(house)
+        url = f"{URL}/{job['id']}"
+        house.until(lambda: house.client.get(url).status_code == 404, "its end, before anybody has tidied up")
+        assert house.client.get(f"{url}/content").status_code == 404 and house.client.get(URL).json()["data"] == []
+
+
+def test_a_film_that_nobody_makes_any_more_reads_as_waiting(house: House) -> None:
+    """Of a model that is no longer served: in_progress for a day, to be asked for four times a second."""
+    store, now = house.service.jobs.store, time.time()
+    request = {"prompt": PROMPT, "schedule": "x", "seed": 1, "fps": 16}
+    left = store.add(VideoJob("", "gone", request, seconds="1", size="32x32", created_at=now))
+    assert store.claim(["gone"], "dead", now, now - 1) and store.advance(left.id, "dead", 40)
+    reply = house.client.get(f"{URL}/{left.id}")
+    assert (reply.json()["status"], reply.json()["progress"]) == ("queued", 0)
+    assert reply.headers["openai-poll-after-ms"] == "10000"
+
+
+def test_films_are_nobody_elses_on_the_machine(house: House) -> None:
+    assert house.service.settings.videos.stat().st_mode & 0o077 == 0
+
+
+def test_a_film_is_sent_once_to_who_has_it(house: House) -> None:
+    url = f"{URL}/{ended(house, post(house))['id']}/content"
+    first = house.client.get(url)
+    etag, modified = first.headers["etag"], first.headers["last-modified"]
+    head = house.client.head(url)
+    assert head.status_code == 200 and head.content == b"" and head.headers["content-length"] == str(len(first.content))
+    for condition in ({"If-None-Match": etag}, {"If-None-Match": f'"x", {etag}'}, {"If-Modified-Since": modified}):
+        again = house.client.get(url, headers=condition)
+        assert again.status_code == 304 and again.content == b"" and again.headers["etag"] == etag, condition
+    for condition in (
+        {"If-None-Match": '"x"', "If-Modified-Since": modified},
+        {"If-Modified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
+        {"If-Modified-Since": "yesterday"},
+        {"If-Match": etag},
+    ):
+        assert house.client.get(url, headers=condition).content == first.content, condition
+    early = {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"}
+    for condition in ({"If-Match": '"x"'}, early):
+        assert error_of(house.client.get(url, headers=condition)) == (412, None, "precondition_failed"), condition
+
+
+def test_ranges_of_a_film(house: House) -> None:
+    url = f"{URL}/{ended(house, post(house))['id']}/content"
+    whole = house.client.get(url).content
+    part = house.client.get(url, headers={"Range": "bytes=5-9"})
+    assert part.status_code == 206 and part.content == whole[5:10]
+    beyond = house.client.get(url, headers={"Range": f"bytes={len(whole)}-"})
+    assert (
+        error_of(beyond) == (416, None, "invalid_range") and beyond.headers["content-range"] == f"bytes */{len(whole)}"
+    )
+    assert error_of(house.client.get(url, headers={"Range": "bytes=9-5"})) == (416, None, "invalid_range")
+    assert house.client.get(url, headers={"Range": "frames=1-2"}).content == whole, "other units are ignored"

@@ -19,6 +19,7 @@ def _service(request: Request) -> Service:
 
 
 @router.get("/health/live")
+@router.head("/health/live", include_in_schema=False)
 async def live(request: Request) -> JSONResponse:
     """200 while the process can still become or stay useful: restart it otherwise."""
     service = _service(request)
@@ -28,6 +29,7 @@ async def live(request: Request) -> JSONResponse:
 
 
 @router.get("/health/ready")
+@router.head("/health/ready", include_in_schema=False)
 async def ready(request: Request) -> JSONResponse:
     """200 where an engine is warm and requests are accepted; else 503 with the reason. Says what is compiled."""
     service = _service(request)
@@ -63,6 +65,7 @@ async def ready(request: Request) -> JSONResponse:
 
 
 @router.get("/metrics", include_in_schema=False)
+@router.head("/metrics", include_in_schema=False)
 def metrics(request: Request) -> Response:
     """Prometheus' text format. A plain function: it runs in a worker thread, off the event loop."""
     return Response(_service(request).metrics.render(), media_type=CONTENT_TYPE)

@@ -16,6 +16,7 @@ from server.front.channel import EventChannel, next_event
 from server.front.generation import FinishedPicture, GenerationSpec
 from server.front.service import Service
 from server.http.bodies import PicturesResponse
+from server.http.keys import caller_of
 from server.http.middleware import REQUEST_ID
 from server.http.replies import image_reply
 from server.http.resolve import choose_model, resolve
@@ -25,7 +26,7 @@ from server.http.streaming import ImageEventStream, client_gone, until_disconnec
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 404, 409, 413, 429, 500, 503, 504)
+    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
 }
 _LONGEST_KEY = 256
 
@@ -35,10 +36,12 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
     """Draw pictures, in one reply or as a stream of events."""
     service: Service = request.app.state.service
     service.check_accepting()
+    if body.response_format is None and not body.stream and _reads_urls(body.model, service):
+        body = body.model_copy(update={"response_format": "url"})
     spec = resolve(body, choose_model(body.model, service, films=False), service.settings)
     key = request.headers.get("idempotency-key")
     request_id = str(request.scope["state"][REQUEST_ID])
-    account = service.keys.account(request.headers.get("authorization"))
+    account = caller_of(request).account
     if body.stream:
         if key is not None:
             raise RequestError(
@@ -61,6 +64,11 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
         account.encode(), key, digest, draw, lambda stored: _at_hand(service, stored)
     )
     return PicturesResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)
+
+
+def _reads_urls(model: str | None, service: Service) -> bool:
+    """Whether a model is named by whose clients read ``url``, as OpenAI's models of that name send it."""
+    return model in service.settings.aliases and str(model).startswith("dall-e")
 
 
 def check_idempotency_key(key: str) -> None:

@@ -11,14 +11,17 @@ from server.core.costs import CostTable
 from server.core.stations import StationKey
 from server.front.service import Service
 from server.http.resolve import film_seconds, plane, unknown_model
-from server.http.schemas import ModelEntry, ModelList
+from server.http.schemas import ErrorReply, ModelEntry, ModelList
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
-def _entry(model: ModelCard, costs: CostTable) -> ModelEntry:
+_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in (401, 403, 404, 503)}
+
+
+def _entry(model: ModelCard, costs: CostTable, name: str) -> ModelEntry:
     return ModelEntry(
-        id=model.model_id,
+        id=name,
         created=model.created,
         rmd={
             "default_schedule": model.default,
@@ -57,23 +60,33 @@ def _film_facts(model: ModelCard) -> dict[str, Any]:
     return {"num_frames": frames, "fps": fps, "seconds": film_seconds(frames, fps)}
 
 
+def _named(service: Service) -> dict[str, ModelCard]:
+    """Return the models by all their names. An alias of no model in particular shows the first one."""
+    own = {card.model_id: card for card in service.cards}
+    first = next(iter(own))
+    aliases = {alias: own.get(model or first) for alias, model in service.settings.aliases.items()}
+    return {**own, **{alias: card for alias, card in aliases.items() if card is not None}}
+
+
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-@router.get("", response_model=ModelList)
+@router.get("", response_model=ModelList, responses=_ERRORS)
+@router.head("", include_in_schema=False)
 async def list_models(request: Request) -> ModelList:
-    """List the models this server holds, in the order of its checkpoints; 503 while they are loading."""
+    """List the models this server holds, in the order of its checkpoints, then their further names."""
     service = _service(request)
-    return ModelList(data=[_entry(card, service.costs) for card in service.cards])
+    return ModelList(data=[_entry(card, service.costs, name) for name, card in _named(service).items()])
 
 
-@router.get("/{model_id:path}", response_model=ModelEntry)
+@router.get("/{model_id:path}", response_model=ModelEntry, responses=_ERRORS)
+@router.head("/{model_id:path}", include_in_schema=False)
 async def get_model(model_id: str, request: Request) -> ModelEntry:
     """Describe one model; 404 for any other name."""
     service = _service(request)
-    model = next((card for card in service.cards if card.model_id == model_id), None)
+    model = _named(service).get(model_id)
     if model is None:
         raise unknown_model(model_id, service)
-    return _entry(model, service.costs)
+    return _entry(model, service.costs, model_id)

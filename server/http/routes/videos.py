@@ -20,6 +20,7 @@ from server.films.shelf import FILM, SPRITESHEET, THUMBNAIL
 from server.films.store import VideoJob
 from server.front.service import Service
 from server.http.errors import validation_error
+from server.http.keys import caller_of
 from server.http.resolve import choose_model, film_seconds, plane, resolve_film
 from server.http.routes.images import check_idempotency_key
 from server.http.schemas import (
@@ -31,6 +32,7 @@ from server.http.schemas import (
     VideoList,
     VideoRequest,
 )
+from server.http.stored import KeptFile, conditional, headers_of
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -38,7 +40,7 @@ Body = TypeVar("Body", bound=BaseModel)
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 404, 409, 413, 429, 503)
+    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 409, 412, 413, 416, 429, 503)
 }
 _VARIANTS: dict[Variant, tuple[str, str]] = {
     "video": (FILM, "video/mp4"),
@@ -84,6 +86,7 @@ async def remix_video(video_id: str, request: Request) -> Response:
 
 
 @router.get("", response_model=VideoList, responses=_ERRORS)
+@router.head("", include_in_schema=False)
 def list_videos(
     request: Request,
     after: Annotated[str | None, Query(max_length=64)] = None,
@@ -93,7 +96,7 @@ def list_videos(
     """List this key's jobs, the newest first unless asked otherwise."""
     service: Service = request.app.state.service
     try:
-        page = service.jobs.store.page(_account(request), after, limit, newest_first=order == "desc")
+        page = service.jobs.store.page(_account(request), after, limit, order == "desc", time.time())
     except KeyError:
         raise RequestError(Fault.BAD_FIELD, "There is no such video to list from.", param="after") from None
     videos = [_video(job) for job in page.jobs]
@@ -102,6 +105,7 @@ def list_videos(
 
 
 @router.get("/{video_id}", response_model=Video, responses=_ERRORS)
+@router.head("/{video_id}", include_in_schema=False)
 def get_video(video_id: str, request: Request) -> Response:
     """Say how far a job is; ``openai-poll-after-ms`` says when to ask again."""
     service: Service = request.app.state.service
@@ -111,6 +115,7 @@ def get_video(video_id: str, request: Request) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse, responses=_ERRORS)
+@router.head("/{video_id}/content", include_in_schema=False)
 def get_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
     """Return the film (MP4), its middle frame (WebP) or a sheet of its frames (JPEG). Takes Range requests."""
     service: Service = request.app.state.service
@@ -119,11 +124,16 @@ def get_content(video_id: str, request: Request, variant: Variant = "video") -> 
         raise _not_ready(job, "fetched")
     name, media_type = _VARIANTS[variant]
     path = service.jobs.shelf.path(job.id, name)
-    if path is None:
+    try:
+        found = None if path is None else path.stat()
+    except FileNotFoundError:  # deleted just now
+        found = None
+    if path is None or found is None:
         raise RequestError(Fault.NOT_FOUND, "This film has expired; make it again from its prompt and rmd.seed.")
-    suffix = name.partition(".")[2]
-    headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
-    return FileResponse(path, media_type=media_type, filename=f"{job.id}.{suffix}", headers=headers)
+    headers = headers_of((job.expires_at or 0.0) - time.time())
+    filename = f"{job.id}.{name.partition('.')[2]}"
+    film = KeptFile(path, media_type=media_type, filename=filename, headers=headers, stat_result=found)
+    return conditional(film, request.headers)
 
 
 @router.delete("/{video_id}", response_model=VideoDeleted, responses=_ERRORS)
@@ -200,13 +210,12 @@ def _new_job(service: Service, body: VideoRequest, account: str, remixed_from: s
 
 
 def _account(request: Request) -> str:
-    service: Service = request.app.state.service
-    return service.keys.account(request.headers.get("authorization"))
+    return caller_of(request).account
 
 
 def _find(request: Request, video_id: str) -> VideoJob:
     service: Service = request.app.state.service
-    job = service.jobs.store.get(_account(request), video_id[:64])
+    job = service.jobs.store.get(_account(request), video_id[:64], time.time())
     if job is None:
         raise RequestError(Fault.NOT_FOUND, "There is no such video: it was deleted, has expired, or never was.")
     return job
@@ -223,24 +232,26 @@ def _not_ready(job: VideoJob, wanted: str) -> RequestError:
 
 
 def _poll_after_ms(service: Service, job: VideoJob) -> int:
-    """Return a twentieth of the film's expected work, within bounds."""
+    """Return a twentieth of the film's expected work, within bounds; the upper one where nobody here makes it."""
     card = next((card for card in service.cards if card.model_id == job.model), None)
     schedule = card.schedules.get(str(job.request.get("schedule"))) if card else None
-    seconds = 1.0
-    if card and schedule:
-        seconds = step_costs(service.costs, schedule.cascade, schedule.lane, model=card.place)[0]
     least, most = _POLL_BOUNDS_MS
+    if card is None or schedule is None:
+        return most
+    seconds = step_costs(service.costs, schedule.cascade, schedule.lane, model=card.place)[0]
     return int(min(max(1000 * seconds / _POLLS_A_FILM, least), most))
 
 
 def _video(job: VideoJob) -> Video:
     request = job.request
     failed = job.status == "failed"
+    # Its server ended, and nobody has taken it up: it waits, for ever perhaps, if its model is no longer served.
+    left = job.status == "in_progress" and job.lease_until < time.time()
     return Video(
         id=job.id,
         model=job.model,
-        status=job.status,
-        progress=job.progress,
+        status="queued" if left else job.status,
+        progress=0 if left else job.progress,
         created_at=int(job.created_at),
         completed_at=None if job.completed_at is None else int(job.completed_at),
         expires_at=None if job.expires_at is None else int(job.expires_at),
