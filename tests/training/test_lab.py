@@ -231,9 +231,16 @@ def test_a_student_that_ends_low_is_matched_at_the_teachers_size() -> None:
 def test_what_a_row_needs_and_this_version_lacks_is_said() -> None:
     grid = Grid(**TINY)
     assert grid.unavailable(grid.row("wish")).startswith("unknown setting 'wishful'")
-    assert grid.unavailable(Row(key="x", title="x", needs=("teleport",))) == "there is no 'teleport' yet"
+    assert "no training/configs/teleport.yaml" in grid.unavailable(Row(key="x", title="x", config="teleport"))
     assert grid.unavailable(Row(key="x", title="x", settings={"method": "rmd"})) == ""
     assert all(job.row.key != "wish" for job in grid.jobs())
+
+
+def test_a_recipe_lies_beneath_what_the_lab_fixes() -> None:
+    grid = Grid.read()
+    settings = grid.settings(grid.row("recipe-ours"), 2)
+    assert (settings.loss, settings.stage_weights, settings.rollout) == ("elementwise_huber", (3.0, 1.0), "pipelined")
+    assert (settings.batch_size, settings.guidance_scale, settings.seed, settings.decay_share) == (32, 3.0, 2, 0.0)
 
 
 def test_a_broken_grid_is_one_error_that_names_the_place(tmp_path: Path) -> None:

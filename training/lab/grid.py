@@ -18,11 +18,11 @@ from rmd.cascade import Cascade, Step
 from rmd.noise_schedule import RectifiedFlow
 from rmd.size import Size
 from rmd.timesteps import map_timestep, uniform_teacher_timesteps
-from training.distill.methods import METHODS
 from training.distill.settings import DistillSettings
 from training.embedded.data.split import Split
 
 DEFAULT_GRID = Path(__file__).parent / "grid.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 class _Data(BaseModel):
@@ -34,7 +34,8 @@ class Schedule(_Data):
 
     Attributes:
         sides: one a stage where there are ``thresholds``, else one a step, or one for all of them.
-        steps: how many, evenly spaced on the teacher's axis.
+        steps: how many, evenly spaced on the teacher's axis, where no ``times`` are given.
+        times: the steps' own teacher timesteps.
         thresholds: logSNR thresholds between the stages.
         teacher_side: `R` of Eq. 2 for a student that ends below the teacher's side; its times are mapped from there.
         options: further fields of :class:`~rmd.cascade.Cascade`.
@@ -42,6 +43,7 @@ class Schedule(_Data):
 
     sides: tuple[int, ...]
     steps: int = Field(4, ge=1)
+    times: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = ()
     teacher_side: int | None = None
     options: dict[str, Any] = {}
@@ -53,7 +55,7 @@ class Schedule(_Data):
             ValueError: the numbers do not fit together.
         """
         sizes = [Size.square(side) for side in self.sizes_of_steps()]
-        times = uniform_teacher_timesteps(self.steps)
+        times = self.times or uniform_teacher_timesteps(self.steps)
         if self.thresholds:
             stages = tuple(Size.square(side) for side in self.sides)
             return Cascade.from_thresholds(name, RectifiedFlow(), stages, times, self.thresholds, **self.options)
@@ -77,22 +79,36 @@ class Row(_Data):
     Attributes:
         weights: "teacher": nothing is trained, its own weights run the schedule.
         schedule: a key of :attr:`Grid.schedules`.
+        config: a recipe's file in ``training/configs``, beneath :attr:`Grid.base`; its schedule is left to the row.
         settings: what it changes in :attr:`Grid.base`, the method included.
         start: what it changes in :attr:`Grid.start`; None: no common start, all updates from the teacher's weights.
         sample: fields of the cascade replaced at inference.
         intensities: further values of Eq. 10's `a` at inference to measure the finished student with.
-        needs: methods or settings without which its settings, though known, would not mean what the title says.
     """
 
     key: str
     title: str
     weights: Literal["student", "teacher"] = "student"
     schedule: str = "2+2"
+    config: str | None = None
     settings: dict[str, Any] = {}
     start: dict[str, Any] | None = {}
     sample: dict[str, Any] = {}
     intensities: tuple[float, ...] = ()
-    needs: tuple[str, ...] = ()
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe's file but for its schedule.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no training/configs/{name}.yaml")
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    schedule = ("schedule", "timesteps", "preset", "resolution_map")
+    return {key: value for key, value in settings.items() if key not in schedule}
 
 
 class Table(_Data):
@@ -213,7 +229,8 @@ class Grid(_Data):
         Raises:
             ValueError: this version does not know one of them.
         """
-        return DistillSettings.read(None, {**self.base, **row.settings, **self._fixed(row, seed)})
+        recipe = {} if row.config is None else _recipe(row.config)
+        return DistillSettings.read(None, {**recipe, **self.base, **row.settings, **self._fixed(row, seed)})
 
     def start_settings(self, row: Row, seed: int) -> DistillSettings:
         """The settings of the common start that a row goes on from.
@@ -232,8 +249,6 @@ class Grid(_Data):
         """Why a row cannot run with this version; empty where it can."""
         if row.weights == "teacher":
             return ""
-        if missing := set(row.needs) - METHODS.keys() - DistillSettings.model_fields.keys():
-            return f"there is no {min(missing)!r} yet"
         try:
             self.settings(row, 0)
             if row.start is not None:

@@ -179,7 +179,7 @@ class Lab:
         else:
             content["settings"] = self.grid.settings(row, job.seed).to_record()
             content["settings"].pop("initial_student")  # where the start lay is nobody's business
-            content["cascade"], content["snapshots"] = self._distilled(job, cascade)
+            content["cascade"], content["snapshots"] = self._distilled(job)
         write_text(self.result_file(job), json.dumps(content) + "\n")
         shutil.rmtree(self.run_folder(job) / "checkpoints", ignore_errors=True)
 
@@ -188,16 +188,16 @@ class Lab:
         """The teacher's side."""
         return teacher_size(self.grid)
 
-    def _distilled(self, job: Job, cascade: Cascade) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _distilled(self, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         points = snapshots(self.grid, job.row)
-        trained = self._train(job, sorted(set(points.values())))
+        cascade = self._train(job, sorted(set(points.values())))
         cost = row_cost(self.grid, job.row)
         found: dict[str, Any] = {}
         for column, updates in points.items():
             if column != "updates" and updates == points["updates"]:
                 continue  # the same student
             record = json.loads((self.run_folder(job) / f"weights-{updates:06d}.json").read_text())
-            measured = self._measured(job, trained, self._weights(job, updates), whole=column == "updates")
+            measured = self._measured(job, cascade, self._weights(job, updates), whole=column == "updates")
             found[column] = {**record, "passes_a_sample": round(cost * updates, 1), **measured}
         return cascade.to_dict(), found
 
@@ -205,7 +205,7 @@ class Lab:
         return self.run_folder(job) / f"weights-{updates:06d}.safetensors"
 
     def _train(self, job: Job, points: list[int]) -> Cascade:
-        """Distil up to every snapshot; returns the cascade as the method trained it."""
+        """Distil up to every snapshot; returns the cascade that the student is sampled with."""
         folder = self.run_folder(job)
         settings = self.grid.settings(job.row, job.seed)
         if job.row.start is not None:
@@ -222,11 +222,11 @@ class Lab:
             self.say(f"{job.name}: update {trainer.progress.iteration} of {before + points[-1]}")
             self._advance(distillation, before + updates)
             student = trained_parameters(distillation.networks.student)
-            averaged = dict(distillation.student().named_parameters())
-            save_tensors({name: averaged[name].bfloat16() for name in student}, self._weights(job, updates))
+            exported = dict(distillation.student(settings.export_weights == "ema").named_parameters())
+            save_tensors({name: exported[name].bfloat16() for name in student}, self._weights(job, updates))
             progress = trainer.progress
             write_json(record, {"updates": updates, "seconds": round(progress.seconds, 1), "devices": progress.devices})
-        return distillation.method.cascade
+        return distillation.inference_cascade()
 
     def _advance(self, distillation: Distillation, iterations: int) -> None:
         trainer = distillation.trainer
