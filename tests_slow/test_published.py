@@ -93,6 +93,7 @@ def serving(*arguments: str | Path) -> Iterator[str]:
             server.wait(60)
 
 
+@pytest.mark.timeout(1800)  # engines are compiled
 @pytest.mark.parametrize(
     ("name", "preset"),
     [("sdxl", "lcm-sdxl"), ("pixart", "pixart-lcm"), ("sd3", "swd-sd3"), ("wan-1.3b", "causvid-wan-1.3b")],

@@ -22,7 +22,7 @@ from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.random_weights import build_random
 from rmd.backbones.registry import get_backbone
-from rmd.checkpoint import CheckpointFolder
+from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.published.factors import Factors, best_factors, smallest_rank, squared_singular_values
 from rmd.published.files import WeightFiles, finite
 from rmd.published.lora import DIFFUSERS_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, Lora
@@ -123,7 +123,7 @@ def keep_adapters(folder: Path, backbone: str, modules: Mapping[str, Factors], b
     """Put trained adapters into a checkpoint folder, with what they are to be added to: a teacher's or student's."""
     denoiser = Denoiser.of(backbone, folder)
     header = _header(modules, "diffusers", denoiser) | describe_base(
-        base.resolve().name, WeightFiles.open(base / denoiser.component), licence_of(folder=base)
+        base.resolve().name, WeightFiles.open(base / denoiser.component), _licence(base)
     )
     save_file(
         named(modules, "diffusers", denoiser.family, denoiser.component, {}, ()), folder / ADAPTERS, metadata=header
@@ -185,7 +185,7 @@ def export_difference(
     held = {f"{layer}.weight" for layer in denoiser.layers}
     others = {name: square for name in changes.student if name not in held and (square := _square(changes[name]))}
     beyond = sum(others.values())
-    origin = describe_base(opened.name, changes.base, licence_of(folder=opened.folder.path))
+    origin = describe_base(opened.name, changes.base, _licence(opened.folder.path))
     written = write_lora(out, modules, denoiser, layout, origin | describe(checkpoint))
     total = math.sqrt((lost + beyond) / (whole + beyond))
     return ExportedLora(written, modules, errors, total, tuple(others), opened)
@@ -231,7 +231,7 @@ class Changes:
 def describe(checkpoint: CheckpointFolder) -> dict[str, str]:
     """What a LoRA's header says of the checkpoint that it is of, and how it is sampled; no paths of this machine."""
     cascade = checkpoint.default_cascade
-    licence = licence_of(folder=checkpoint.path)
+    licence = _licence(checkpoint.path)
     return {
         "rmd.backbone": checkpoint.backbone_name,
         "rmd.checkpoint": checkpoint.path.resolve().name,
@@ -248,6 +248,16 @@ def describe_base(name: str, files: WeightFiles, licence: str | None) -> dict[st
     """What it says of the model that it is to be added to."""
     described = {"rmd.base": name, "rmd.base_sha256": json.dumps(files.digests())}
     return described | ({"modelspec.license": licence} if licence else {})
+
+
+def _licence(folder: Path) -> str | None:
+    """What a folder says of its weights' licence; of an imported checkpoint, what each of its parts said."""
+    said = licence_of(folder=folder)
+    if said or not (folder / CASCADE_FILE).is_file():
+        return said
+    imported = CheckpointFolder.read(folder).distillation.get("imported") or {}
+    parts = [imported.get("base"), imported.get("network"), *imported.get("loras", ())]
+    return ", ".join(dict.fromkeys(part["licence"] for part in parts if part and part["licence"])) or None
 
 
 # ---- the file ---------------------------------------------------------------------------------------------------

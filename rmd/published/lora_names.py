@@ -145,6 +145,7 @@ def wan_first_name(module: str) -> str:
 def _sd3(modules: Mapping[str, Factors], component: str, known: Sequence[str]) -> dict[str, Factors]:
     """SD3's first names, its query, key and value fused: their factors stand in blocks, of three times the rank."""
     renamed: dict[str, Factors] = {}
+    placed: set[str] = set()
     for original, places in sd3_originals(component, list(known)):
         parts = [modules.get(place.module) for place in places]
         present = [part for part in parts if part is not None]
@@ -154,6 +155,9 @@ def _sd3(modules: Mapping[str, Factors], component: str, known: Sequence[str]) -
             renamed[original] = Factors(present[0].down, places[0].rows(present[0].up))
         else:
             renamed[original] = _fused(parts)
+        placed |= {place.module for place in places}
+    if left := modules.keys() - placed:
+        raise ValueError(f"--format kohya: the first code has no name for {', '.join(sorted(left))}")
     return renamed
 
 

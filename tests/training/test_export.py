@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -28,7 +30,7 @@ from training.distill.run import Distillation
 from training.distill.settings import DistillSettings
 from training.distill.teacher import Teacher, exported_cascades, training_cascade
 from training.runtime.checkpoints import save_checkpoint
-from training.runtime.files import load_tensors, save_tensors
+from training.runtime.files import load_tensors
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +313,8 @@ def test_adapters_of_a_public_student_are_trained_exported_and_given_back(teache
     before = load_tensors(teacher_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     layer = "transformer.proj_out"
     down, up = torch.randn(2, 32) / 10, torch.randn(len(before["proj_out.weight"]), 2) / 10
-    save_tensors({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, tmp_path / "public.safetensors")
+    factors = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    save_file(factors, tmp_path / "public.safetensors", metadata={"modelspec.license": "CC BY-NC"})
     start = tmp_path / "public"
     public = ImportRequest(str(teacher_folder), "sd3", start, loras=((tmp_path / "public.safetensors", 1.0),))
     import_model(public)
@@ -330,6 +333,9 @@ def test_adapters_of_a_public_student_are_trained_exported_and_given_back(teache
     file = tmp_path / "lora.safetensors"
     result = runner.invoke(app, ["export", "--checkpoint", str(out), "--lora", str(file)])
     assert result.exit_code == 0 and "as they were trained" in result.output, result.output
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    assert (header["rmd.base"], header["modelspec.license"]) == ("public", "CC BY-NC")
     adapters = load_tensors(file)
     kinds = ("attn.to_q", "ff.net.0.proj", "pos_embed.proj", "norm1.linear", "proj_out")
     assert all(any(f"{kind}.lora_B" in key and bool(value.any()) for key, value in adapters.items()) for kind in kinds)
