@@ -188,7 +188,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 def verdict(ended: Mapping[str, str]) -> str:
     """Which suspect AOTInductor's stages leave, from how each ended; "" while they have not all."""
     stages = ("aoti-compile", "aoti-load", "aoti-run", "aoti-inside", "aoti-replay")
-    if not all(ended.get(stage, "running") != "running" for stage in stages):
+    if any(ended.get(stage, "running").startswith(("running", "not begun")) for stage in stages):
         return ""
     well = {stage.removeprefix("aoti-"): ended[stage] == "done" for stage in stages}
     if not well["compile"]:

@@ -44,7 +44,7 @@ class BackgroundBuild:
         checkpoint: folder.
         store: folder of built engines.
         backend: a resolved backend's name, or "auto".
-        device, dtype, buckets: see :class:`~engines.plan.checkpoint.EngineOptions`.
+        device, dtype, buckets: see :class:`~engines.plan.options.EngineOptions`.
         threads: on which CPU engines will run; it is part of their key. None: torch's default.
         niceness: 0 to 19; at 19 it gets next to nothing while the processors are busy with anything else.
         report: told of every step, on a thread of its own.

@@ -45,7 +45,7 @@ def build_checkpoint(
         store: where engines go.
         backend: a backend's name or "auto".
         progress: told after each engine.
-        device, dtype, buckets: see :class:`~engines.plan.checkpoint.EngineOptions`.
+        device, dtype, buckets: see :class:`~engines.plan.options.EngineOptions`.
         workers: processes that compile at once; None: as many as cores and memory allow.
         announce: given the memory plan and the choice of backend as text, before anything is built.
         while_serving: for a server that runs meanwhile: those engines first that save it most, none measured (its own

@@ -54,7 +54,7 @@ class CheckpointPlan:
     def __init__(self, checkpoint: CheckpointFolder, options: EngineOptions, backbone: Backbone | None = None) -> None:
         self.checkpoint = checkpoint
         self.options = options
-        self._given = backbone
+        self._given = None if backbone is None else laid_out(backbone, options.device)
         self.compiler: Compiler = get_compiler(options.backend)
         self.target = this_machine(options.device)
         self._workspaces: dict[tuple[str, Size | None], int] = {}
@@ -252,10 +252,32 @@ def missing_engines(plan: CheckpointPlan, store: EngineStore) -> list[PlannedEng
     return [engine for engine in plan.engines if not store.has(engine.spec.key)]
 
 
-def load_backbone(checkpoint: CheckpointFolder, options: EngineOptions, weights: bool = True) -> Backbone:
-    """The checkpoint's model in the options' dtype on their device; without weights, on the meta device."""
+def load_backbone(
+    checkpoint: CheckpointFolder, options: EngineOptions, weights: bool = True, for_device: str | None = None
+) -> Backbone:
+    """The checkpoint's model in the options' dtype on their device, laid out as engines read it.
+
+    Args:
+        checkpoint: its folder.
+        options: see :class:`EngineOptions`.
+        weights: False for the meta device.
+        for_device: where the engines run, if that is another than the options' device.
+    """
     dtype: torch.dtype = getattr(torch, options.dtype)
     kind = get_backbone(checkpoint.backbone_name)
-    return kind.load(
+    loaded = kind.load(
         checkpoint.path, dtype=dtype, device=options.device, weights=weights, decoder=checkpoint.decoder_path
     )
+    return laid_out(loaded, for_device or options.device)
+
+
+def laid_out(backbone: Backbone, device: str) -> Backbone:
+    """The same model, in place, with a picture's decoder in ``channels_last`` on a CPU.
+
+    Its convolutions then take half the time, and rows are the same to the bit at every batch, in float32 too.
+    """
+    decoder = backbone.component_modules().get("decoder")
+    kinds = {type(child) for child in decoder.modules()} if decoder is not None else set()
+    if decoder is not None and device == "cpu" and nn.Conv2d in kinds and nn.Conv3d not in kinds:
+        decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return backbone

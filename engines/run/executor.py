@@ -38,6 +38,7 @@ class EngineExecutor(BucketExecutor):
     ) -> None:
         super().__init__(engines, banks, kind, padded)
         self._decoder: str | None = None  # what was asked for, and is asked for again of other weights
+        self._device = next((m.spec.target.device for m in self.manifests()), "cpu")
         # What the engines that hold their weights hold now, by component; a digest, None where it is not known.
         self._held = {m.spec.component: m.spec.weights for m in self.manifests() if m.weights_mode.inside}
 
@@ -166,7 +167,7 @@ class EngineExecutor(BucketExecutor):
         same = {name for name, held in self._held.items() if held is not None and held == _digest(folder, name)}
         # On the CPU: a second model on the device may not fit beside the first.
         options = EngineOptions(self.kind, "cpu", _dtype(self._engines))
-        modules: dict[str, nn.Module] = load_backbone(folder, options).component_modules()
+        modules: dict[str, nn.Module] = load_backbone(folder, options, for_device=self._device).component_modules()
         states = {}
         for name, module in modules.items():
             if name not in self._banks or name in same:

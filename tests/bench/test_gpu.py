@@ -100,6 +100,7 @@ def test_the_stages_say_which_suspect_is_left(dead: str, said: str) -> None:
     ended = {f"aoti-{stage}": "died: SIGSEGV" if stage in dead.split() else "done" for stage in stages}
     assert said in verdict(ended)
     assert verdict({**ended, "aoti-replay": "running"}) == ""
+    assert verdict({**ended, "aoti-compile": "not begun: out of time"}) == ""
 
 
 def test_a_backend_is_asked_by_the_interface_that_serves(tmp_path: Path) -> None:

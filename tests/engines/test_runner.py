@@ -167,6 +167,19 @@ def test_a_plan_covers_all_sizes_and_components(tiny_checkpoint: Path) -> None:
         plan.spec("unet", None, 1)
 
 
+@pytest.mark.parametrize(("family", "last"), [("embedded", True), ("wan-1.3b", False)])
+def test_a_pictures_decoder_is_laid_out_alike_in_plan_and_service(family: str, last: bool, tmp_path: Path) -> None:
+    folder = write_tiny_folder(family, tmp_path / family)
+    planned = CheckpointPlan.read(folder, EngineOptions("eager", "cpu", "float32", (1,)))
+    backbone, checkpoint = load_checkpoint(folder, dtype=torch.float32)
+    before = [p.clone() for p in backbone.component_modules()["decoder"].parameters()]
+    served = CheckpointPlan(checkpoint, planned.options, backbone)
+    assert [e.spec.key for e in planned.engines] == [e.spec.key for e in served.engines]
+    after = list(served.modules["decoder"].parameters())
+    assert any(not p.is_contiguous() for p in after) == last
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
 def test_one_engine_serves_all_batches_of_a_size_where_the_backend_has_profiles(tiny_checkpoint: Path) -> None:
     options = EngineOptions("eager", "cpu", "float32", (1, 2, 4))
     plan = CheckpointPlan.read(tiny_checkpoint, options)
