@@ -22,7 +22,8 @@ from openai import OpenAI
 from PIL import Image
 
 from rmd.backbones.tiny import tiny_sizes, write_tiny_folder
-from rmd.checkpoint import CASCADE_FILE, CheckpointFolder, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.pipeline import CascadeOutput, CascadePipeline
 from rmd.published.exporting import Denoiser, write_lora
 from rmd.published.factors import Factors

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from rmd.backbones.random_weights import resolve
 from rmd.backbones.registry import get_backbone
-from rmd.checkpoint import CheckpointFolder, TeacherSpec, file_digest, write_cascade_json
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CheckpointFolder, TeacherSpec
+from rmd.weight_files import file_digest
 from rmd.published.exporting import ADAPTERS, export_adapters, export_difference, keep_adapters
 from rmd.published.lora_pictures import picture_error
 from tests.rmd.published.conftest import TinyFolder, weights
