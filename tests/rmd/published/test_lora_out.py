@@ -27,9 +27,9 @@ from rmd.backbones.random_weights import resolve
 from rmd.backbones.registry import get_backbone
 from rmd.cascade_file import write_cascade_json
 from rmd.checkpoint import CheckpointFolder, TeacherSpec
-from rmd.weight_files import file_digest
 from rmd.published.exporting import ADAPTERS, export_adapters, export_difference, keep_adapters
 from rmd.published.lora_pictures import picture_error
+from rmd.weight_files import file_digest
 from tests.rmd.published.conftest import TinyFolder, weights
 from training.distill.adapters import adapted_layers, learnt_adapters
 
