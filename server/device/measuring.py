@@ -35,7 +35,9 @@ def measure_station(lanes: Mapping[str, Backbone], key: StationKey, max_batch: i
         # Root costs make the executor run any batch in the next bucket that holds it, as the scheduler's table has it:
         # what a batch costs is for the scheduler alone to know; what the build recorded may be a busy hour's.
         _live(backbone).learn(COMPONENTS[key.kind], key.size, bucket, bucket**0.5)
-    batches = buckets or tuple(2**k for k in range(max_batch.bit_length()) if 2**k <= max_batch)
+    batches = tuple(2**k for k in range(max_batch.bit_length()) if 2**k <= max_batch)
+    if buckets and (key.kind != "encode" or buckets != (1,)):  # texts one by one still save turns of the scheduler
+        batches = buckets
     if key.kind == "denoise" and key.lane == TEACHER:
         batches = tuple(sorted({*batches, 2}))
     measured: dict[int, float] = {}
