@@ -36,7 +36,7 @@ lint: install  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test: install lint  ## everything that CI checks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: install  ## every backbone family through AOTInductor engines, tiny networks
 	$(BIN)/python -m pytest tests_slow
