@@ -277,7 +277,8 @@ def laid_out(backbone: Backbone, device: str) -> Backbone:
     Its convolutions then take half the time, and rows are the same to the bit at every batch, in float32 too.
     """
     decoder = backbone.component_modules().get("decoder")
-    kinds = {type(child) for child in decoder.modules()} if decoder is not None else set()
-    if decoder is not None and device == "cpu" and nn.Conv2d in kinds and nn.Conv3d not in kinds:
+    parts = list(decoder.modules()) if decoder is not None else []
+    flat = any(isinstance(part, nn.Conv2d) for part in parts) and not any(isinstance(part, nn.Conv3d) for part in parts)
+    if decoder is not None and device == "cpu" and flat:
         decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return backbone

@@ -35,7 +35,7 @@ from engines.run import exhaustion
 from engines.run.choice import loadable_options
 from engines.run.executor import EngineExecutor
 from engines.run.exhaustion import is_out_of_memory
-from engines.spec import EngineSpec
+from engines.spec import EngineSpec, WeightsMode
 from engines.store import EngineStore
 from engines.target import package_version
 from engines.weights.bank import WeightBank
@@ -333,8 +333,10 @@ def test_engines_that_hold_weights_refuse_anothers(
 ) -> None:
     """As TensorRT's plans do: the teacher must not be drawn with the student's weights without a word."""
     teacher = write_tiny_folder("sd3", tmp_path / "teacher", seed=2)
-    monkeypatch.setattr(Manifest, "holds_weights", property(lambda manifest: manifest.spec.component == "denoiser"))
-    with pytest.raises(EngineMismatch, match=r"hold the weights of .* \(denoiser\) and cannot run another folder's"):
+    monkeypatch.setattr(WeightsMode, "inside", property(lambda mode: True))
+    with pytest.raises(
+        EngineMismatch, match=r"hold the weights of .* \(decoder, denoiser, .*\) and cannot run another"
+    ):
         EngineExecutor.open(
             tiny_checkpoint, eager_store, "eager", dtype="float32", buckets=(1, 2), weights_from=teacher
         )
