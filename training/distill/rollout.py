@@ -129,7 +129,7 @@ class Rollout:
             active: indices of the steps that may be trained, ascending.
         """
         if not self.pipelined:
-            step = active[int(self.random.integers(len(active), 1))]
+            step = active[int(self.random.shared() * len(active))]
             return [self.roll_out(student, step, self.batch_size)]
         states = []
         for index, step in enumerate(active):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from training.distill.settings import DistillSettings
 from training.distill.sheets import draw_pictures, teacher_sampling, with_denoiser, write_sheet
 from training.distill.teacher import Teacher, exported_cascades, training_cascade
 from training.distill.trainer import Trainer
+from training.distill.update import averaged_student
 from training.runtime.attention import training_attention
 from training.runtime.checkpoints import checkpoints, load_checkpoint
 from training.runtime.files import load_tensors, save_tensors, write_json
 from training.runtime.randomness import Randomness
+from training.runtime.sharding import whole
 
 PRECISIONS = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 INITIAL_FILE = "initial.json"
@@ -76,7 +78,7 @@ class Distillation:
             real = rows = torch.zeros(0)
             if not to_export:
                 say(f"drawing {settings.real_samples} samples of the teacher")
-                real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run)
+                real, rows = teacher_samples(teacher, prompts, cascade.full_size, settings, run, accelerator)
             # In any case: a discriminator's head is among the weights that a checkpoint holds.
             attach(networks.fake, token_width(teacher.backbone, networks, cascade.full_size), real, rows)
         tokens = teacher.backbone.tokens(cascade.full_size)
@@ -86,10 +88,11 @@ class Distillation:
         return cls(teacher, method, networks, trainer, settings, run)
 
     def student(self, averaged: bool = True) -> torch.nn.Module:
-        """A copy of the student's denoiser with its averaged (or last) weights, in the working dtype."""
-        trainer = self.trainer
-        weights = trainer.ema.weights if averaged else trainer.student_optimizer.master_state()
-        return with_weights(self.networks.student, weights)
+        """A copy of the student's denoiser on the CPU with its averaged (or last) weights (:func:`with_weights`)."""
+        weights = self.trainer.student_optimizer.master_state()
+        if averaged:
+            weights = self.trainer.ema.state(weights)
+        return with_weights(self.networks.student, weights, self.networks.plain)
 
     def exported_student(self) -> torch.nn.Module:
         """The student as it is exported: if asked for, the mean of several checkpoints, or of them and the teacher.
@@ -113,8 +116,8 @@ class Distillation:
             teacher = dict(self.teacher.backbone.component_modules()["denoiser"].named_parameters())
             if absent := mean.keys() - teacher.keys():
                 raise ValueError(f"export_teacher_share: the teacher has no {min(absent)}; it needs lora_rank=0")
-            mean = {name: torch.lerp(value, teacher[name].to(value), share) for name, value in mean.items()}
-        return with_weights(self.networks.student, mean)
+            mean = {name: torch.lerp(value, whole(teacher[name]).to(value), share) for name, value in mean.items()}
+        return with_weights(self.networks.student, mean, self.networks.plain)
 
     def _exported_weights(self) -> str:
         settings = self.settings
@@ -128,27 +131,43 @@ class Distillation:
         cascade = self.method.cascade
         return cascade if intensity is None else replace(cascade, transition_noise_intensity=intensity)
 
-    def draw_sheet(self, prompts: Sequence[str]) -> Path:
-        """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's."""
+    def draw_sheet(self, prompts: PromptSet) -> Path:
+        """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's.
+
+        Processes that shard the networks draw together, and the first writes.
+        """
         backbone, cascade = self.teacher.backbone, self.inference_cascade()
+        first, wait = self.trainer.accelerator.is_main_process, self.trainer.accelerator.wait_for_everyone
         teacher_file = self.run / "sheets" / "teacher.safetensors"
-        text = json.dumps([list(prompts), self.teacher.steps, self.teacher.guidance_scale, str(cascade.full_size)])
+        conditioning, uncond = prompts.conditioning(torch.arange(len(prompts.texts))), prompts.unconditional(1)
+        text = json.dumps([prompts.texts, self.teacher.steps, self.teacher.guidance_scale, str(cascade.full_size)])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         rows = load_tensors(teacher_file) if teacher_file.is_file() else {}
+        if self.settings.sharding:
+            wait()  # all have looked before the first may write
         if key not in rows:
             own = teacher_sampling(backbone, cascade.full_size, self.teacher.steps, self.teacher.guidance_scale)
-            rows = {key: draw_pictures(backbone, own, prompts)}
-            save_tensors(rows, teacher_file)
-        student = with_denoiser(backbone, self.student())
-        pictures = {"teacher": rows[key], "student": draw_pictures(student, cascade, prompts)}
+            teacher = with_denoiser(backbone, self.networks.teacher)
+            rows = {key: draw_pictures(teacher, own, conditioning, uncond)}
+            if first:
+                save_tensors(rows, teacher_file)
+        with averaged_student(self.trainer.updater) as student:
+            drawn = draw_pictures(with_denoiser(backbone, student), cascade, conditioning, uncond)
         path = self.run / "sheets" / f"{self.trainer.progress.iteration:06d}.png"
-        write_sheet(pictures, prompts, path)
+        if first:
+            write_sheet({"teacher": rows[key], "student": drawn}, prompts.texts, path)
         return path
 
     def export(self, out: Path, share: str = "copy") -> Path:
-        """Write the student as a checkpoint folder (see :mod:`training.distill.export`)."""
+        """Write the student as a checkpoint folder (see :mod:`training.distill.export`).
+
+        Processes that shard the networks gather it together, and the first writes.
+        """
         settings, progress = self.settings, self.trainer.progress
-        student = self.exported_student()
+        first = self.trainer.accelerator.is_main_process
+        student = self.exported_student() if first or settings.sharding else None
+        if student is None or not first:
+            return out
         cascade = self.inference_cascade()
         cascades = exported_cascades(self.teacher, cascade)
         record: dict[str, Any] = {
@@ -157,7 +176,7 @@ class Distillation:
             "iterations": progress.iteration,
             "seconds": round(progress.seconds),
             "device": ", ".join(progress.devices),
-            "batch_size": settings.batch_size * self.trainer.accelerator.num_processes,
+            "batch_size": settings.batch_size,
             "guidance_scale": self.method.guidance_scale,
             **({"initial_student": Path(settings.initial_student).name} if settings.initial_student else {}),
             "settings": settings.to_record(),
@@ -217,27 +236,40 @@ def initial_denoiser(teacher: Teacher, settings: DistillSettings) -> torch.nn.Mo
 
 @torch.no_grad()
 def teacher_samples(
-    teacher: Teacher, prompts: PromptSet, size: Size, settings: DistillSettings, run: Path, batch: int = 32
+    teacher: Teacher,
+    prompts: PromptSet,
+    size: Size,
+    settings: DistillSettings,
+    run: Path,
+    accelerator: Accelerator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clean latents (N, C, [T], H, W) drawn by the teacher, and their prompts' rows; kept in the run's folder."""
+    """Clean latents (N, C, [T], H, W) drawn by the teacher, and their prompts' rows; kept in the run's folder.
+
+    Each process draws its part, all of one length.
+    """
+    rank, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     made_of = [prompts.digest, str(teacher.folder), teacher.steps, teacher.guidance_scale, str(size)]
-    made_of += [settings.seed, settings.real_samples]
-    path = run / f"real-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        stored = load_tensors(path)
-        return stored["latents"], stored["rows"]
-    rows = prompts.draw(Randomness(settings.seed + 17), settings.real_samples)
-    cascade = teacher_sampling(teacher.backbone, size, teacher.steps, teacher.guidance_scale)
-    parts = []
-    with training_attention(teacher.backbone.device.type, teacher.backbone.tokens(size)):
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            uncond = prompts.unconditional(len(part))
-            seeds = [settings.seed + start + i for i in range(len(part))]
-            parts.append(sample(teacher.backbone, cascade, prompts.conditioning(part), seeds, uncond).cpu())
-    latents = torch.cat(parts)
-    save_tensors({"latents": latents, "rows": rows}, path)
-    return latents, rows
+    made_of += [settings.seed, settings.real_samples, count]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    paths = [run / f"real-{key}-{part}.safetensors" for part in range(count)]
+    if not all(path.is_file() for path in paths):
+        if accelerator:
+            accelerator.wait_for_everyone()  # all have looked before any writes
+        rows = prompts.draw(Randomness(settings.seed + 17), -(-settings.real_samples // count) * count)[rank::count]
+        cascade = teacher_sampling(teacher.backbone, size, teacher.steps, teacher.guidance_scale)
+        backbone = with_denoiser(teacher.backbone, teacher.backbone.component_modules()["denoiser"])
+        parts = []
+        with training_attention(backbone.device.type, backbone.tokens(size)):
+            for start in range(0, len(rows), settings.teacher_batch):
+                part = rows[start : start + settings.teacher_batch]
+                uncond = prompts.unconditional(len(part))
+                seeds = [settings.seed + rank + count * (start + i) for i in range(len(part))]
+                parts.append(sample(backbone, cascade, prompts.conditioning(part), seeds, uncond).cpu())
+        save_tensors({"latents": torch.cat(parts), "rows": rows}, paths[rank])
+    if accelerator:
+        accelerator.wait_for_everyone()
+    drawn = [load_tensors(path) for path in paths]
+    return torch.cat([part["latents"] for part in drawn]), torch.cat([part["rows"] for part in drawn])
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class SwD(DistillationMethod):
         if self.real is None:
             raise RuntimeError("SwD trains on samples: call attach_adversary first")
         random, steps = rollout.random, self.cascade.steps
-        index = active[int(random.integers(len(active), 1))]
+        index = active[int(random.shared() * len(active))]
         at = random.integers(len(self.real[0]), rollout.batch_size)
         latents, rows = self.real[0][at].to(rollout.backbone.device), self.real[1][at]
         shape = rollout.backbone.latent_shape(steps[index].size)
