@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,33 +58,42 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class _Attention(TorchFunctionMode):
-    """Attention by a fused kernel, which holds no (N, N) matrix, or as plain products, which do."""
+@contextmanager
+def _attention(fused: bool) -> Iterator[None]:
+    """While active, attention is a fused kernel, which holds no (N, N) matrix, or plain products, which do.
 
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.fused = fused
+    On the meta device torch would choose by no device's rules. Patched, since a function mode is off in the backward
+    pass, where checkpointed blocks are run again.
+    """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **more: Any
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         operators = torch.ops.aten
-        scale = more.get("scale")
-        if self.fused:
+        if fused:
             made = operators._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )
         else:
-            made = operators._scaled_dot_product_attention_math(query, key, value, attn_mask, 0.0, False, scale=scale)
+            made = operators._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+            )
         attended: Tensor = made[0]
         return attended
+
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
 
 
 @contextmanager
@@ -129,7 +137,7 @@ def passes_peak(
         return _call(backbone, network, full, rows)
 
     known = [p for module in (student, teacher, fake) for p in module.parameters()]
-    with _gradients_dropped(student), _gradients_dropped(fake), _Attention(fused_attention), LiveBytes(known) as live:
+    with _gradients_dropped(student), _gradients_dropped(fake), _attention(fused_attention), LiveBytes(known) as live:
         predictions = [_call(backbone, student, size, samples) for size, samples in groups]
         with torch.no_grad():
             score(teacher, 2 * count if guided else count)
@@ -143,7 +151,7 @@ def passes_peak(
 def forward_flop(backbone: Backbone, network: nn.Module, size: Size) -> int:
     """Floating point operations of one sample's forward pass."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _Attention(fused=False), counter:
+    with torch.no_grad(), _attention(fused=False), counter:
         _call(backbone, network, size, 1)
     return int(counter.get_total_flops())
 

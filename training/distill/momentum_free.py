@@ -108,6 +108,6 @@ def _quantised_class() -> Any:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError:
         raise ValueError(
-            "second_moment=8bit needs torchao (pip install 'rmd[scale-train]'); leave it out for float32"
+            "second_moment=8bit needs torchao (pip install 'rmd[train-8bit]'); leave it out for float32"
         ) from None
     return OptimState8bit
