@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -55,29 +56,10 @@ def test_full_size_networks_hold_what_the_arithmetic_says(name: str) -> None:
     settings = DistillSettings(betas=(0.9, 0.95))
     held = _held(teacher, trainable_copy(teacher, settings), settings, 1)
     encoders = sum(size_of(module) for part, module in modules.items() if part.startswith("text_encoder"))
-    assert sum(held.values()) / GB - held["gradients"] / GB == pytest.approx(static, abs=0.6)
+    networks = held["teacher"] + held["student"] + held["fake score"]
+    assert networks / GB == pytest.approx(static, abs=0.6)
     assert held["gradients"] / GB == pytest.approx(gradients, abs=0.6)
     assert encoders / GB == pytest.approx(text, abs=0.1)
-
-
-# Which sizes of GPU each shipped configuration is made for: how many, GB.
-FITS = {
-    "sdxl/rmd": (1, 80), "sdxl/rmd-sharded": (8, 80), "sdxl/rmd-lora": (1, 80), "sdxl/rmd-lora-24gb": (1, 24),
-    "pixart/rmd": (1, 80), "pixart/rmd-sharded": (8, 80), "pixart/rmd-lora": (1, 80),
-    "sd3/rmd": (1, 80), "sd3/rmd-sharded": (8, 80), "sd3/rmd-lora": (1, 80),
-    "wan-1.3b/rmd": (1, 80), "wan-1.3b/rmd-sharded": (8, 80), "wan-1.3b/rmd-lora": (1, 80),
-    "wan-14b/rmd-sharded": (8, 80), "wan-14b/rmd-lora": (1, 80),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("config", FITS)
-def test_each_shipped_configuration_fits_what_it_is_made_for(config: str) -> None:
-    count, memory = FITS[config]
-    settings = DistillSettings.read(CONFIGS / f"{config}.yaml")
-    assert settings.backbone is not None
-    plan, refusal = refuse_what_cannot_fit(public(settings.backbone), settings, memory * GB, processes=count)
-    assert not refusal, refusal
-    assert plan.needed > 0.1 * memory * GB
 
 
 def measured(trainer: Trainer) -> int:
@@ -181,7 +163,7 @@ def test_a_configuration_of_another_backbone_is_refused(tmp_path: Path) -> None:
 def test_the_dry_run_plans_a_folder_without_its_weights(tmp_path: Path) -> None:
     folder = write_tiny_folder("sd3", tmp_path / "teacher")
     for file in folder.glob("*/*.safetensors"):
-        file.write_bytes(b"")  # never read
+        save_file({"nothing": torch.zeros(1)}, file)  # a loader of weights would miss them all
     base = ["distill", "--dry-run", "--teacher", str(folder), "--gpu-memory", "80"]
     result = CliRunner().invoke(app, base)
     assert result.exit_code == 0, result.output

@@ -23,7 +23,7 @@ from rmd.size import Size
 from training.distill.roles import trained_parameters
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, counts the bytes of what operations make and nothing has freed yet.
 
     Attributes:
@@ -31,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: set[int] = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -99,7 +99,10 @@ def _attention(fused: bool) -> Iterator[None]:
 @contextmanager
 def _gradients_dropped(module: nn.Module) -> Iterator[None]:
     """Gradients are the optimiser's to hold (:meth:`training.distill.optimizer.MasterAdamW`), in float32."""
-    handles = [parameter.register_post_accumulate_grad_hook(_drop) for parameter in trained_parameters(module).values()]
+    handles = [
+        parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
+        for parameter in trained_parameters(module).values()
+    ]
     try:
         yield
     finally:
@@ -145,7 +148,8 @@ def passes_peak(
         _backward(predictions)
         del predictions
         _backward([score(fake, count)])
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 def forward_flop(backbone: Backbone, network: nn.Module, size: Size) -> int:

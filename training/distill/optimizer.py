@@ -40,7 +40,7 @@ class MasterAdamW:
         ]
         self.separate = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
         for parameter, master in self.separate:
-            parameter.register_post_accumulate_grad_hook(partial(_collect, master))
+            parameter.register_post_accumulate_grad_hook(partial(_collect, master))  # type: ignore[no-untyped-call]
         self.clip_norm = clip_norm
         first, second = float(betas[0]), float(betas[1])
         self.adamw: torch.optim.Optimizer

@@ -127,29 +127,36 @@ def _count(parameters: object) -> int:
 
 
 def _held(teacher: nn.Module, student: nn.Module, settings: DistillSettings, processes: int) -> dict[str, int]:
-    """Bytes of weights, masters, moments, average and gradients; student and fake score are alike."""
+    """Bytes of weights, masters, moments, average and gradients; student and fake score are alike.
+
+    Buffers (position tables) are held three times, and never sharded.
+    """
     trained = list(trained_parameters(student).values())
     count = _count(trained)
     moment = count * (1 + 4 / 256) if settings.second_moment == "8bit" else 4 * count
     if settings.betas[0]:
         moment += 4 * count
     average = 0 if settings.ema_on_cpu else 4 * count
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in teacher.buffers())
+    frozen = size_of(teacher) - buffers
     if settings.sharding:
         gathered = group_bytes(student, network_of(student)[1])
         return {
-            "teacher": size_of(teacher) // processes,
+            "teacher": frozen // processes,
             "student": int(4 * count + moment + average) // processes,
             "fake score": int(4 * count + moment) // processes,
             "gradients": 4 * count // processes,
             "gathered blocks": gathered,
+            "buffers": 3 * buffers,
         }
     working = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     masters = sum(4 * parameter.numel() for parameter in trained if parameter.dtype != torch.float32)
     return {
-        "teacher": size_of(teacher),
+        "teacher": frozen,
         "student": int(working + masters + moment + average),
         "fake score": int(working + masters + moment),
         "gradients": 4 * count,
+        "buffers": 3 * buffers,
     }
 
 

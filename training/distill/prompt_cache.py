@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -106,7 +107,7 @@ class StoredConditions:
     """
 
     def __init__(self, shards: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._files = [safe_open(str(path), framework="pt") for path in shards]
+        self._files: list[Any] = [safe_open(str(path), framework="pt") for path in shards]
         self._shapes = dict(shapes)
         self._ends: list[dict[str, Tensor]] = [
             {name: file.get_tensor(_LENGTHS + name).cumsum(0) for name in shapes if _LENGTHS + name in set(file.keys())}

@@ -115,7 +115,10 @@ class DistillSettings(BaseSettings):
         None, ge=1, description="samples at once on a device; gradients add up to batch_size. All of them by default"
     )
     gradient_checkpointing: bool = False
-    offload_activations: bool = Field(False, description="what the backward pass needs waits on the CPU")
+    offload_activations: bool = Field(
+        False,
+        description="what the backward pass needs waits on the CPU; with gradient_checkpointing, or weights travel",
+    )
     sharding: bool = Field(False, description="FSDP2: each process holds its part of the three networks")
     second_moment: Literal["float32", "8bit"] = Field("float32", description="AdamW's; 8bit needs torchao")
     ema_on_cpu: bool = False

@@ -162,7 +162,7 @@ class Updater:
 
     def _critic_loss(self, matched: Sequence[Matched], samples: Sequence[ScoreSample]) -> Tensor:
         total = sum(len(m.steps) for m in matched)
-        given = samples or [None] * len(matched)
+        given: Sequence[ScoreSample | None] = samples or [None] * len(matched)
         parts = [
             self.method.critic_loss(m, self.networks.fake, self.random, sample) * (len(m.steps) / total)
             for m, sample in zip(matched, given, strict=True)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint import load as load_distributed
-from torch.distributed.checkpoint import save as save_distributed
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
 from training.runtime.files import load_tensors, save_tensors, write_json
@@ -142,8 +143,9 @@ def load_checkpoint(
 
 def _load_shards(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     roles: dict[str, dict[str, Tensor]] = {}
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for key, stored in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
         role, _, name = key.partition("/")
         weights = like.get(role, {})
         weight = weights.get(name, weights.get(name.rpartition(".")[0]))
@@ -152,7 +154,7 @@ def _load_shards(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> dict
         else:
             tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         roles.setdefault(role, {})[name] = flat[key] = tensor
-    alone = not torch.distributed.is_initialized()
+    alone = not any(isinstance(tensor, DTensor) for tensor in flat.values())  # whole ones may be one process's wish
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that one process loads alone
         load_distributed(flat, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
