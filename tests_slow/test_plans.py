@@ -20,7 +20,7 @@ FITS = {
     "pixart/rmd": (1, 80), "pixart/rmd-sharded": (8, 80), "pixart/rmd-lora": (1, 80),
     "sd3/rmd": (1, 80), "sd3/rmd-sharded": (8, 80), "sd3/rmd-lora": (1, 80),
     "wan-1.3b/rmd": (1, 80), "wan-1.3b/rmd-sharded": (8, 80), "wan-1.3b/rmd-lora": (1, 80),
-    "wan-14b/rmd-sharded": (8, 80), "wan-14b/rmd-lora": (1, 80),
+    "wan-14b/rmd-sharded": (8, 141), "wan-14b/rmd-lora": (1, 80),
 }  # fmt: skip
 
 
