@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.distill.plan import GB
+from training.distill.plan import GB, _held, size_of
 from training.distill.planning import refuse_what_cannot_fit
+from training.distill.roles import trainable_copy
 from training.distill.settings import DistillSettings
 from training.distill.teacher import Teacher, published_teacher
 
@@ -22,6 +23,15 @@ FITS = {
     "wan-1.3b/rmd": (1, 80), "wan-1.3b/rmd-sharded": (8, 80), "wan-1.3b/rmd-lora": (1, 80),
     "wan-14b/rmd-sharded": (8, 141), "wan-14b/rmd-lora": (1, 80),
 }  # fmt: skip
+
+TABLE = {
+    # GB, by arithmetic: 34 bytes a parameter with both moments and the average on the device, 4 of gradients, text.
+    "pixart": (21, 2, 9.5),
+    "wan-1.3b": (48, 6, 11.4),
+    "sd3": (76, 9, 11.2),
+    "sdxl": (87, 10, 1.6),
+    "wan-14b": (486, 57, 11.4),
+}
 
 
 @lru_cache
@@ -50,3 +60,17 @@ def test_whole_networks_that_are_too_large_are_refused() -> None:
         _, refusal = refuse_what_cannot_fit(public(name), settings, 80 * GB, processes=count)
         assert "and there are 80.0" in refusal
     assert "sharding=true" in refusal
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_full_size_networks_hold_what_the_arithmetic_says(name: str) -> None:
+    static, gradients, text = TABLE[name]
+    modules = public(name).backbone.component_modules()
+    teacher = modules["denoiser"].requires_grad_(False)
+    settings = DistillSettings(betas=(0.9, 0.95))
+    held = _held(teacher, trainable_copy(teacher, settings), settings, 1)
+    encoders = sum(size_of(module) for part, module in modules.items() if part.startswith("text_encoder"))
+    networks = held["teacher"] + held["student"] + held["fake score"]
+    assert networks / GB == pytest.approx(static, abs=0.6)
+    assert held["gradients"] / GB == pytest.approx(gradients, abs=0.6)
+    assert encoders / GB == pytest.approx(text, abs=0.1)

@@ -31,11 +31,6 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach().to("cpu")
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether the module's parameters are shards."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
 def process_mesh(device: torch.device) -> DeviceMesh:
     """All processes of the run in a row.
 
