@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -140,10 +139,8 @@ def test_a_configuration_of_another_backbone_is_refused(tmp_path: Path) -> None:
         training_cascade(pixart(), settings)
 
 
-def test_the_dry_run_plans_a_folder_without_its_weights(tmp_path: Path) -> None:
+def test_the_dry_run_plans_a_folder(tmp_path: Path) -> None:
     folder = write_tiny_folder("sd3", tmp_path / "teacher")
-    for file in folder.glob("*/*.safetensors"):
-        save_file({"nothing": torch.zeros(1)}, file)  # a loader of weights would miss them all
     base = ["distill", "--dry-run", "--teacher", str(folder), "--gpu-memory", "80"]
     result = CliRunner().invoke(app, base)
     assert result.exit_code == 0, result.output
