@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,20 +16,29 @@ if TYPE_CHECKING:
     from training.distill.run import Distillation
     from training.distill.settings import DistillSettings
     from training.distill.teacher import Teacher
+    from training.distill.trainer import Trainer
 
 _SHEET_PROMPTS = 8
 
 
 def command(
-    teacher: Annotated[Path, typer.Option(help="The teacher: a diffusers folder, or owner/name@revision.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint folder to write, such as models/embedded.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="The teacher: a diffusers folder, or owner/name@revision.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The checkpoint folder to write, such as models/embedded.")] = None,
     method: Annotated[str | None, typer.Option(help="rmd (default), naive, tdm, dmd2 or swd.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Training time, over all resumptions; this or --iterations is needed.")
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Generator updates.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt a line; by default the training captions of --data.")
+        Path | None,
+        typer.Option(help="One prompt a line, .jsonl or .parquet; by default the training captions of --data."),
+    ] = None,
+    prompt_column: Annotated[str, typer.Option(help="Field or column of .jsonl or .parquet prompts.")] = "prompt",
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of encoded prompts, shared by runs; .prompts beside the run's by default."),
     ] = None,
     data: Annotated[Path, typer.Option(help="The cache folder that `rmd data` wrote.")] = Path("data"),
     max_prompts: Annotated[
@@ -54,6 +67,13 @@ def command(
         bool, typer.Option("--link", help="Link the teacher's other components instead of copying.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; accelerate launch chooses by itself.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print schedule, parameters, memory and work, and load no weight.")
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GB of each GPU, for --dry-run; this machine's own by default.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many there will be, for --dry-run.")] = 1,
 ) -> None:
     """Distil a teacher into a few-step cascade. SIGTERM saves and stops; --resume goes on."""
     from training.distill.settings import DistillSettings, parse_assignments
@@ -74,6 +94,14 @@ def command(
             if value is not None
         },
     }
+    if dry_run:
+        from cli.distill_plan import print_plan
+
+        chosen = DistillSettings.read(config, flags)
+        print_plan(chosen, teacher, backbone or chosen.backbone, device, gpu_memory, gpus)
+        return
+    if teacher is None or out is None:
+        raise ValueError("give --teacher and --out; --dry-run alone needs neither")
     run = run or Path("runs") / out.name
     stored = run / "settings.json"
     if (resume or export_only) and config is None and stored.is_file():
@@ -82,7 +110,8 @@ def command(
     chosen = DistillSettings.read(config, flags)
     _print_settings(chosen)
     _run(
-        chosen, teacher, out, run, backbone, prompts, data, max_prompts,
+        chosen, teacher, out, run, backbone or chosen.backbone,
+        PromptSource(prompts, prompt_column, data, max_prompts, prompt_cache or run.parent / ".prompts"),
         device=device, resume=resume or export_only, change_settings=change_settings, export_only=export_only,
         share="link" if link else "copy",
     )  # fmt: skip
@@ -94,9 +123,7 @@ def _run(
     out: Path,
     run: Path,
     backbone: str | None,
-    prompt_file: Path | None,
-    data: Path,
-    max_prompts: int | None,
+    source: PromptSource,
     *,
     device: str,
     resume: bool,
@@ -108,6 +135,7 @@ def _run(
 
     from rmd.dtypes import parse_dtype
     from training.distill.export import check_out
+    from training.distill.prompts import encode_prompts, release_text_encoders
     from training.distill.run import PRECISIONS, Distillation
     from training.distill.teacher import Teacher, training_cascade
     from training.runtime.checkpoints import checkpoints
@@ -127,64 +155,89 @@ def _run(
         raise ValueError("the run has no end: give --minutes or --iterations")
     check_out(out, teacher_folder)
     run.mkdir(parents=True, exist_ok=True)
-    accelerator = processes(device)
+    accelerator = processes(device, settings.tracker, run)
     place = accelerator.device if device in ("auto", "cpu", "cuda") else torch.device(device)
     dtype = parse_dtype(PRECISIONS[settings.precision], place)
     teacher = Teacher.open(teacher_folder, backbone, dtype, place)
     settings = _for_backbone(settings, teacher)
     training_cascade(teacher, settings)  # a schedule that does not exist is said before any prompt is encoded
-    with accelerator.main_process_first():  # the others read what it has encoded and drawn
-        prompt_set = _prompts(teacher, prompt_file, data, max_prompts, settings, run, needed=not export_only)
-        distillation = Distillation.build(
-            teacher, prompt_set, settings, run, say=_say, to_export=export_only, accelerator=accelerator
-        )
+    encode = partial(
+        encode_prompts,
+        teacher.backbone,
+        cache=source.cache,
+        negative=settings.negative_prompt,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+    texts = [""] if export_only else source.read(settings.seed)
+    sheets = None
+    if not export_only and settings.sheet_every:
+        sheets = encode(_sheet_prompts(settings, texts))
+    prompt_set = _encoded(encode, texts)
+    release_text_encoders(teacher.backbone)
+    distillation = Distillation.build(
+        teacher, prompt_set, settings, run, say=_say, to_export=export_only, accelerator=accelerator
+    )
     trainer = distillation.trainer
     if resume:
         found = trainer.resume(change_settings, to_export=export_only)
         where = f"going on at update {trainer.progress.iteration}" if found else "no checkpoint yet: starting anew"
         _say(where)
-    finished = True if export_only else _train(distillation)
-    if not trainer.accelerator.is_main_process:
-        return
-    if not finished:
+    if not export_only and not _train(distillation, sheets):
         _say(f"stopped and saved at update {trainer.progress.iteration}; --resume goes on")
         return
-    _say(f"checkpoint folder: {distillation.export(out, share)}")
+    distillation.export(out, share)
+    if accelerator.is_main_process:
+        _say(f"checkpoint folder: {out}")
 
 
-def _prompts(
-    teacher: Any,
-    file: Path | None,
-    data: Path,
-    max_prompts: int | None,
-    settings: DistillSettings,
-    run: Path,
-    needed: bool,
-) -> PromptSet:
-    import random
+@dataclass(frozen=True)
+class PromptSource:
+    """Where a run's prompts come from, and where they are kept encoded."""
 
-    from training.distill.prompts import caption_prompts, encode_prompts, read_prompt_file
+    file: Path | None
+    column: str
+    data: Path
+    most: int | None
+    cache: Path
 
-    if not needed:
-        return encode_prompts(teacher.backbone, [""], run / "prompts")
-    texts = read_prompt_file(file) if file else caption_prompts(data, settings.seed)
-    if max_prompts is not None and max_prompts < len(texts):
-        texts = random.Random(settings.seed).sample(texts, max_prompts)
-    _say(f"{len(set(texts))} distinct prompts")
+    def read(self, seed: int) -> list[str]:
+        """The prompts, as often as each is to be drawn.
+
+        Raises:
+            FileNotFoundError, ValueError: see :func:`training.distill.prompt_files.read_prompt_file`.
+        """
+        from training.distill.prompt_files import caption_prompts, read_prompt_file
+
+        texts = read_prompt_file(self.file, self.column) if self.file else caption_prompts(self.data, seed)
+        if self.most is not None and self.most < len(texts):
+            texts = random.Random(seed).sample(texts, self.most)
+        return texts
+
+
+def _encoded(encode: Callable[..., PromptSet], texts: list[str]) -> PromptSet:
     from rich.progress import Progress
 
+    _say(f"{len(set(texts))} distinct prompts")
     with Progress(transient=True) as bar:
         task = bar.add_task("encoding prompts", total=1.0)
-        return encode_prompts(
-            teacher.backbone,
-            texts,
-            run / "prompts",
-            negative=settings.negative_prompt,
-            progress=lambda share: bar.update(task, completed=share),
-        )
+        return encode(texts, progress=lambda share: bar.update(task, completed=share))
 
 
-def _train(distillation: Distillation) -> bool:
+def _sheet_prompts(settings: DistillSettings, texts: list[str]) -> list[str]:
+    """What the sheets are drawn of: given prompts, or some spread over the set."""
+    from training.distill.prompt_files import read_prompt_file
+
+    if settings.sheet_prompts:
+        return list(settings.sheet_prompts)
+    if settings.validation_prompts is not None:
+        return read_prompt_file(Path(settings.validation_prompts))
+    distinct = list(dict.fromkeys(texts))
+    return distinct[:: max(1, len(distinct) // _SHEET_PROMPTS)][:_SHEET_PROMPTS]
+
+
+def _train(distillation: Distillation, sheets: PromptSet | None) -> bool:
     from rich.progress import (
         BarColumn,
         Progress,
@@ -195,9 +248,12 @@ def _train(distillation: Distillation) -> bool:
     )
 
     from training.distill.trainer import Hooks
+    from training.runtime.processes import start_tracker
 
     trainer, settings = distillation.trainer, distillation.settings
-    prompts = list(settings.sheet_prompts) or _spread(distillation)
+    accelerator = trainer.accelerator
+    if settings.tracker != "none":
+        start_tracker(accelerator, trainer.run, settings.to_record())
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -211,19 +267,17 @@ def _train(distillation: Distillation) -> bool:
             if not bar.console.is_terminal and iteration % (10 * settings.log_every) == 0:
                 _say(f"{trainer.progress.seconds:8.1f} s  {_summary(iteration, figures)}")
 
-        trainer.hooks = Hooks(on_update=on_update, on_sheet=lambda _trainer: _sheet(distillation, prompts))
-        return trainer.train()
+        def on_record(line: dict[str, float]) -> None:
+            accelerator.log(line, step=int(line["iteration"]))
 
+        def on_sheet(_trainer: Trainer) -> None:
+            if sheets is not None:
+                distillation.draw_sheet(sheets)
 
-def _sheet(distillation: Distillation, prompts: list[str]) -> None:
-    distillation.draw_sheet(prompts)
-
-
-def _spread(distillation: Distillation) -> list[str]:
-    """Prompts for the sheets, spread over the set."""
-    texts = [text for text in getattr(distillation.method.prompts, "texts", []) if text] or ["a red circle"]
-    stride = max(1, len(texts) // _SHEET_PROMPTS)
-    return texts[::stride][:_SHEET_PROMPTS]
+        trainer.hooks = Hooks(on_update=on_update, on_record=on_record, on_sheet=on_sheet)
+        finished = trainer.train()
+    accelerator.end_training()
+    return finished
 
 
 def _summary(iteration: int, figures: dict[str, float]) -> str:

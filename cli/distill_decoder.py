@@ -117,6 +117,6 @@ def command(
 
 
 def _prompts(file: Path | None, data: Path, seed: int) -> list[str]:
-    from training.distill.prompts import caption_prompts, read_prompt_file
+    from training.distill.prompt_files import caption_prompts, read_prompt_file
 
     return read_prompt_file(file) if file is not None else caption_prompts(data, seed)

@@ -45,7 +45,7 @@ def pictures(
     batch: BatchOption = 4,
 ) -> None:
     """HPS v2.1, aesthetic score and CLIP score of any model's pictures, with intervals and paired differences."""
-    from training.distill.prompts import read_prompt_file
+    from training.distill.prompt_files import read_prompt_file
     from training.evaluate.pictures.run import available, evaluate_pictures
 
     texts = read_prompt_file(prompts)

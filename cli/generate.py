@@ -106,7 +106,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
             raise ValueError("the prompt is empty")
         return [prompt]
     assert file is not None
-    from training.distill.prompts import read_prompt_file
+    from training.distill.prompt_files import read_prompt_file
 
     return read_prompt_file(file)
 

@@ -52,7 +52,7 @@ def page(
     batch: BatchOption = 4,
 ) -> None:
     """Write the page and its key. One checkpoint with two --schedule compares these."""
-    from training.distill.prompts import read_prompt_file
+    from training.distill.prompt_files import read_prompt_file
     from training.evaluate.study.page import KEY, PAGE, make_study
 
     texts = read_prompt_file(prompts)

@@ -74,11 +74,15 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's largest parameter: small ones may stay float32 (Wan's modulation tables).
+    """The dtype that a module computes in: its `compute_dtype` where it has one (weights that are gathered in another
+    dtype than they are kept in), else its largest parameter's: small ones may stay float32 (Wan's modulation tables).
 
     Raises:
         ValueError: it has no parameters.
     """
+    if (own := getattr(module, "compute_dtype", None)) is not None:
+        dtype: torch.dtype = own
+        return dtype
     return max(module.parameters(), key=Tensor.numel).dtype
 
 

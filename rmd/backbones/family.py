@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -292,6 +294,14 @@ class DiffusersBackbone(Backbone):
             return_tensors="pt",
         )
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def tokenizer_digest(self) -> str:
+        """Of the vocabularies and text lengths: where it is the same, a prompt becomes the same tokens."""
+        content = [
+            [name, self.tokenizers[name], sorted(tokenizer.get_vocab().items())]
+            for name, tokenizer in sorted(self._tokenizers.items())
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def token_counts(self, prompts: Sequence[str]) -> list[tuple[int, int]]:
         """How many tokens of each prompt are heard and how many are cut off, by the text encoder that hears most.

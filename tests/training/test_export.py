@@ -24,7 +24,8 @@ from rmd.published.gathering import ImportRequest
 from rmd.published.importing import import_model
 from training.distill import export as export_module
 from training.distill.export import ExportError, check_out, export_checkpoint, verify
-from training.distill.prompts import encode_prompts, read_prompt_file
+from training.distill.prompt_files import read_prompt_file
+from training.distill.prompts import encode_prompts
 from training.distill.roles import merged_network
 from training.distill.run import Distillation
 from training.distill.settings import DistillSettings
@@ -202,7 +203,8 @@ def test_a_teacher_that_links_into_the_replaced_folder_gives_real_copies(
 
 
 def test_the_sheet_has_a_row_for_teacher_and_student(distillation: Distillation) -> None:
-    path = distillation.draw_sheet(["a dog", "a cat"])
+    prompts = encode_prompts(distillation.teacher.backbone, ["a dog", "a cat"], distillation.run / "prompts")
+    path = distillation.draw_sheet(prompts)
     with Image.open(path) as image:
         assert image.width > 2 * 64 and image.height > 2 * 64
     assert path.parent.name == "sheets"
@@ -254,10 +256,10 @@ def test_prompts_are_cached_and_drawn_as_often_as_they_are_given(distillation: D
     backbone = distillation.teacher.backbone
     first = encode_prompts(backbone, ["a dog", "a longer prompt", "a dog"], tmp_path)
     assert first.texts == ["a dog", "a longer prompt"] and first.order.tolist() == [0, 1, 0]
-    (file,) = tmp_path.iterdir()
-    stamp = file.stat().st_mtime_ns
+    files = sorted(tmp_path.glob("*/*.safetensors"))
+    stamps = [file.stat().st_mtime_ns for file in files]
     second = encode_prompts(backbone, ["a dog", "a longer prompt", "a dog"], tmp_path)
-    assert file.stat().st_mtime_ns == stamp
+    assert [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("*/*.safetensors"))] == stamps
     alone = backbone.encode_prompts(["a longer prompt"])
     for name, value in second.conditioning(torch.tensor([1])).items():
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-4)

@@ -197,7 +197,6 @@ def test_a_mixed_batch_is_the_samples_of_each_steps_own_roll_out() -> None:
     states = rollout.states(networks.student, range(4))
     assert sum(len(state.rows) for state in states) == 5 and len(states) >= 3
     draws = Randomness(3)
-    draws.uniform(1)
     rows, start = prompt_set().draw(draws, 5), draws.normal((5, *method.backbone.latent_shape(LOW)))
     torch.testing.assert_close(torch.cat([state.rows for state in states]), rows)
     seen = 0
@@ -326,7 +325,7 @@ def test_a_one_resolution_method_refuses_a_cascade_of_two() -> None:
 
 
 def test_a_pipelined_batch_smaller_than_the_cascade_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 3 would never train step 3; give more"):
+    with pytest.raises(ValueError, match="a batch of 3 on a device would never train step 3; give more"):
         make_method(settings_for(rollout="pipelined", batch_size=3))
 
 

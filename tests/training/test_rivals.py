@@ -130,7 +130,7 @@ def test_tdms_losses_are_the_published_ones() -> None:
 
 def test_tdm_draws_a_step_for_every_sample_and_trains_the_fake_score_first(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", method="tdm", batch_size=16)
-    states = trainer.method.states(trainer.rollout, trainer.networks.student, range(4))
+    states = trainer.method.states(trainer.updater.rollouts[0], trainer.networks.student, range(4))
     assert sum(len(state.rows) for state in states) == 16 and len(states) > 1
     order: list[str] = []
     for name in ("student_optimizer", "fake_optimizer"):
@@ -282,7 +282,6 @@ def test_swds_states_are_the_scale_before_enlarged_bicubically_and_noised() -> N
     rollout = method.rollout(Randomness(4))
     (state,) = method.states(rollout, networks.student, [2])
     draws = Randomness(4)
-    draws.integers(1, 1)
     at = draws.integers(6, 4)
     samples = method.samples.latents  # type: ignore[attr-defined]
     sizes = [step.size for step in method.cascade.steps]

@@ -21,7 +21,7 @@ from rmd.backbones.registry import load_checkpoint
 from rmd.machine import device_name
 from rmd.size import Size
 from tests.training.picture_setup import LABELS, four_pictures, tiny_autoencoder
-from training.distill.prompts import PLAIN_WEIGHT, caption_prompts
+from training.distill.prompt_files import PLAIN_WEIGHT, caption_prompts
 from training.embedded.data.dataset import PictureSet
 from training.embedded.latents import TEXT_TOKENS, TeacherData, encode_text
 from training.embedded.teacher import TeacherSettings, TeacherTrainer, initial_transformer, picture_loss

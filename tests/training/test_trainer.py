@@ -208,7 +208,8 @@ def test_the_fake_score_may_go_first_on_samples_of_its_own_unclipped(tmp_path: P
     for optimizer, name in ((trainer.fake_optimizer, "fake"), (trainer.student_optimizer, "student")):
         optimizer.adamw.register_step_post_hook(lambda _optimizer, _args, _kwargs, name=name: order.append(name))
     drawn: list[int] = []
-    trainer.rollout.prompts = CountingPrompts(trainer.rollout.prompts, drawn)
+    (rollout,) = trainer.updater.rollouts
+    rollout.prompts = CountingPrompts(rollout.prompts, drawn)
     trainer.update()
     assert order == ["fake", "student"] and drawn == [4, 4]
     assert math.isinf(trainer.fake_optimizer.clip_norm) and trainer.student_optimizer.clip_norm == 1.0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from rmd.upsampling import upsample
 from training.distill.methods.base import CleanSamples
 from training.distill.prompts import PromptSet
 from training.distill.settings import DistillSettings
-from training.distill.sheets import teacher_sampling
+from training.distill.sheets import teacher_sampling, with_denoiser
 from training.distill.teacher import Teacher
 from training.embedded.data.dataset import PIXELS_FILE, PictureSet, caption
 from training.runtime.attention import training_attention
@@ -41,37 +42,66 @@ def clean_samples(
     settings: DistillSettings,
     run: Path,
     say: Callable[[str], None] = lambda _text: None,
+    accelerator: Accelerator | None = None,
 ) -> CleanSamples:
     """`real_samples` clean samples with their prompts, at every size asked for; kept in the run's folder.
+
+    Of several processes each makes its part, all parts of one length; what a sample is does not depend on their number.
 
     Raises:
         FileNotFoundError, ValueError: `real` is no folder of pictures whose captions are among the prompts.
     """
-    full = max(sizes)
+    rank, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    wait = accelerator.wait_for_everyone if accelerator else lambda: None
     made_of = [prompts.digest, str(teacher.folder), teacher.steps, teacher.guidance_scale, settings.real]
     made_of += [*map(str, sizes), settings.seed, settings.real_samples]
-    path = run / f"real-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        stored = load_tensors(path)
-        return CleanSamples({size: stored[f"latents.{size}"] for size in sizes}, stored["rows"])
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    paths = [run / f"real-{key}-{part}-of-{count}.safetensors" for part in range(count)]
+    made = all(path.is_file() for path in paths)
+    wait()  # all have looked before any writes
+    if not made:
+        save_tensors(_part(teacher, prompts, sizes, settings, say, rank, count), paths[rank])
+    wait()
+    parts = [load_tensors(path) for path in paths]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    _, first = np.unique(whole["numbers"].numpy(), return_index=True)
+    at = torch.from_numpy(first)
+    return CleanSamples({size: whole[f"latents.{size}"][at] for size in sizes}, whole["rows"][at])
+
+
+def _part(
+    teacher: Teacher,
+    prompts: PromptSet,
+    sizes: Sequence[Size],
+    settings: DistillSettings,
+    say: Callable[[str], None],
+    rank: int,
+    count: int,
+) -> dict[str, Tensor]:
+    """One process's samples: their numbers among all (the last parts repeat the first ones), rows and latents."""
+    full, random = max(sizes), Randomness(settings.seed + 17)
     if settings.real == "teacher":
         say(f"drawing {settings.real_samples} samples of the teacher")
-        rows = prompts.draw(Randomness(settings.seed + 17), settings.real_samples)
-        drawn = _teacher_latents(teacher, prompts, full, rows, settings.seed)
+        numbers = _numbers(settings.real_samples, rank, count)
+        rows = prompts.draw(random, settings.real_samples)[numbers]
+        drawn = _teacher_latents(teacher, prompts, full, rows, settings.seed + numbers, settings.teacher_batch)
         if tuple(sizes) == (full,):
             latents = {full: drawn}
         else:
-            latents = _encoded(_backbone(teacher), lambda at: _decoded(teacher, drawn[at], full), len(rows), sizes)
+            latents = _encoded(_backbone(teacher), lambda at: _decoded(teacher, drawn[at], full), numbers, sizes)
     else:
         say(f"encoding {settings.real_samples} pictures of {settings.real}")
-        pictures, rows = read_pictures(Path(settings.real), prompts.texts, full)
-        chosen = Randomness(settings.seed + 17).uniform(len(rows)).argsort()[: settings.real_samples]
-        rows, order = rows[chosen], chosen.tolist()
-        latents = _encoded(
-            _backbone(teacher), lambda at: torch.stack([pictures(order[i]) for i in at]), len(order), sizes
-        )
-    save_tensors({"rows": rows, **{f"latents.{size}": value for size, value in latents.items()}}, path)
-    return CleanSamples(latents, rows)
+        pictures, all_rows = read_pictures(Path(settings.real), prompts.texts, full)
+        chosen = random.uniform(len(all_rows)).argsort()[: settings.real_samples]
+        numbers = _numbers(len(chosen), rank, count)
+        rows, order = all_rows[chosen[numbers]], chosen[numbers].tolist()
+        latents = _encoded(_backbone(teacher), lambda at: torch.stack([pictures(order[i]) for i in at]), numbers, sizes)
+    return {"numbers": numbers, "rows": rows, **{f"latents.{size}": value for size, value in latents.items()}}
+
+
+def _numbers(total: int, rank: int, count: int) -> Tensor:
+    """Each so manieth of `total` numbers, beginning anew at the end so that all processes have as many."""
+    return torch.arange(rank, -(-total // count) * count, count) % total
 
 
 def _backbone(teacher: Teacher) -> DiffusersBackbone:
@@ -82,17 +112,16 @@ def _backbone(teacher: Teacher) -> DiffusersBackbone:
 
 @torch.no_grad()
 def _teacher_latents(
-    teacher: Teacher, prompts: PromptSet, size: Size, rows: Tensor, seed: int, batch: int = 32
+    teacher: Teacher, prompts: PromptSet, size: Size, rows: Tensor, seeds: Tensor, batch: int
 ) -> Tensor:
     """Latents (N, C, [T], H, W) drawn by the teacher."""
-    cascade = teacher_sampling(teacher.backbone, size, teacher.steps, teacher.guidance_scale)
+    backbone = with_denoiser(teacher.backbone, teacher.backbone.component_modules()["denoiser"])
+    cascade = teacher_sampling(backbone, size, teacher.steps, teacher.guidance_scale)
     parts = []
-    with training_attention(teacher.backbone.device.type, teacher.backbone.tokens(size)):
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            seeds = [seed + start + i for i in range(len(part))]
+    with training_attention(backbone.device.type, backbone.tokens(size)):
+        for part, own in zip(torch.split(rows, batch), torch.split(seeds, batch), strict=True):
             uncond = prompts.unconditional(len(part))
-            parts.append(sample(teacher.backbone, cascade, prompts.conditioning(part), seeds, uncond).cpu())
+            parts.append(sample(backbone, cascade, prompts.conditioning(part), own.tolist(), uncond).cpu())
     return torch.cat(parts)
 
 
@@ -102,17 +131,27 @@ def _decoded(teacher: Teacher, latents: Tensor, size: Size) -> Tensor:
 
 @torch.no_grad()
 def _encoded(
-    backbone: DiffusersBackbone, pixels: Callable[[list[int]], Tensor], count: int, sizes: Sequence[Size]
+    backbone: DiffusersBackbone, pixels: Callable[[list[int]], Tensor], numbers: Tensor, sizes: Sequence[Size]
 ) -> dict[Size, Tensor]:
-    """Samples of the autoencoder's posterior at every size, from pixels (B, 3, [T], H, W) reduced to it by area."""
+    """Samples of the autoencoder's posterior at every size, from pixels (B, 3, [T], H, W) reduced to it by area.
+
+    Args:
+        pixels: by places in `numbers`.
+        numbers: of the samples, which decide their noise.
+    """
     random = Randomness(0, backbone.device)
+
+    def noise(number: int, size: Size) -> Tensor:
+        random.at(0, 0, number)
+        return random.normal(backbone.latent_shape(size))
+
     parts: dict[Size, list[Tensor]] = {size: [] for size in sizes}
-    for start in range(0, count, _BATCH):
-        full = pixels(list(range(start, min(start + _BATCH, count))))
+    for at in torch.split(torch.arange(len(numbers)), _BATCH):
+        full = pixels(at.tolist())
         for size in sizes:
             reduced = upsample(full, (size.height, size.width), "area")
-            noise = random.normal((len(full), *backbone.latent_shape(size)))
-            parts[size].append(backbone.encode(reduced, noise).cpu())
+            own = torch.stack([noise(number, size) for number in numbers[at].tolist()])
+            parts[size].append(backbone.encode(reduced, own).cpu())
     return {size: torch.cat(part) for size, part in parts.items()}
 
 

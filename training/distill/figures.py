@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 TIME_BINS = 5
 
 
-def step_figures(predictions: Sequence[Prediction], matched: Sequence[Matched]) -> dict[str, float]:
+def step_figures(predictions: Sequence[Prediction], matched: Sequence[Matched], samples: int) -> dict[str, float]:
     """Figures of the steps in a batch, after its backward pass; see :func:`latent_figures`.
 
     `gradient_step_K` is the mean norm of a sample's own loss with respect to its x0 prediction.
+
+    Args:
+        samples: over which the differentiated loss was a mean.
     """
     figures: dict[str, Tensor] = {}
-    total = sum(len(p.steps) for p in predictions)
+
     for p in predictions:
         if p.x0.grad is None:
             continue
-        norms = p.x0.grad.flatten(1).norm(dim=1) * total  # the loss is a mean over the batch
+        norms = p.x0.grad.flatten(1).norm(dim=1) * samples
         for step, at in _places(p.steps):
             figures[f"gradient_step_{step}"] = norms[at].mean()
     for m in matched:

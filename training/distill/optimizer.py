@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from training.distill.momentum_free import MomentumFreeAdamW
+from training.runtime.sharding import like_shard, local, whole
 
 
 class MasterAdamW:
     """AdamW on float32 copies of the trained parameters.
 
     A bfloat16 weight near 1 cannot take a step of 1e-4, so the working weights are rounded from masters after each
-    update. Parameters that are float32 already are their own masters.
+    update. Parameters that are float32 already, such as the shards of a sharded network, are their own masters.
+
+    Gradients of several backward passes add up in float32; a working weight's own is dropped as soon as it is made.
     """
 
     def __init__(
@@ -22,6 +29,7 @@ class MasterAdamW:
         betas: tuple[float, float] = (0.0, 0.95),
         weight_decay: float = 0.0,
         clip_norm: float = 1.0,
+        second_moment: Literal["float32", "8bit"] = "float32",
     ) -> None:
         if not parameters:
             raise ValueError("nothing to train: no parameter requires a gradient")
@@ -31,10 +39,17 @@ class MasterAdamW:
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
         self.separate = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        for parameter, master in self.separate:
+            parameter.register_post_accumulate_grad_hook(partial(_collect, master))  # type: ignore[no-untyped-call]
         self.clip_norm = clip_norm
-        self.adamw = torch.optim.AdamW(
-            self.masters, lr=rate, betas=(float(betas[0]), float(betas[1])), weight_decay=weight_decay, fused=True
-        )
+        first, second = float(betas[0]), float(betas[1])
+        self.adamw: torch.optim.Optimizer
+        if first == 0.0:
+            self.adamw = MomentumFreeAdamW(self.masters, rate, second, weight_decay, second_moment)
+        else:
+            self.adamw = torch.optim.AdamW(
+                self.masters, lr=rate, betas=(first, second), weight_decay=weight_decay, fused=True
+            )
 
     def zero_grad(self) -> None:
         """Drop the gradients of working weights and masters."""
@@ -52,16 +67,16 @@ class MasterAdamW:
             reduce: averages gradients over processes, in place.
         """
         for parameter, master in self.separate:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None  # at once: both together are half as much again
+            if parameter.grad is not None:
+                _collect(master, parameter)
         grads = [master.grad for master in self.masters if master.grad is not None]
         if reduce is not None:
             reduce(grads)
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = whole(torch.nn.utils.get_total_norm(grads))
         value = float(norm)
         if torch.isfinite(norm):
             if value > self.clip_norm:
-                torch._foreach_mul_(grads, self.clip_norm / (value + 1e-6))
+                torch._foreach_mul_([local(grad) for grad in grads], self.clip_norm / (value + 1e-6))
             for group in self.adamw.param_groups:
                 group["lr"] = rate
             self.adamw.step()
@@ -99,7 +114,9 @@ class MasterAdamW:
         self._publish()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's moments and counters as flat `<parameter>.<field>` tensors."""
+        """AdamW's moments and counters as flat `<parameter>.<field>` tensors; moments sharded as the weights are."""
+        if isinstance(self.adamw, MomentumFreeAdamW):
+            return self.adamw.named_state(self.names)
         state = {}
         for name, master in zip(self.names, self.masters, strict=True):
             for field, value in self.adamw.state.get(master, {}).items():
@@ -108,6 +125,9 @@ class MasterAdamW:
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`optimizer_state` gave."""
+        if isinstance(self.adamw, MomentumFreeAdamW):
+            self.adamw.load_named_state(self.names, state)
+            return
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, field = key.rpartition(".")
@@ -122,15 +142,33 @@ class MasterAdamW:
                 }
 
 
+@torch.no_grad()
+def _collect(master: Tensor, parameter: Tensor) -> None:
+    """Add a working weight's gradient to its master's."""
+    grad, parameter.grad = parameter.grad, None
+    if grad is None:
+        return
+    if master.grad is None:
+        master.grad = grad.float()
+    else:
+        master.grad += grad
+
+
 class AveragedWeights:
-    """Exponential moving average of master weights, float32.
+    """Exponential moving average of master weights, float32; of sharded ones each process averages its part.
 
     The decay rises as `(1 + n) / (10 + n)` at first, so that the average forgets the initial weights.
+
+    Args:
+        device: where the average lies; the weights' own by default.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], decay: float, device: torch.device | str | None = None) -> None:
         self.decay = decay
-        self.weights = {name: value.detach().float().clone() for name, value in weights.items()}
+        self.weights = {
+            name: torch.empty_like(local(value), dtype=torch.float32, device=device).copy_(local(value).detach())
+            for name, value in weights.items()
+        }
         self.updates = 0
 
     @torch.no_grad()
@@ -138,4 +176,19 @@ class AveragedWeights:
         """Move the average towards `weights`."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.weights.values()), [weights[name] for name in self.weights], 1 - decay)
+        for (
+            name,
+            average,
+        ) in self.weights.items():  # one at a time: elsewhere than the weights, they would all be copied
+            average.lerp_(local(weights[name]).to(average.device), 1 - decay)
+
+    def state(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The average, sharded as `weights` are."""
+        return {name: like_shard(value, weights[name]) for name, value in self.weights.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Restore what :meth:`state` gave after so many updates."""
+        for name, average in self.weights.items():
+            average.copy_(local(state[name]))
+        self.updates = updates

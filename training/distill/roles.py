@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone
-from rmd.noise_schedule import VariancePreserving
+from rmd.backbones.base import Backbone, weights_dtype
+from rmd.noise_schedule import NoiseSchedule, VariancePreserving
 from training.distill.adapters import adapted_layers
 from training.distill.settings import DistillSettings
+from training.runtime.sharding import process_mesh, shard, whole
 
 _LAST_LAYERS = ("conv_out", "proj_out")
 
@@ -26,41 +27,64 @@ class Networks:
 
     Attributes:
         teacher, student, fake: the modules that hold the weights.
+        plain: a denoiser of the same class without weights (:func:`skeleton`), where the three are sharded.
     """
 
     teacher: nn.Module
     student: nn.Module
     fake: nn.Module
+    plain: nn.Module | None = None
+    _teacher_fingerprint: str = ""
 
     @classmethod
     def build(cls, backbone: Backbone, settings: DistillSettings, initial: nn.Module | None = None) -> Networks:
         """Copy the backbone's denoiser for student and fake score; the backbone's own is the teacher.
 
+        Under `sharding` each copy is sharded before the next is made, so that two are whole at a time.
+
         Args:
             initial: a denoiser of the same class whose weights the student starts from instead.
+
+        Raises:
+            ValueError: sharding, and there is one process.
         """
         teacher = backbone.component_modules()["denoiser"].eval().requires_grad_(False)
-        if isinstance(backbone.schedule, VariancePreserving):
-            for module in (teacher, initial):
-                if module is not None:
-                    last_layer_in_float32(module)
+        for denoiser in (teacher, initial):
+            if denoiser is not None:
+                last_layer_in_float32(denoiser, backbone.schedule)
+        plain, digest = None, ""
+        mesh = None
+        if settings.sharding:
+            mesh = process_mesh(backbone.device)
+            plain, digest = skeleton(teacher), fingerprint(teacher)
+        compute = weights_dtype(teacher)
         with torch.random.fork_rng(devices=[]):  # a LoRA's first weights are random
             torch.manual_seed(settings.seed)
             student = trainable_copy(initial if initial is not None else teacher, settings)
+            if mesh is not None:
+                shard(student, network_of(student)[1], mesh, compute, trained=True)
             fake = trainable_copy(teacher, settings)
+            if mesh is not None:
+                shard(fake, network_of(fake)[1], mesh, compute, trained=True)
+                shard(teacher, network_of(teacher)[1], mesh, compute, trained=False)
         if settings.compile:
             for module in (teacher, student, fake):
                 compile_blocks(network_of(module)[1])
-        return cls(teacher, student, fake)
+        return cls(teacher, student, fake, plain, digest)
+
+    def teacher_fingerprint(self) -> str:
+        """The digest of the teacher's weights (:func:`fingerprint`); a sharded teacher's was taken before."""
+        return self._teacher_fingerprint or fingerprint(self.teacher)
 
 
-def last_layer_in_float32(denoiser: nn.Module) -> None:
-    """Let a network's last projection compute, and put out, float32 in place.
+def last_layer_in_float32(denoiser: nn.Module, schedule: NoiseSchedule) -> None:
+    """Let the last projection of a network that predicts noise compute, and put out, float32; in place.
 
-    Where x0 comes from predicted noise, `(x - sigma eps) / alpha`, an output's rounding is multiplied by
-    `sigma / alpha`, 14 at the start of SDXL's table and 157 of PixArt's: in bfloat16 it would rival the scores' own
-    difference.
+    In `(x - sigma eps) / alpha` an output's rounding is multiplied by `sigma / alpha`, 14 at the start of SDXL's table
+    and 157 of PixArt's: in bfloat16 it would rival the scores' own difference. Others' are left as they are.
     """
+    if not isinstance(schedule, VariancePreserving):
+        return
     _, network = network_of(denoiser)
     (layer,) = (child for name, child in network.named_children() if name in _LAST_LAYERS)
     if next(layer.parameters()).dtype != torch.float32:
@@ -141,22 +165,42 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-@torch.no_grad()
-def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a trained module, without gradients, that carries other (averaged) weights.
+def skeleton(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters are on the meta device, and whose buffers are its own."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in module.parameters()}
+    buffers = {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, {**empty, **buffers}).requires_grad_(False)
 
-    A LoRA's factors stay in the weights' own precision, float32, so that merging rounds once.
+
+@torch.no_grad()
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor], plain: nn.Module | None = None) -> nn.Module:
+    """A copy of a trained module on the CPU, without gradients, that carries other (averaged) weights.
+
+    Its device holds no second copy. A LoRA's factors become float32, so that merging rounds once; other weights keep
+    the dtype of the module, or of `plain`.
+
+    Args:
+        plain: the class's empty module, where `module` is sharded: all processes call this together then, and the first
+            gets the copy, the others the empty module.
 
     Raises:
         KeyError: a weight's name is not one of the module's.
     """
-    copied = copy.deepcopy(module).requires_grad_(False)
-    own = dict(copied.named_parameters())
-    for name, value in weights.items():
-        if "lora_" in name:
-            own[name].data = value.detach().to(own[name].device, copy=True)
-        else:
-            own[name].copy_(value)
+    copied = skeleton(module) if plain is None else copy.deepcopy(plain)
+    own = dict(module.named_parameters())
+    for name in weights:
+        own[name]  # a wrong name is said, not left out
+    dtypes = {name: parameter.dtype for name, parameter in copied.named_parameters()}
+    for name, parameter in own.items():
+        dtype = torch.float32 if "lora_" in name else dtypes[name]
+        owner, _, last = name.rpartition(".")
+        value = whole(weights.get(name, parameter))
+        if plain is not None and torch.distributed.get_rank():
+            continue
+        value = value.to(dtype, copy=True)
+        copied.get_submodule(owner)._parameters[last] = nn.Parameter(value, requires_grad=False)
+    for part in copied.modules():
+        part._buffers = {name: None if b is None else b.to("cpu", copy=True) for name, b in part._buffers.items()}
     return copied
 
 

@@ -117,6 +117,26 @@ class Prediction:
     clean: Tensor | None = None
 
 
+def step_shares(cascade: Cascade, draw: Draw, active: Sequence[int]) -> Tensor:
+    """The probability of each active step, float64: 1 / (stages x steps of its stage), or 1 / steps."""
+    if draw == "step":
+        return torch.full((len(active),), 1 / len(active), dtype=torch.float64)
+    stages = [cascade.steps[step].stage for step in active]
+    weights = [1 / (len(set(stages)) * stages.count(stage)) for stage in stages]
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def pipelined_counts(shares: Tensor, batch_size: int) -> list[int]:
+    """How many samples of a pipelined batch stand at each step: always the same, largest remainders first."""
+    exact = (shares * batch_size).tolist()
+    # Rounded before it is floored: 6 / 4 steps must not become 1.4999.
+    counts = [int(value + 1e-9) for value in exact]
+    order = sorted(range(len(counts)), key=lambda index: counts[index] - exact[index])
+    for index in order[: batch_size - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
 class Rollout:
     """Produces the states that an update starts from."""
 
@@ -158,15 +178,11 @@ class Rollout:
         return states
 
     def shares(self, active: Sequence[int]) -> Tensor:
-        """The probability of each active step, float64: 1 / (stages x steps of its stage), or 1 / steps."""
-        if self.draw == "step":
-            return torch.full((len(active),), 1 / len(active), dtype=torch.float64)
-        stages = [self.cascade.steps[step].stage for step in active]
-        weights = [1 / (len(set(stages)) * stages.count(stage)) for stage in stages]
-        return torch.tensor(weights, dtype=torch.float64)
+        """The probability of each active step (:func:`step_shares`)."""
+        return step_shares(self.cascade, self.draw, active)
 
     def drawn(self, active: Sequence[int]) -> dict[int, int]:
-        """How many samples stand at which step, drawn."""
+        """How many samples stand at which step, drawn; the same on all processes (:meth:`Randomness.shared`)."""
         if self.mode == "fresh":
             return {active[self._pick(self.shares(active))]: self.batch_size}
         if self.mode == "stage":
@@ -174,33 +190,25 @@ class Rollout:
             active = [step for step in active if self.cascade.steps[step].stage == stage]
         # One draw for all samples, evenly spaced: each count is within one of its expectation, which is exact.
         edges = self.shares(active).cumsum(0)
-        places = (torch.arange(self.batch_size, dtype=torch.float64) + self._uniform()) / self.batch_size
+        places = (torch.arange(self.batch_size, dtype=torch.float64) + self.random.shared()) / self.batch_size
         chosen = torch.searchsorted(edges, places, right=True).clamp(max=len(active) - 1).tolist()
         return {step: chosen.count(index) for index, step in enumerate(active) if index in chosen}
 
     def _pick(self, shares: Tensor) -> int:
-        place = torch.searchsorted(shares.cumsum(0), torch.tensor(self._uniform(), dtype=torch.float64), right=True)
-        return min(int(place), len(shares) - 1)
-
-    def _uniform(self) -> float:
-        return float(self.random.uniform(1))
+        at = torch.tensor(self.random.shared(), dtype=torch.float64)
+        return min(int(torch.searchsorted(shares.cumsum(0), at, right=True)), len(shares) - 1)
 
     def counts(self, active: Sequence[int]) -> list[int]:
-        """A pipelined batch's samples at each step: always the same, largest remainders first.
+        """A pipelined batch's samples at each step (:func:`pipelined_counts`).
 
         Raises:
             ValueError: a step would get none.
         """
-        exact = (self.shares(active) * self.batch_size).tolist()
-        # Rounded before it is floored: 6 / 4 steps must not become 1.4999.
-        counts = [int(value + 1e-9) for value in exact]
-        order = sorted(range(len(active)), key=lambda index: counts[index] - exact[index])
-        for index in order[: self.batch_size - sum(counts)]:
-            counts[index] += 1
+        counts = pipelined_counts(self.shares(active), self.batch_size)
         if 0 in counts:
             raise ValueError(
-                f"rollout=pipelined holds a sample at each of the {len(active)} steps: batch_size {self.batch_size} "
-                f"would never train step {active[counts.index(0)]}; give more, or another rollout"
+                f"rollout=pipelined holds a sample at each of the {len(active)} steps: a batch of {self.batch_size} "
+                f"on a device would never train step {active[counts.index(0)]}; give more, or another rollout"
             )
         return counts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from training.distill.settings import DistillSettings
 from training.distill.sheets import draw_pictures, teacher_sampling, with_denoiser, write_sheet
 from training.distill.teacher import Teacher, exported_cascades, training_cascade
 from training.distill.trainer import Trainer
+from training.distill.update import averaged_student
 from training.runtime.checkpoints import checkpoints, load_checkpoint
 from training.runtime.files import load_tensors, save_tensors, write_json
+from training.runtime.sharding import whole
 
 PRECISIONS = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}
 INITIAL_FILE = "initial.json"
@@ -68,7 +70,7 @@ class Distillation:
         networks = Networks.build(teacher.backbone, settings, initial_denoiser(teacher, settings))
         if method.needs_samples:
             sizes = method.sample_sizes
-            samples = None if to_export else clean_samples(teacher, prompts, sizes, settings, run, say)
+            samples = None if to_export else clean_samples(teacher, prompts, sizes, settings, run, say, accelerator)
             # In any case: a discriminator's head is among the weights that a checkpoint holds.
             method.attach(networks.fake, samples)
         tokens = teacher.backbone.tokens(cascade.full_size)
@@ -78,10 +80,11 @@ class Distillation:
         return cls(teacher, method, networks, trainer, settings, run)
 
     def student(self, averaged: bool = True) -> torch.nn.Module:
-        """A copy of the student's denoiser with its averaged (or last) weights, in the working dtype."""
-        trainer = self.trainer
-        weights = trainer.ema.weights if averaged else trainer.student_optimizer.master_state()
-        return with_weights(self.networks.student, weights)
+        """A copy of the student's denoiser on the CPU with its averaged (or last) weights (:func:`with_weights`)."""
+        weights = self.trainer.student_optimizer.master_state()
+        if averaged:
+            weights = self.trainer.ema.state(weights)
+        return with_weights(self.networks.student, weights, self.networks.plain)
 
     def exported_student(self) -> torch.nn.Module:
         """The student as it is exported: if asked for, the mean of several checkpoints, or of them and the teacher.
@@ -105,8 +108,8 @@ class Distillation:
             teacher = dict(self.teacher.backbone.component_modules()["denoiser"].named_parameters())
             if absent := mean.keys() - teacher.keys():
                 raise ValueError(f"export_teacher_share: the teacher has no {min(absent)}; it needs lora_rank=0")
-            mean = {name: torch.lerp(value, teacher[name].to(value), share) for name, value in mean.items()}
-        return with_weights(self.networks.student, mean)
+            mean = {name: torch.lerp(value, whole(teacher[name]).to(value), share) for name, value in mean.items()}
+        return with_weights(self.networks.student, mean, self.networks.plain)
 
     def _exported_weights(self) -> str:
         settings = self.settings
@@ -123,27 +126,44 @@ class Distillation:
             cascade = replace(cascade, step_noise_intensity=settings.inference_step_noise_intensity)
         return cascade
 
-    def draw_sheet(self, prompts: Sequence[str]) -> Path:
-        """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's."""
+    def draw_sheet(self, prompts: PromptSet) -> Path:
+        """Write `sheets/<iteration>.png`: the teacher's row (drawn once) and the student's.
+
+        Processes that shard the networks draw together, and the first writes.
+        """
         backbone, cascade = self.teacher.backbone, self.inference_cascade()
+        first, wait = self.trainer.accelerator.is_main_process, self.trainer.accelerator.wait_for_everyone
         teacher_file = self.run / "sheets" / "teacher.safetensors"
-        text = json.dumps([list(prompts), self.teacher.steps, self.teacher.guidance_scale, str(cascade.full_size)])
+        conditioning = prompts.conditioning(torch.arange(len(prompts.texts)))
+        uncond = self.method.prompts.unconditional(1)  # the negative prompt of the run's guidance
+        text = json.dumps([prompts.texts, self.teacher.steps, self.teacher.guidance_scale, str(cascade.full_size)])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         rows = load_tensors(teacher_file) if teacher_file.is_file() else {}
+        if self.settings.sharding:
+            wait()  # all have looked before the first may write
         if key not in rows:
             own = teacher_sampling(backbone, cascade.full_size, self.teacher.steps, self.teacher.guidance_scale)
-            rows = {key: draw_pictures(backbone, own, prompts, uncond=self.method.prompts.unconditional(1))}
-            save_tensors(rows, teacher_file)
-        student = with_denoiser(backbone, self.student())
-        pictures = {"teacher": rows[key], "student": draw_pictures(student, cascade, prompts)}
+            teacher = with_denoiser(backbone, self.networks.teacher)
+            rows = {key: draw_pictures(teacher, own, conditioning, uncond)}
+            if first:
+                save_tensors(rows, teacher_file)
+        with averaged_student(self.trainer.updater) as student:
+            drawn = draw_pictures(with_denoiser(backbone, student), cascade, conditioning, uncond)
         path = self.run / "sheets" / f"{self.trainer.progress.iteration:06d}.png"
-        write_sheet(pictures, prompts, path)
+        if first:
+            write_sheet({"teacher": rows[key], "student": drawn}, prompts.texts, path)
         return path
 
     def export(self, out: Path, share: str = "copy") -> Path:
-        """Write the student as a checkpoint folder (see :mod:`training.distill.export`)."""
+        """Write the student as a checkpoint folder (see :mod:`training.distill.export`).
+
+        Processes that shard the networks gather it together, and the first writes.
+        """
         settings, progress = self.settings, self.trainer.progress
-        student = self.exported_student()
+        first = self.trainer.accelerator.is_main_process
+        student = self.exported_student() if first or settings.sharding else None
+        if student is None or not first:
+            return out
         cascade = self.inference_cascade()
         cascades = exported_cascades(self.teacher, cascade)
         record: dict[str, Any] = {
@@ -153,7 +173,7 @@ class Distillation:
             "iterations": progress.iteration,
             "seconds": round(progress.seconds),
             "device": ", ".join(progress.devices),
-            "batch_size": settings.batch_size * self.trainer.accelerator.num_processes,
+            "batch_size": settings.batch_size,
             "guidance_scale": self.method.guidance_scale,
             **({"initial_student": Path(settings.initial_student).name} if settings.initial_student else {}),
             "settings": settings.to_record(),

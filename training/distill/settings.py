@@ -30,8 +30,10 @@ CHANGEABLE = frozenset(
 HOUSEKEEPING = frozenset(
     {
         "minutes", "iterations", "log_every", "save_every", "keep_checkpoints", "sheet_every", "sheet_prompts",
-        "compile", "export_weights", "export_checkpoints", "export_teacher_share", "inference_noise_intensity",
-        "inference_step_noise_intensity", "gradient_checkpointing", "precision", "stop_on_drift",
+        "validation_prompts", "tracker", "teacher_batch", "precision", "stop_on_drift",
+        "compile", "micro_batch", "gradient_checkpointing", "offload_activations", "sharding", "ema_on_cpu",
+        "export_weights", "export_checkpoints", "export_teacher_share", "inference_noise_intensity",
+        "inference_step_noise_intensity",
     }
 )  # fmt: skip
 """Settings that may differ on resuming without being asked: they do not touch what is learnt, but for rounding."""
@@ -51,6 +53,7 @@ class DistillSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", env_prefix="RMD_DISTILL_", validate_default=True)
 
     method: Method = "rmd"
+    backbone: str | None = Field(None, description="that these settings are made for; another teacher is refused")
     schedule: str | None = Field(None, description="steps per stage, such as 2+2; the method's own by default")
     timesteps: tuple[float, ...] | None = Field(None, description="of TDM's, DMD2's or SwD's steps; the backbone's own")
     preset: str | None = Field(None, description="name of a cascade preset; the backbone's own by default")
@@ -65,7 +68,7 @@ class DistillSettings(BaseSettings):
     minutes: float | None = Field(None, gt=0, description="stop after this much training time, over all resumptions")
 
     # The objective.
-    batch_size: int = Field(32, ge=1, description="samples matched in one update, on each process")
+    batch_size: int = Field(32, ge=1, description="samples matched in one update, over all processes")
     guidance_scale: float | None = Field(None, ge=0, description="of the real score; the teacher's own by default")
     negative_prompt: str | None = Field(
         None, description="what guidance contrasts with; the backbone's own by default, mostly the empty prompt"
@@ -104,6 +107,7 @@ class DistillSettings(BaseSettings):
     patch_entries: tuple[int, int] = Field((18, 28), description="SwD: the same for its patch loss")
     real_samples: int = Field(512, ge=2, description="clean samples for the losses above")
     real: str = Field("teacher", description="who makes them: teacher, or a folder (`rmd data`, or metadata.jsonl)")
+    teacher_batch: int = Field(8, ge=1, description="of these at once, on each device")
 
     # The optimisation.
     generator_rate: float = Field(4e-6, gt=0)
@@ -137,7 +141,17 @@ class DistillSettings(BaseSettings):
 
     # Machine.
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device has it")
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples at once on a device; gradients add up to batch_size. All of them by default"
+    )
     gradient_checkpointing: bool = False
+    offload_activations: bool = Field(
+        False,
+        description="what the backward pass needs waits on the CPU; with gradient_checkpointing, or weights travel",
+    )
+    sharding: bool = Field(False, description="FSDP2: each process holds its part of the three networks")
+    second_moment: Literal["float32", "8bit"] = Field("float32", description="AdamW's; 8bit needs torchao")
+    ema_on_cpu: bool = False
     compile: bool = False
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
     lora_targets: tuple[str, ...] = Field(
@@ -161,6 +175,8 @@ class DistillSettings(BaseSettings):
     keep_checkpoints: int = Field(2, ge=1)
     sheet_every: int = Field(500, ge=0, description="0 draws none")
     sheet_prompts: tuple[str, ...] = ()
+    validation_prompts: str | None = Field(None, description="file of the prompts that sheets are drawn of")
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
     changeable: ClassVar[frozenset[str]] = CHANGEABLE
 
@@ -180,10 +196,15 @@ class DistillSettings(BaseSettings):
             )
         if self.fake_warmup_iterations and self.warm_start_iterations:
             raise ValueError("fake_warmup_iterations and warm_start_iterations exclude each other: set one to 0")
+        if self.second_moment == "8bit" and (self.betas[0] or self.sharding):
+            raise ValueError("second_moment=8bit is for betas[0] = 0 and networks that are not sharded: leave it out")
+        if self.sharding and (self.lora_rank or self.compile):
+            raise ValueError(
+                "sharding=true is for plain networks trained whole: under lora_rank all roles share one frozen copy, "
+                "and compiled blocks are not sharded; leave sharding out, or set lora_rank=0 and compile=false"
+            )
         if self.gan_weight and self.method not in ("dmd2", "swd"):
             raise ValueError(f"gan_weight is DMD2's and SwD's loss, and method {self.method!r} has none: set it to 0")
-        if self.fake_first and (self.rollout == "pipelined" or self.shared_score_sample):
-            raise ValueError("fake_first: under rollout=pipelined or shared_score_sample both learn on one batch")
         if self.shared_score_sample and self.method in ("dmd2", "swd"):
             raise ValueError(f"shared_score_sample: {self.method} draws the fake score's times by a law of its own")
         if self.timesteps is not None and (self.method in ("rmd", "naive") or self.schedule or self.preset):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone, EagerExecutor
+from rmd.backbones.base import Backbone, Conditioning, EagerExecutor
 from rmd.cascade import Cascade
 from rmd.sampler import sample
 from rmd.size import Size
@@ -32,33 +32,38 @@ def teacher_sampling(backbone: Backbone, full_size: Size, steps: int, guidance_s
     )
 
 
+class _GradientFree(EagerExecutor):
+    """Runs modules that go on being trained: what a sharded one gathers under inference mode would not do for that."""
+
+    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            output: Tensor = self.modules[component](**inputs)
+        return output
+
+
 def with_denoiser(backbone: Backbone, denoiser: nn.Module) -> Backbone:
     """The same backbone with another denoiser behind its executor."""
     other = copy.copy(backbone)
-    other.executor = EagerExecutor({**backbone.component_modules(), "denoiser": denoiser})
+    other.executor = _GradientFree({**backbone.component_modules(), "denoiser": denoiser})
     return other
 
 
 @torch.no_grad()
 def draw_pictures(
-    backbone: Backbone,
-    cascade: Cascade,
-    prompts: Sequence[str],
-    seed: int = 0,
-    uncond: Mapping[str, Tensor] | None = None,
+    backbone: Backbone, cascade: Cascade, conditioning: Conditioning, uncond: Conditioning, seed: int = 0
 ) -> Tensor:
     """One picture a prompt: (N, 3, H, W) uint8; of a film, its middle frame.
 
     One after the other: during training there is little memory left.
 
     Args:
-        uncond: what guidance contrasts with, one row; by default the backbone's own.
+        conditioning: of N prompts.
+        uncond: what guidance contrasts with, one row.
     """
-    if uncond is None and cascade.guidance_scale != 1.0:
-        uncond = backbone.encode_unconditional(1)
     pictures = []
-    for i, prompt in enumerate(prompts):
-        latents = sample(backbone, cascade, backbone.encode_prompts([prompt]), [seed + i], uncond)
+    for i in range(len(next(iter(conditioning.values())))):
+        row = {name: value[i : i + 1] for name, value in conditioning.items()}
+        latents = sample(backbone, cascade, row, [seed + i], uncond if cascade.guidance_scale != 1.0 else None)
         pixels = backbone.decode(latents, cascade.full_size)
         if pixels.ndim == 5:
             pixels = pixels[:, :, pixels.shape[2] // 2]

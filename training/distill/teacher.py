@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rmd.backbones.base import Backbone
+from rmd.backbones.configs import published_config
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone
@@ -45,11 +46,20 @@ class Teacher:
     default: str | None
 
     @classmethod
-    def open(cls, folder: Path, name: str | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Teacher:
+    def open(
+        cls,
+        folder: Path,
+        name: str | None,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        weights: bool = True,
+    ) -> Teacher:
         """Load a diffusers folder as a teacher.
 
         Args:
             name: the backbone; by default what its `cascade.json` or pipeline class says.
+            weights: False leaves the networks on the meta device, to plan with.
 
         Raises:
             ValueError: the backbone cannot be told from the folder.
@@ -64,7 +74,7 @@ class Teacher:
         checkpoint = CheckpointFolder.read(folder) if (folder / CASCADE_FILE).is_file() else None
         if name is None:
             name = checkpoint.backbone_name if checkpoint else backbone_of(folder)
-        backbone = get_backbone(name).load(folder, dtype=dtype, device=device)
+        backbone = get_backbone(name).load(folder, dtype=dtype, device=device, weights=weights)
         spec = checkpoint.teacher if checkpoint else None
         return cls(
             folder=folder,
@@ -74,6 +84,16 @@ class Teacher:
             cascades=dict(checkpoint.cascades) if checkpoint else {},
             default=checkpoint.default if checkpoint else None,
         )
+
+
+def published_teacher(name: str, dtype: torch.dtype) -> Teacher:
+    """The public model of a backbone, from its configuration alone: on the meta device, without tokenizers.
+
+    Raises:
+        ValueError: no such backbone, or no public model.
+    """
+    backbone = get_backbone(name).from_config(published_config(name), dtype, "meta")
+    return Teacher(Path(name), backbone, backbone.teacher_steps, backbone.teacher_guidance, {}, None)
 
 
 def backbone_of(folder: Path) -> str:
@@ -106,8 +126,13 @@ def training_cascade(teacher: Teacher, settings: DistillSettings) -> Cascade:
     backbone and the folder stores no cascade; `timesteps` gives these three other times.
 
     Raises:
-        ValueError: no such preset or schedule.
+        ValueError: no such preset or schedule, or settings that are made for another backbone.
     """
+    if settings.backbone not in (None, teacher.backbone.name):
+        raise ValueError(
+            f"these settings are made for the backbone {settings.backbone}, and {teacher.folder} is "
+            f"{teacher.backbone.name}: give another --config, or --set backbone={teacher.backbone.name}"
+        )
     # What is about to be distilled for it needs no note that it was not.
     return replace(_wanted_cascade(teacher, settings), note="")
 

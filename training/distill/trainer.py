@@ -1,7 +1,6 @@
-"""The distillation loop: one student update, some fake-score updates, records, checkpoints, resumption.
+"""The distillation loop: one student update, some fake-score updates, records, checkpoints.
 
-Devices and processes are accelerate's. Gradients are averaged over processes explicitly, so that the networks keep
-their plain names and may be compiled; every process draws its own samples, and the first one keeps the records.
+Devices and processes are accelerate's; the first process keeps the records.
 """
 
 from __future__ import annotations
@@ -9,34 +8,29 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from rmd.machine import device_name
 from training.distill.drift import DriftWatch
-from training.distill.figures import step_figures
-from training.distill.methods.base import DistributionMatching, Matched, Scores
-from training.distill.methods.warm_start import warm_start_loss
-from training.distill.optimizer import AveragedWeights, MasterAdamW
-from training.distill.roles import Networks, fingerprint, trained_parameters
-from training.distill.settings import DistillSettings, changed_settings
+from training.distill.methods.base import DistributionMatching
+from training.distill.resumption import Progress, TrainingError, resume_run, save_run
+from training.distill.roles import Networks
+from training.distill.settings import DistillSettings
+from training.distill.update import Kept, Updater
 from training.runtime.attention import training_attention
-from training.runtime.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from training.runtime.files import write_json
 from training.runtime.interrupts import stopped_by_signals
 from training.runtime.metrics import append_line, cut_lines
-from training.runtime.randomness import Randomness
+from training.runtime.processes import lost_processes
+
+__all__ = ["Hooks", "Trainer", "TrainingError"]
 
 MAX_BAD_UPDATES = 20
-
-
-class TrainingError(ValueError):
-    """The run cannot go on; the message says why and what to do."""
 
 
 @dataclass
@@ -45,23 +39,13 @@ class Hooks:
 
     Attributes:
         on_update: after each update, with the share of the run that is done and the update's figures.
-        on_sheet: every `sheet_every` updates, with the trainer.
+        on_record: with each line of the metrics, on the first process.
+        on_sheet: every `sheet_every` updates, with the trainer; on the first process, or all of a sharded run.
     """
 
     on_update: Callable[[float, dict[str, float]], None] = lambda _share, _figures: None
+    on_record: Callable[[dict[str, float]], None] = lambda _line: None
     on_sheet: Callable[[Trainer], None] = lambda _trainer: None
-
-
-@dataclass
-class Progress:
-    """Where a run stands; stored in its checkpoints."""
-
-    iteration: int = 0
-    seconds: float = 0.0
-    bad_updates: int = 0
-    skipped: int = 0
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    devices: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -89,17 +73,9 @@ class Trainer:
         self.method, self.networks, self.settings, self.run = method, networks, settings, run
         self.accelerator = accelerator or Accelerator(cpu=method.backbone.device.type == "cpu")
         self.hooks = hooks or Hooks()
-        device = method.backbone.device
-        rank = self.accelerator.process_index
-        self.random = Randomness(settings.seed + 1_000_003 * rank, device, dtype)
-        self.rollout = method.rollout(self.random)
-        options = {"betas": settings.betas, "weight_decay": settings.weight_decay, "clip_norm": settings.clip_norm}
-        fake_options = options if settings.clip_fake else {**options, "clip_norm": math.inf}
-        student = trained_parameters(networks.student)
-        self.student_optimizer = MasterAdamW(student, settings.generator_rate, **options)  # type: ignore[arg-type]
-        fake = trained_parameters(networks.fake) | method.critic_parameters()
-        self.fake_optimizer = MasterAdamW(fake, settings.fake_rate, **fake_options)  # type: ignore[arg-type]
-        self.ema = AveragedWeights(self.student_optimizer.master_state(), settings.ema_decay)
+        self.updater = Updater(method, networks, settings, self.accelerator, dtype)
+        self.student_optimizer, self.fake_optimizer = self.updater.student_optimizer, self.updater.fake_optimizer
+        self.ema = self.updater.ema
         self.progress = Progress()
         self.drift = DriftWatch(method.cascade.num_steps - 1)
         self._drifted: str | None = None
@@ -110,8 +86,7 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """One generator update and its fake-score updates; returns figures to log."""
-        settings, method, networks = self.settings, self.method, self.networks
-        iteration = self.progress.iteration
+        settings, iteration = self.settings, self.progress.iteration
         if iteration < settings.fake_warmup_iterations:
             return self._fake_warmup()
         warm = iteration < settings.warm_start_iterations
@@ -119,27 +94,12 @@ class Trainer:
         figures: dict[str, float] = {}
         train_fake = not warm or iteration >= settings.warm_start_iterations - settings.warm_start_fake_iterations
         if train_fake and settings.fake_first:
-            self._update_fake(self._fresh_matched(), (), factor, figures)
-        self.student_optimizer.zero_grad()
-        states = method.states(self.rollout, networks.student, method.active_steps(iteration))
-        predictions = self.rollout.predict(networks.student, states)
-        matched = method.match(predictions)
-        shared: list[Scores] = []
-        if warm:
-            loss = warm_start_loss(method, predictions, networks.teacher, self.random)
-            figures["warm_start_loss"] = float(loss.detach())
-            rate = settings.warm_start_rate or settings.generator_rate
-        else:
-            loss, shared = self._generator_loss(matched, figures)
-            figures["generator_loss"] = float(loss.detach())
-            rate = settings.generator_rate
-        loss.backward()  # type: ignore[no-untyped-call]
-        figures.update(step_figures(predictions, matched))
+            self._update_fake([], factor, figures)
+        rate = (settings.warm_start_rate if warm else None) or settings.generator_rate
         rate *= self.rate_factor(settings.fake_warmup_iterations)
-        figures["generator_grad_norm"] = self.student_optimizer.step(rate, self._reduce)
-        self.ema.update(self.student_optimizer.master_state())
+        kept = self.updater.train_student(iteration, rate, warm, figures)
         if train_fake and not settings.fake_first:
-            self._update_fake(matched, shared, factor, figures)
+            self._update_fake(kept, factor, figures)
         self.progress.iteration += 1
         self._watch(figures)
         return figures
@@ -147,68 +107,18 @@ class Trainer:
     def _fake_warmup(self) -> dict[str, float]:
         """One update of the fake score alone: it learns a student that is at rest."""
         figures: dict[str, float] = {}
-        self._update_fake(self._fresh_matched(), (), self.rate_factor(), figures)
+        self._update_fake([], self.rate_factor(), figures)
         self.progress.iteration += 1
         self._watch(figures)
         return figures
 
-    def _generator_loss(self, matched: Sequence[Matched], figures: dict[str, float]) -> tuple[Tensor, list[Scores]]:
-        """The loss, and the scores that the fake score's update shares, if it does."""
-        method, networks = self.method, self.networks
-        total = sum(len(m.steps) for m in matched)
-        samples = [method.score_sample(m, self.random) for m in matched]
-        shared: list[Scores] = []
-        loss: Tensor | None = None
-        for m, sample in zip(matched, samples, strict=True):
-            scores = method.scores(m, sample, networks.teacher, networks.fake)
-            if self.settings.shared_score_sample:
-                shared.append(scores)
-            part, part_figures = method.generator_loss(m, scores, self.random)
-            figures.update(part_figures)
-            part = part * (len(m.steps) / total)
-            loss = part if loss is None else loss + part
-        if loss is None:
-            raise TrainingError("the method matched nothing")
-        return loss, shared
-
-    def _update_fake(
-        self,
-        matched: Sequence[Matched],
-        shared: Sequence[Scores],
-        factor: float,
-        figures: dict[str, float],
-    ) -> None:
-        settings, fake = self.settings, self.networks.fake
-        early = self.progress.iteration < settings.early_iterations
+    def _update_fake(self, kept: list[Kept], factor: float, figures: dict[str, float]) -> None:
+        settings, iteration = self.settings, self.progress.iteration
+        early = iteration < settings.early_iterations
         for number in range(settings.early_fake_steps if early else settings.fake_steps):
-            if number and not self.rollout.pipelined:
-                matched = self._fresh_matched()
-            # Gradients that the generator's loss may have left in the fake network (GAN, patch loss) are dropped.
-            self.fake_optimizer.zero_grad()
-            total = sum(len(m.steps) for m in matched)
-            parts = []
-            for index, m in enumerate(matched):
-                scores = shared[index] if shared and number == 0 else None
-                parts.append(self.method.critic_loss(m, fake, self.random, scores) * (len(m.steps) / total))
-            loss = torch.stack(parts).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            figures["fake_loss"] = float(loss.detach())
-            figures["fake_grad_norm"] = self.fake_optimizer.step(settings.fake_rate * factor, self._reduce)
-
-    @torch.no_grad()
-    def _fresh_matched(self) -> list[Matched]:
-        """New samples of the student for a further fake-score update."""
-        student = self.networks.student
-        active = self.method.active_steps(self.progress.iteration)
-        return self.method.match(self.rollout.predict(student, self.method.states(self.rollout, student, active)))
-
-    def _reduce(self, grads: list[Tensor]) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        # In place, one after the other: accelerate's reduce, or one flat tensor, would hold them all twice.
-        for grad in grads:
-            torch.distributed.all_reduce(grad)
-        torch._foreach_div_(grads, self.accelerator.num_processes)
+            if number:  # a pipelined batch holds every step already
+                kept = [replace(part, shared=[]) for part in kept] if settings.rollout == "pipelined" else []
+            self.updater.train_fake(iteration, number, settings.fake_rate * factor, kept, figures)
 
     def _watch(self, figures: dict[str, float]) -> None:
         self._drifted = self.drift.observe(figures)
@@ -264,24 +174,32 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_json(self.run / "settings.json", self.settings.to_record())
             cut_lines(self.metrics_file, self.progress.iteration)
-        with stopped_by_signals(self.stop), training_attention(self.method.backbone.device.type, self.tokens):
-            mark = time.monotonic()
-            while self.share_done() < 1.0 and not self._stop:
-                figures = self.update()
-                now = time.monotonic()
-                self.progress.seconds, mark = self.progress.seconds + now - mark, now
-                self._agree()
-                self._record(figures)
-                self._stop_on_drift()
-                self.hooks.on_update(self.share_done(), figures)
-                iteration = self.progress.iteration
-                if iteration % settings.save_every == 0:
-                    self.save()
-                if settings.sheet_every and iteration % settings.sheet_every == 0 and self.accelerator.is_main_process:
-                    self._draw_sheet()
+        found = f"the newest checkpoint of {self.run} is whole"
+        with (
+            stopped_by_signals(self.stop),
+            training_attention(self.method.backbone.device.type, self.tokens),
+            lost_processes(f"{found}: start all of them again with --resume"),
+        ):
+            self._loop()
+        return not self._stop
+
+    def _loop(self) -> None:
+        settings, mark = self.settings, time.monotonic()
+        while self.share_done() < 1.0 and not self._stop:
+            figures = self.update()
+            now = time.monotonic()
+            self.progress.seconds, mark = self.progress.seconds + now - mark, now
+            self._agree()
+            self._record(figures)
+            self._stop_on_drift()
+            self.hooks.on_update(self.share_done(), figures)
+            iteration = self.progress.iteration
+            if iteration % settings.save_every == 0:
+                self.save()
+            if settings.sheet_every and iteration % settings.sheet_every == 0:
+                self._draw_sheet()
         if self._saved != self.progress.iteration:
             self.save()
-        return not self._stop
 
     def _stop_on_drift(self) -> None:
         if self._drifted and self.settings.stop_on_drift:
@@ -292,6 +210,11 @@ class Trainer:
 
     def _draw_sheet(self) -> None:
         """A sheet is a record: where it cannot be drawn (memory, disk), the run goes on without it."""
+        if self.settings.sharding:  # one process that gave up would leave the others waiting
+            self.hooks.on_sheet(self)
+            return
+        if not self.accelerator.is_main_process:
+            return
         try:
             self.hooks.on_sheet(self)
         except (RuntimeError, OSError) as error:
@@ -339,102 +262,16 @@ class Trainer:
             **{name: float(f"{value:.6g}") for name, value in sorted(means.items()) if math.isfinite(value)},
         }
         append_line(self.metrics_file, line)
+        self.hooks.on_record(line)
         sums.clear()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint (first process only)."""
+        """Write a checkpoint, all processes together."""
         self._saved = self.progress.iteration
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        roles = {
-            "student": self.student_optimizer.master_state(),
-            "student_optimizer": self.student_optimizer.optimizer_state(),
-            "fake": self.fake_optimizer.master_state(),
-            "fake_optimizer": self.fake_optimizer.optimizer_state(),
-            "ema": self.ema.weights,
-            "random": {**self.random.state(), **self.rollout.state_dict()},
-        }
-        state = {
-            "seconds": self.progress.seconds,
-            "skipped": self.progress.skipped,
-            "bad_updates": self.progress.bad_updates,
-            "sums": self.progress.sums,
-            "devices": self.progress.devices,
-            "ema_updates": self.ema.updates,
-            "drift": self.drift.state(),
-            "settings": self.settings.to_record(),
-            "prompts": self._prompts_digest(),
-            "teacher": fingerprint(self.networks.teacher),
-        }
-        save_checkpoint(self.run / "checkpoints", self.progress.iteration, roles, state, self.settings.keep_checkpoints)
-
-    def _prompts_digest(self) -> str:
-        return str(getattr(self.method.prompts, "digest", ""))
+        save_run(self)
 
     def resume(self, change_settings: bool = False, *, to_export: bool = False) -> bool:
-        """Continue from the run's newest checkpoint.
-
-        With several processes, all but the first draw other noise than an uninterrupted run would have; so does a run
-        that goes on on another kind of device.
-
-        Args:
-            change_settings: allow the settings in `CHANGEABLE` to differ from the stored ones.
-            to_export: the run is not trained on, so its prompts may be absent.
-
-        Returns:
-            whether there was a checkpoint.
-
-        Raises:
-            TrainingError: other settings, prompts or weights of the teacher than the run was started with.
-        """
-        found = checkpoints(self.run / "checkpoints")
-        if not found:
-            return False
-        roles, state = load_checkpoint(found[-1])
-        changed = changed_settings(state["settings"], self.settings.to_record())
-        fixed = [name for name in changed if name not in self.settings.changeable]
-        if fixed:
-            raise TrainingError(
-                f"this run was started with other settings: {', '.join(fixed)}; they cannot change: give what "
-                f"{self.run / 'settings.json'} says, or another --run"
-            )
-        if changed and not change_settings:
-            raise TrainingError(f"this run has other values of {', '.join(changed)}; to change them, --change-settings")
-        teacher = fingerprint(self.networks.teacher)
-        if state.get("teacher", teacher) != teacher:
-            raise TrainingError(
-                "this run was started with other weights of the teacher; give that --teacher, or another --run"
-            )
-        if not to_export and state.get("prompts", self._prompts_digest()) != self._prompts_digest():
-            raise TrainingError(
-                "this run was started with other prompts; give the same --prompts, --data and --max-prompts"
-            )
-        self.student_optimizer.load_master_state(roles["student"])
-        self.student_optimizer.load_optimizer_state(roles["student_optimizer"])
-        self.fake_optimizer.load_master_state(roles["fake"])
-        self.fake_optimizer.load_optimizer_state(roles["fake_optimizer"])
-        self.ema.weights = {name: roles["ema"][name].to(value) for name, value in self.ema.weights.items()}
-        self.ema.updates = int(state["ema_updates"])
-        self.drift.load_state(state.get("drift", {}))
-        if self.accelerator.process_index == 0:
-            self.random.load_state(roles["random"], int(state["iteration"]))
-            self.rollout.load_state_dict(roles["random"])
-        else:
-            self.random = Randomness(
-                self.settings.seed + 1_000_003 * self.accelerator.process_index + 7 * int(state["iteration"]),
-                self.random.device,
-                self.random.dtype,
-            )
-            self.rollout.random = self.random
-        self.progress = Progress(
-            iteration=int(state["iteration"]),
-            seconds=float(state["seconds"]),
-            bad_updates=int(state["bad_updates"]),
-            skipped=int(state["skipped"]),
-            sums={name: list(pair) for name, pair in state["sums"].items()},
-            devices=list(state.get("devices", [])),
-        )
-        return True
+        """Continue from the run's newest checkpoint; see :func:`training.distill.resumption.resume_run`."""
+        return resume_run(self, change_settings, to_export=to_export)

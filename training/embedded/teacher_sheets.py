@@ -43,7 +43,8 @@ def sheet_prompts(pictures: PictureSet, per_split: int = 8) -> list[SheetPrompt]
 def draw_teacher(backbone: Backbone, prompts: Sequence[str], steps: int = 30, seed: int = 0) -> Tensor:
     """(N, 3, H, W) uint8: the guided teacher at its full size, seeds ``seed`` to ``seed + N - 1``."""
     cascade = teacher_sampling(backbone, backbone.full_size, steps, backbone.teacher_guidance)
-    return draw_pictures(backbone, cascade, prompts, seed)
+    conditioning, uncond = backbone.encode_prompts(prompts), backbone.encode_unconditional(1)
+    return draw_pictures(backbone, cascade, conditioning, uncond, seed)
 
 
 def write_teacher_sheet(

@@ -20,7 +20,8 @@ from rmd.checkpoint import CASCADE_FILE
 from rmd.dtypes import parse_dtype
 from rmd.size import Size
 from rmd.weight_files import file_digest
-from training.distill.prompts import PromptSet, caption_prompts, encode_prompts
+from training.distill.prompt_files import caption_prompts
+from training.distill.prompts import PromptSet, encode_prompts
 from training.distill.roles import fingerprint, trained_parameters, with_weights
 from training.distill.run import PRECISIONS, Distillation
 from training.distill.settings import DistillSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,12 +18,34 @@ class Randomness:
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.generator = torch.Generator().manual_seed(seed)
+        self.common = torch.Generator().manual_seed(seed)
         self.device = torch.device(device)
         self.dtype = dtype
         self.seed = seed
         self.noise = self.generator
         if self.device.type != "cpu":
             self.noise = torch.Generator(self.device).manual_seed(seed)
+
+    def at(self, update: int, part: int, micro_batch: int) -> None:
+        """Start anew at one place of a run, so that what is drawn there depends on nothing that was drawn before.
+
+        Args:
+            update: of the run.
+            part: of the update.
+            micro_batch: its number among those of all processes: however they are spread, each draws the same.
+        """
+        own = _key(self.seed, update, part, micro_batch)
+        self.generator.manual_seed(own)
+        if self.noise is not self.generator:
+            self.noise.manual_seed(own)
+        self.common.manual_seed(_key(self.seed, update, part))
+
+    def shared(self) -> float:
+        """A value in [0, 1), the same in every micro-batch of a part of an update (:meth:`at`).
+
+        What decides how often a network is called is drawn so: processes that shard it call it together or hang.
+        """
+        return float(torch.rand(1, generator=self.common, dtype=torch.float64))
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal values."""
@@ -58,3 +81,9 @@ class Randomness:
             self.noise.set_state(own.cpu())
         else:
             self.noise.manual_seed(self.seed + 1_000_003 * (iteration + 1))
+
+
+def _key(*numbers: int) -> int:
+    """A seed of 63 bits that tells any two places apart."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1

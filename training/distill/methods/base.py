@@ -266,8 +266,15 @@ class DistributionMatching:
                 sample.x, sample.tau, conditioning, uncond, self.guidance_scale, sample.size, denoiser=teacher
             )
         with torch.set_grad_enabled(self.settings.shared_score_sample):
-            predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
+            predicted = self.fake_x0(matched, sample, fake)
         return Scores(sample, real, predicted)
+
+    def fake_x0(self, matched: Matched, sample: ScoreSample, fake: nn.Module | None) -> Tensor:
+        """The fake score's x0 of a noised sample."""
+        conditioning = self.prompts.conditioning(matched.rows)
+        if sample.frames is not None:
+            conditioning["frame_numbers"] = sample.frames
+        return self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
 
     def generator_loss(self, matched: Matched, scores: Scores, random: Randomness) -> tuple[Tensor, dict[str, float]]:
         """The student's loss (Eq. 8 or the chosen metric), averaged over the batch.
@@ -302,10 +309,7 @@ class DistributionMatching:
             sample, predicted = shared.sample, shared.fake
         else:
             sample = self.score_sample(matched, random, critic=True)
-            conditioning = self.prompts.conditioning(matched.rows)
-            if sample.frames is not None:
-                conditioning["frame_numbers"] = sample.frames
-            predicted = self.backbone.predict_x0(sample.x, sample.tau, conditioning, sample.size, denoiser=fake)
+            predicted = self.fake_x0(matched, sample, fake)
         return fake_score_loss(predicted, sample.y, self.fake_weights(matched, sample))
 
     # ---- weights ----------------------------------------------------------------------------------------------------

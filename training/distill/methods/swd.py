@@ -80,7 +80,7 @@ class SwD(DistributionMatching):
         if self.samples is None:
             raise RuntimeError("SwD trains on samples: it needs attach() first")
         random, steps, latents = rollout.random, self.cascade.steps, self.samples.latents
-        index = active[int(random.integers(len(active), 1))]
+        index = active[int(random.shared() * len(active))]
         at = random.integers(len(self.samples.rows), rollout.batch_size)
         size, before = steps[index].size, steps[max(index - 1, 0)].size
         device = rollout.backbone.device

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rmd.pipeline import CascadePipeline
-from training.distill.prompts import read_prompt_file
+from training.distill.prompt_files import read_prompt_file
 from training.evaluate.films.layouts import LAYOUTS
 from training.evaluate.shared.sources import Progress, Writer, draw_missing, drawn_by, prompts_digest
 from training.runtime.files import write_json
