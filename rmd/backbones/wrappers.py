@@ -179,8 +179,8 @@ class ImageDecoder(nn.Module):
         return output
 
 
-class VideoDecoder(nn.Module):
-    """``AutoencoderKLWan`` from normalised latents to films in [-1, 1]."""
+class _FilmAutoencoder(nn.Module):
+    """``AutoencoderKLWan`` with the mean and deviation (1, C, 1, 1, 1) that its latents are normalised by."""
 
     mean: Tensor
     std: Tensor
@@ -191,6 +191,10 @@ class VideoDecoder(nn.Module):
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("mean", torch.tensor(vae.config.latents_mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(vae.config.latents_std).view(shape), persistent=False)
+
+
+class VideoDecoder(_FilmAutoencoder):
+    """``AutoencoderKLWan`` from normalised latents to films in [-1, 1]."""
 
     def forward(self, latents: Tensor) -> Tensor:
         """Films (B, 3, 4 (T - 1) + 1, 8 H, 8 W) in [-1, 1] from latents (B, C, T, H, W)."""
@@ -220,18 +224,8 @@ class ImageEncoder(nn.Module):
         return (raw - self.shift_factor) * self.scaling_factor
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(_FilmAutoencoder):
     """``AutoencoderKLWan`` from films in [-1, 1] to normalised latents: :class:`VideoDecoder`'s way back."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-        shape = (1, -1, 1, 1, 1)
-        self.register_buffer("mean", torch.tensor(vae.config.latents_mean).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(vae.config.latents_std).view(shape), persistent=False)
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents (B, C, (T - 1) / 4 + 1, H / 8, W / 8) of films (B, 3, T, H, W); ``noise`` samples them."""
