@@ -80,9 +80,13 @@ class Compiler(ABC):
         """Whether its engines on ``device`` are made where they are loaded, with no need for a store of built ones."""
         return False
 
-    def text_in_one_batch(self, device: str) -> bool:
+    def text_in_one_batch(self, spec: EngineSpec) -> bool:
         """Whether a text encoder needs one engine for all numbers of prompts, since its products round otherwise at
-        another batch, and a picture would depend on who shares it."""
+        another batch, and a picture would depend on who shares it.
+
+        Args:
+            spec: of its engine at any batch.
+        """
         return False
 
     @abstractmethod

@@ -105,7 +105,7 @@ class CheckpointPlan:
                 yield from ((component, size, buckets[::2][:2]) for size in self.sizes[:-1])
                 yield component, self.sizes[-1], buckets[::2]
             else:
-                one = self.compiler.text_in_one_batch(self.target.device)
+                one = self.compiler.text_in_one_batch(self.spec(component, None, buckets[0]))
                 # The smallest: a prompt comes alone more often than not, and waits for no rows that are padding.
                 yield component, None, buckets[:1] if one else buckets[::2]
 

@@ -23,8 +23,8 @@ class EngineOptions:
         backend: a resolved backend name.
         device: "cpu" or "cuda", the first GPU.
         dtype: such as "bfloat16"; "auto" becomes the device's own.
-        buckets: batch sizes of the denoiser; the decoder takes every other one, and so does the text encoder, but
-            compiled for a CPU, where it takes the smallest alone.
+        buckets: batch sizes of the denoiser; the decoder takes every other one, and so does the text encoder, but the
+            smallest alone where a wider batch would change its rows (see :meth:`Compiler.text_in_one_batch`).
     """
 
     backend: str

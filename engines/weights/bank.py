@@ -101,7 +101,8 @@ class WeightBank:
 
     def _is_view(self, recipe: Recipe) -> bool:
         """Whether its constant has no memory of its own."""
-        if len(recipe.sources) != 1 or recipe.layout not in ("plain", "transposed") or recipe.crop is not None:
+        part = recipe.crop is not None or recipe.rows is not None
+        if len(recipe.sources) != 1 or recipe.layout not in ("plain", "transposed") or part:
             return False
         source = self._tensors.get(recipe.sources[0])
         if source is None:

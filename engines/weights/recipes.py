@@ -29,6 +29,7 @@ class Recipe:
             rows interleaved, as matrix tiles read them).
         block: n; 0 for the layouts without blocks.
         crop: (h, w): the middle of a square table of positions (1, S S, D), as (1, h w, D).
+        rows: the first so many rows of a table of positions (S, D); None for all.
         strides: in elements, as the kernels were compiled to step through it; None: contiguous. They take an address
             alone, and would read a matrix that lies the other way round without a word.
     """
@@ -37,6 +38,7 @@ class Recipe:
     layout: str = "plain"
     block: int = 0
     crop: tuple[int, int] | None = None
+    rows: int | None = None
     strides: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,12 +48,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Read what :meth:`to_dict` wrote."""
-        crop, strides = data.get("crop"), data.get("strides")
+        crop, rows, strides = data.get("crop"), data.get("rows"), data.get("strides")
         return cls(
             tuple(data["sources"]),
             str(data["layout"]),
             int(data["block"]),
             None if crop is None else (crop[0], crop[1]),
+            None if rows is None else int(rows),
             None if strides is None else tuple(int(step) for step in strides),
         )
 
@@ -68,6 +71,8 @@ class Recipe:
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.crop is not None:
             joined = _middle(joined, *self.crop)
+        if self.rows is not None:
+            joined = joined[: self.rows].clone()
         # A patch embedding's kernel serves as a matrix in every other layout.
         made = lay_out(joined if self.layout == "plain" else joined.flatten(1), self.layout, self.block)
         return made if strides_of(made) == self.strides else self._restrided(made)

@@ -208,11 +208,3 @@ def test_engines_whose_weights_could_not_be_packed_are_counted(net: nn.Module) -
     ]
     report = BuildReport(tuple(manifests), 0, 1.0, "inductor", MemoryPlan({}, 0, 0, 0, "cpu"))
     assert report.unpacked == (manifests[1],)
-
-
-def test_text_is_encoded_at_one_batch_where_a_picture_would_depend_on_who_shares_it(tiny_checkpoint: Path) -> None:
-    def batches(backend: str) -> set[tuple[int, ...]]:
-        plan = CheckpointPlan.read(tiny_checkpoint, EngineOptions(backend, "cpu", "float32", (1, 2, 4, 8)))
-        return {e.spec.batches for e in plan.engines if e.component == "text_encoder"}
-
-    assert batches("inductor") == {(1,)} and batches("eager") == {(1, 4)}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engines.compilers.inductor.rewrites import gelu_tanh, rewrite, rewriting
+from engines.compilers.inductor.joined_sd3 import gelu_tanh
+from engines.compilers.inductor.rewrites import rewrite, rewriting
 from engines.errors import EngineError
 from engines.weights.bank import WeightBank
 from engines.weights.recipes import Recipe, find_recipe, lay_out

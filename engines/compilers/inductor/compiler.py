@@ -18,7 +18,7 @@ from engines.compilers.exported import package, used_tensors, user_inputs
 from engines.compilers.inductor.engine import PACKAGE, InductorEngine, load_package, save_constants
 from engines.compilers.inductor.packing import UnexplainedConstantError, compile_packed
 from engines.compilers.inductor.rewrites import rewriting
-from engines.compilers.inductor.settings import options_of, settings_of
+from engines.compilers.inductor.settings import options_of, settings_of, takes_templates
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec, WeightsMode
@@ -39,6 +39,9 @@ class InductorCompiler(Compiler):
         "engines.compilers.exported",
         "engines.compilers.inductor.compiler",
         "engines.compilers.inductor.engine",
+        "engines.compilers.inductor.joined",
+        "engines.compilers.inductor.joined_bert",
+        "engines.compilers.inductor.joined_sd3",
         "engines.compilers.inductor.packing",
         "engines.compilers.inductor.rewrites",
         "engines.compilers.inductor.settings",
@@ -62,9 +65,9 @@ class InductorCompiler(Compiler):
                 return Capabilities(False, "AOTInductor needs the CUDA toolkit (CUDA_HOME is not set)")
         return Capabilities(True)
 
-    def text_in_one_batch(self, device: str) -> bool:
-        """Its unpacked products are the CPU library's, which chooses by shape."""
-        return device == "cpu"
+    def text_in_one_batch(self, spec: EngineSpec) -> bool:
+        """On a CPU, where its products are the library's, which chooses by shape."""
+        return spec.target.device == "cpu" and not takes_templates(spec.settings)
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """See :meth:`Compiler.settings`."""
