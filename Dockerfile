@@ -1,16 +1,22 @@
 # syntax=docker/dockerfile:1
 # One image: with the default torch it serves on NVIDIA GPUs and on CPUs. A CPU-only image, far smaller:
-#   docker build --build-arg TORCH_INDEX_URL=<PyTorch's index of CPU builds> --build-arg EXTRAS= -t rmd:cpu .
+#   docker build --build-arg TORCH=cpu --build-arg TORCH_INDEX_URL=<PyTorch's index of CPU builds> --build-arg EXTRAS= -t rmd:cpu .
+# Where builds must repeat to the bit, give PYTHON by digest (python@sha256:...; docs/deployment.md).
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
+ARG TORCH=cuda
 ARG TORCH_INDEX_URL=
 ARG EXTRAS=[gpu]
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
-RUN python3 -m venv /opt/rmd
-# torch alone first: a layer of gigabytes that a change of our code does not build anew.
+COPY deploy/image/torch-*.txt /lock/
+# torch alone first: a layer of gigabytes that a change of our code does not build anew. Files are held to their sha256.
 RUN --mount=type=cache,target=/var/cache/pip \
-    /opt/rmd/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0
+    python3 -m venv /opt/rmd \
+    && /opt/rmd/bin/pip install --require-hashes --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
+        -r "/lock/torch-${TORCH}.txt"
+COPY deploy/image/requirements.txt /lock/
+RUN --mount=type=cache,target=/var/cache/pip /opt/rmd/bin/pip install --require-hashes --no-deps -r /lock/requirements.txt
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY rmd rmd
@@ -19,10 +25,21 @@ COPY server server
 COPY training training
 COPY bench bench
 COPY cli cli
-RUN --mount=type=cache,target=/var/cache/pip /opt/rmd/bin/pip install ".${EXTRAS}"
+# Only what EXTRAS adds is still to be found, and is held to its version alone: TensorRT's wheels are made while they are installed.
+RUN --mount=type=cache,target=/var/cache/pip /opt/rmd/bin/pip install --no-build-isolation ".${EXTRAS}" \
+    && /opt/rmd/bin/pip check
 
 FROM ${PYTHON}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="rmd" \
+      org.opencontainers.image.description="Few-step image and film cascades behind OpenAI-compatible HTTP" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 # Engines are compiled where they run, at the first start: AOTInductor and Triton call a C++ compiler.
+# Its version is the base image's own release; pinned here it would be gone with Debian's next point release.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
@@ -43,7 +60,7 @@ ENV PATH=/opt/rmd/bin:$PATH \
     RMD_ENGINES=/var/lib/rmd/engines \
     RMD_VIDEOS=/var/lib/rmd/videos
 RUN install --directory --owner=rmd --group=rmd --mode=700 /var/lib/rmd/engines /var/lib/rmd/videos
-USER rmd
+USER 10001:10001
 VOLUME /var/lib/rmd
 EXPOSE 8000
 # Alive, not ready: the first start compiles for minutes. Readiness is /health/ready, for whoever routes traffic.
