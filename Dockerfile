@@ -47,6 +47,7 @@ RUN apt-get update \
 COPY --from=build /opt/rmd /opt/rmd
 WORKDIR /app
 COPY models/embedded models/embedded
+COPY models/embedded-decoder models/embedded-decoder
 COPY models/embedded-teacher models/embedded-teacher
 COPY models/embedded-video models/embedded-video
 COPY models/embedded-video-teacher models/embedded-video-teacher

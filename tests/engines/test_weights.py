@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from engines.compilers.inductor.joined_sd3 import gelu_tanh
-from engines.compilers.inductor.rewrites import rewrite, rewriting
 from engines.errors import EngineError
 from engines.weights.bank import WeightBank
 from engines.weights.recipes import Recipe, find_recipe, lay_out
@@ -125,65 +123,3 @@ def test_a_tied_parameter_may_come_under_any_of_its_names() -> None:
     new = torch.randn(4, 4)
     bank.refit({"a.weight": new})
     assert torch.equal(packed, recipe.make({"b.weight": new}))
-
-
-def sd3(**overrides: object) -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
-    from rmd.backbones.wrappers import SD3Denoiser
-
-    config: dict[str, object] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
-        "attention_head_dim": 16, "num_attention_heads": 2,
-        "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 24,
-        "pos_embed_max_size": 8,
-    }  # fmt: skip
-    return SD3Denoiser(SD3Transformer2DModel(**{**config, **overrides})).eval().requires_grad_(False)
-
-
-def test_the_joined_transformer_computes_the_same() -> None:
-    module = sd3()
-    inputs = {
-        "latents": torch.randn(2, 4, 6, 8),
-        "timestep": torch.tensor([20.0, 700.0]),
-        "encoder_hidden_states": torch.randn(2, 5, 24),
-        "pooled_projections": torch.randn(2, 24),
-    }
-    joined = rewrite(module, inputs)
-    assert joined.name == rewriting(module) != ""
-    expected = module(**inputs)
-    assert torch.linalg.vector_norm(joined.module(**inputs) - expected) < 1e-5 * torch.linalg.vector_norm(expected)
-    held = dict([*module.named_parameters(), *module.named_buffers()])
-    for name, parameter in [*joined.module.named_parameters(), *joined.module.named_buffers()]:
-        recipe = joined.sources[name]
-        if recipe.sources:
-            assert torch.equal(recipe.make(held).reshape(parameter.shape), parameter), name
-        else:
-            assert name == "frequencies"
-
-
-def test_no_product_of_the_joined_transformer_copies_its_weight_for_each_sample() -> None:
-    """A linear layer on a slice becomes B products with B copies of the weight, which cannot be packed."""
-    module = sd3()
-    inputs = {
-        "latents": torch.randn(3, 4, 8, 8),
-        "timestep": torch.tensor([20.0, 700.0, 900.0]),
-        "encoder_hidden_states": torch.randn(3, 5, 24),
-        "pooled_projections": torch.randn(3, 24),
-    }
-    joined = rewrite(module, inputs).module
-    program = torch.export.export(joined, (), kwargs=inputs, strict=False)
-    operators = [str(node.target) for node in program.run_decompositions().graph.nodes if node.op == "call_function"]
-    layers = [child for child in joined.modules() if isinstance(child, nn.Linear)]
-    assert operators.count("aten.addmm.default") == len(layers)
-
-
-def test_transformers_with_further_parts_are_left_alone() -> None:
-    module = sd3(qk_norm="rms_norm")
-    assert rewrite(module, {}).module is module and rewriting(module) == ""
-    assert rewriting(sd3(dual_attention_layers=(0,))) == ""
-
-
-def test_gelu_equals_its_tanh_form() -> None:
-    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
-    assert (gelu_tanh(x) - nn.functional.gelu(x, approximate="tanh")).abs().max() < 1e-12

@@ -1,4 +1,4 @@
-"""``SD3Denoiser`` in fewer, larger matrix products, computing the same.
+"""``SD3Denoiser`` and ``FilmDenoiser`` in fewer, larger matrix products, computing the same.
 
 At batch 1 and 16 tokens a step costs what its calls cost, not what its arithmetic does. The SD3 transformer asks for
 q, k and v apart, and for the modulation of picture and text apart although both read the same vector; here each is
@@ -21,32 +21,35 @@ _EPSILON = 1e-6
 
 
 def is_plain_sd3(transformer: Any) -> bool:
-    """Without query-key norms and without the second attention of SD3.5-medium."""
-    return type(transformer).__name__ == "SD3Transformer2DModel" and all(
+    """Of pictures or films, without query-key norms and without the second attention of SD3.5-medium."""
+    return type(transformer).__name__ in ("SD3Transformer2DModel", "FilmTransformer") and all(
         block.attn2 is None and block.attn.norm_q is None and block.attn.norm_added_q is None
         for block in transformer.transformer_blocks
     )
 
 
 class JoinedSD3(Joined):
-    """``SD3Denoiser`` with joined matrices at one size; same arguments, same result up to rounding.
+    """``SD3Denoiser`` or ``FilmDenoiser`` with joined matrices at one size; same arguments, same result up to rounding.
 
     Args:
-        transformer: an ``SD3Transformer2DModel`` without query-key norms and dual attention.
+        transformer: an ``SD3Transformer2DModel`` or ``FilmTransformer`` without query-key norms and dual attention.
         prefix: of its parameters' names in the component.
-        height, width: of the latents.
+        latents: of any batch and the size, (B, C, H, W) or (B, C, T, H, W).
     """
 
     frequencies: Tensor
     positions: Tensor
+    moments: Tensor
 
-    def __init__(self, transformer: Any, prefix: str, height: int, width: int) -> None:
+    def __init__(self, transformer: Any, prefix: str, latents: Tensor) -> None:
         super().__init__(transformer, prefix)
         config = transformer.config
         self.heads = int(config.num_attention_heads)
         self.patch = int(config.patch_size)
         self.width = int(transformer.inner_dim)
+        height, width = latents.shape[-2:]
         self.grid = height // self.patch, width // self.patch
+        self.frames = latents.shape[2] if latents.ndim == 5 else 1
 
         # A convolution whose kernel is its stride is a product over patches.
         self.patches = self.join("patches", [transformer.pos_embed.proj])
@@ -54,6 +57,10 @@ class JoinedSD3(Joined):
         self.sources["positions"] = crop
         table = crop.make({crop.sources[0]: transformer.pos_embed.pos_embed})
         self.register_buffer("positions", table.clone())
+        if self.frames > 1:  # a film of one frame is a picture
+            rows = Recipe((f"{prefix}temporal_embed",), rows=self.frames)
+            self.sources["moments"] = rows
+            self.register_buffer("moments", rows.make({rows.sources[0]: transformer.temporal_embed.detach()}))
         self.sources["frequencies"] = Recipe(())
         self.register_buffer("frequencies", _frequencies(transformer.time_text_embed.time_proj.num_channels))
         embed = transformer.time_text_embed
@@ -88,10 +95,8 @@ class JoinedSD3(Joined):
     def forward(
         self, latents: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
     ) -> Tensor:
-        """Velocity (B, C, H, W); arguments as ``SD3Denoiser``."""
-        batch, (height, width), size = latents.shape[0], self.grid, self.patch
-        cut = latents.reshape(batch, -1, height, size, width, size).permute(0, 2, 4, 1, 3, 5)
-        image = self.patches(cut.reshape(batch, height * width, -1)) + self.positions
+        """Velocity, of the latents' shape; arguments as ``SD3Denoiser``."""
+        image = self._tokens(latents)
         text = self.text(encoder_hidden_states)
         angles = timestep[:, None] * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(image.dtype)
@@ -102,9 +107,23 @@ class JoinedSD3(Joined):
         for block in self.blocks:
             image, text = self._block(block, image, text, condition)  # type: ignore[arg-type]
         scale, shift = self.last_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        cut = self.out(self._modulate(image, scale, shift)).reshape(batch, height, width, size, size, -1)
-        velocity: Tensor = cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height * size, width * size)
-        return velocity
+        return self._velocity(self.out(self._modulate(image, scale, shift))).reshape(latents.shape)
+
+    def _tokens(self, latents: Tensor) -> Tensor:
+        """(B, [T] N, D), frame by frame."""
+        batch, (height, width), size, frames = latents.shape[0], self.grid, self.patch, self.frames
+        cut = latents.reshape(batch, -1, frames, height, size, width, size).permute(0, 2, 3, 5, 1, 4, 6)
+        image: Tensor = self.patches(cut.reshape(batch * frames, height * width, -1)) + self.positions
+        if frames > 1:
+            # Patch by patch: what is done to a constant alone would be folded, and could not be traced.
+            image = (image.reshape(batch, frames, height * width, -1).transpose(1, 2) + self.moments).transpose(1, 2)
+        return image.reshape(batch, frames * height * width, -1)
+
+    def _velocity(self, patches: Tensor) -> Tensor:
+        """(B, C, T, H, W)."""
+        batch, (height, width), size, frames = patches.shape[0], self.grid, self.patch, self.frames
+        cut = patches.reshape(batch, frames, height, width, size, size, -1).permute(0, 6, 1, 2, 4, 3, 5)
+        return cut.reshape(batch, -1, frames, height * size, width * size)
 
     def _block(self, block: nn.ModuleDict, image: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         batch, tokens = image.shape[:2]

@@ -14,7 +14,7 @@ from engines.compilers.inductor.joined_bert import JoinedBert, is_plain_bert
 from engines.compilers.inductor.joined_sd3 import JoinedSD3, is_plain_sd3
 from engines.weights.recipes import Recipe
 
-_SD3, _BERT = "joined-sd3-4", "joined-bert-1"
+_SD3, _BERT = "joined-sd3-5", "joined-bert-1"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def rewrite(module: nn.Module, inputs: Mapping[str, Tensor]) -> Rewritten:
     """The fastest known form of ``module`` for the CPU at the inputs' shapes; the module itself when none applies."""
     name = rewriting(module)
     if name == _SD3:
-        height, width = inputs["latents"].shape[-2:]
-        sd3 = JoinedSD3(module.transformer, "transformer.", height, width)
+        sd3 = JoinedSD3(module.transformer, "transformer.", inputs["latents"])
         return Rewritten(sd3, sd3.sources, name)
     if name == _BERT:
         bert = JoinedBert(module.model, "model.", inputs["input_ids"].shape[1])
