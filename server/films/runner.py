@@ -1,7 +1,7 @@
 """Feeds video jobs to the executor and writes down what becomes of them.
 
 One thread. The executor's events come in through a queue, since a sink must not block on a database; between events
-the thread renews leases, takes further jobs and, now and then, tidies up.
+the thread renews leases, takes further jobs and, now and then, has tidied up.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from server.core.admission import LONGEST_RETRY
 from server.core.faults import COMPLETED, Fault, RequestError
-from server.films.shelf import FILM, SPRITESHEET, THUMBNAIL, FilmShelf
+from server.films.shelf import FilmShelf
 from server.films.store import CANCELLED, JobStore, VideoJob
+from server.films.writer import FilmWriter, Kept
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
 
 log = logging.getLogger("rmd.server")
@@ -33,6 +34,7 @@ _TIDY_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
 _MOST_ENDED = 10_000
 _MOST_ATTEMPTS = 3
+_LAST_FILMS_SECONDS = 10.0
 LAST_JOBS_SECONDS = 30.0
 """The longest that a stop waits for the database."""
 
@@ -100,7 +102,8 @@ class JobRunner:
         self._seconds_per_film = seconds_per_film
         self._worker = uuid.uuid4().hex
         self._admitting = threading.Lock()
-        self._events: queue.SimpleQueue[tuple[str, Event] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[str, Event | Kept] | None] = queue.SimpleQueue()
+        self._writer = FilmWriter(shelf, lambda job_id, event: self._events.put((job_id, event)))
         self._running: dict[str, tuple[VideoJob, Generation]] = {}  # by id; the thread's own
         self._suspect = False  # the one that runs was begun before, by a worker that ended: no company
         self._stopping = False
@@ -143,14 +146,18 @@ class JobRunner:
         return job
 
     def remove(self, job: VideoJob) -> None:
-        """Cancel an unfinished job, which then reads as failed; forget a finished one and its film."""
+        """Cancel an unfinished job, which then reads as failed; forget a finished one and its film.
+
+        Raises:
+            StoreError: the film is still there, and so is its job.
+        """
         now = time.time()
         if self.store.cancel(job.id, now, now + self._limits.seconds):
             self._events.put((job.id, Failed(_cancelled())))
             self._maker.ended(job, _cancelled().fault.value.outcome)
             return
+        self.shelf.remove(job.id)  # first: nobody would find what a forgotten job had left
         self.store.delete(job.id)
-        self.shelf.remove(job.id)
 
     def counts(self) -> dict[str, int]:
         """Return the number of this model's jobs by status; none where the database does not answer."""
@@ -162,7 +169,7 @@ class JobRunner:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        event: tuple[str, Event] | None = None
+        event: tuple[str, Event | Kept] | None = None
         while True:
             if event is None:
                 with contextlib.suppress(queue.Empty):
@@ -172,8 +179,10 @@ class JobRunner:
                     self._heed(*event)
                     event = None
                 if self._stopping and self._events.empty():
-                    self._give_back()
-                    return
+                    self._writer.finish(_LAST_FILMS_SECONDS)
+                    if self._events.empty():
+                        self._give_back()
+                        return
                 if not self._stopping:
                     self._renew()
                     self._tidy()
@@ -222,9 +231,11 @@ class JobRunner:
     def _sink(self, job_id: str) -> Callable[[Event], None]:
         return lambda event: self._events.put((job_id, event))
 
-    def _heed(self, job_id: str, event: Event) -> None:
-        """Write down one event of a job that runs here."""
+    def _heed(self, job_id: str, event: Event | Kept) -> None:
+        """Write down one event of a job that runs here, or did."""
         if job_id not in self._running:
+            if isinstance(event, Kept):
+                self._writer.aside(lambda: self._remove_unless_kept(job_id))
             return
         job, generation = self._running[job_id]
         if isinstance(event, Advanced):
@@ -232,6 +243,9 @@ class JobRunner:
                 self._drop(job_id)
             return
         if isinstance(event, FinishedPicture):
+            self._writer.keep(job_id, event)
+            return
+        if isinstance(event, Kept):
             self._finish(job, generation, event)
         elif isinstance(event, Failed):
             if event.error.code == CANCELLED:
@@ -244,26 +258,19 @@ class JobRunner:
                 self._fail(job, event.error)
         self._running.pop(job_id)
 
-    def _finish(self, job: VideoJob, generation: Generation, film: FinishedPicture) -> None:
+    def _finish(self, job: VideoJob, generation: Generation, kept: Kept) -> None:
         now = time.time()
-        files = {FILM: film.content, THUMBNAIL: film.thumbnail, SPRITESHEET: film.spritesheet}
-        try:
-            self.shelf.put(job.id, files)
-        except OSError as error:
-            log.error("the film of %s cannot be kept: %s", job.id, error)
-            text = "The film was made and could not be kept: the server's disk failed."
-            self._fail(job, RequestError(Fault.INTERNAL, text, code="storage_failed"))
-            return
-        report = self._maker.report(generation, film)
-        size = sum(map(len, files.values()))
-        if self.store.complete(job.id, self._worker, now, now + self._limits.seconds, size, report):
+        report = self._maker.report(generation, kept.film)
+        if self.store.complete(job.id, self._worker, now, now + self._limits.seconds, kept.size, report):
             self._maker.ended(job, COMPLETED)
-            self._bound_bytes()
-            return
-        # No longer ours: cancelled at the last moment, or another worker's, whose files these are too.
-        found = self.store.get(job.account, job.id)
-        if found is None or found.status == "failed":
-            self.shelf.remove(job.id)
+            self._writer.aside(self._let_go)
+        else:
+            self._writer.aside(lambda: self._remove_unless_kept(job.id))
+
+    def _remove_unless_kept(self, job_id: str) -> None:
+        """Remove the film of a job that was not ours any more: unless another worker's, whose files these are too."""
+        if self.store.has_ended_without(job_id):
+            self.shelf.remove(job_id)
 
     def _fail(self, job: VideoJob, error: RequestError) -> None:
         now = time.time()
@@ -289,23 +296,25 @@ class JobRunner:
             return
         self._tidied = now
         self.store.give_up_waiting(now, now - self._limits.seconds, now + self._limits.seconds)
-        expired = [job.id for job in self.store.with_files() if job.expires_at is not None and job.expires_at <= now]
-        self.store.forget_expired(now)
         self.store.forget_surplus(_MOST_ENDED)
-        for job_id in expired:
-            self.shelf.remove(job_id)
-        self.shelf.sweep({job.id for job in self.store.with_files()})
+        self._writer.aside(self._let_go)
 
-    def _bound_bytes(self) -> None:
-        """Let the oldest films go while there are too many; the newest one stays in any case."""
-        kept = self.store.with_files()
+    def _let_go(self) -> None:
+        """Remove what is too much or has expired.
+
+        A film reads as expired first, then it goes, then its row: what fails here another server does, or the next
+        minute. Servers that do so at once walk the same list, and let no more go than one of them would.
+        """
+        now, kept = time.time(), self.store.with_files()
         total = sum(job.bytes for job in kept)
-        for job in kept[:-1]:
+        for job in kept[:-1]:  # the newest one stays in any case
             if total <= self._limits.bytes:
-                return
-            self.store.drop_files(job.id, time.time())
-            self.shelf.remove(job.id)
+                break
+            self.store.drop_files(job.id, now)
             total -= job.bytes
+        for job_id in self.store.expired(now):
+            self.shelf.remove(job_id)
+        self.store.forget_expired(now)
 
     def _give_back(self) -> None:
         for job_id in self._running:

@@ -243,10 +243,21 @@ class JobStore:
         waiting = [VideoJob.status.in_(_OPEN), VideoJob.lease_until <= now, VideoJob.created_at < created_before]
         self._change(waiting, status="failed", completed_at=now, expires_at=expires_at, **why)
 
+    def expired(self, now: float) -> list[str]:
+        """Return the ids of the ended jobs whose time has passed."""
+        with self._session() as session:
+            return list(session.scalars(select(VideoJob.id).where(*_has_expired(now))))
+
+    def has_ended_without(self, job_id: str) -> bool:
+        """Whether a job is gone, or ended without a film."""
+        with self._session() as session:
+            status = session.scalar(select(VideoJob.status).where(VideoJob.id == job_id))
+        return status in (None, "failed")
+
     def forget_expired(self, now: float) -> None:
-        """Delete the jobs whose time has passed; their files are the shelf's to sweep."""
+        """Delete the jobs whose time has passed; their files must be gone."""
         with self._session() as session, session.begin():
-            session.execute(delete(VideoJob).where(VideoJob.status.not_in(_OPEN), VideoJob.expires_at <= now))
+            session.execute(delete(VideoJob).where(*_has_expired(now)))
 
     def forget_surplus(self, most: int) -> None:
         """Delete the oldest ended jobs without files beyond ``most``: requests cost little, and so are not bounded."""
@@ -265,7 +276,7 @@ class JobStore:
             return list(session.scalars(query))
 
     def drop_files(self, job_id: str, now: float) -> None:
-        """Note that a job's files are gone, and the job with them."""
+        """Let a job expire now; its files are to be removed."""
         self._change([VideoJob.id == job_id], bytes=0, expires_at=now)
 
     def _change(self, which: Sequence[ColumnElement[bool]], **values: Any) -> bool:
@@ -276,6 +287,10 @@ class JobStore:
 
 def _is_there(now: float) -> ColumnElement[bool]:
     return or_(VideoJob.expires_at.is_(None), VideoJob.expires_at > now)
+
+
+def _has_expired(now: float) -> tuple[ColumnElement[bool], ...]:
+    return VideoJob.status.not_in(_OPEN), VideoJob.expires_at <= now
 
 
 def _is_open(job_id: str) -> list[ColumnElement[bool]]:

@@ -50,7 +50,7 @@ class IdempotencyStore:
         key: str,
         body_digest: bytes,
         make: Callable[[], Awaitable[Reply]],
-        usable: Callable[[Reply], bool] = lambda reply: True,
+        usable: Callable[[Reply], Awaitable[bool]] | None = None,
     ) -> tuple[Reply, bool]:
         """Return the reply for ``key`` and whether it was made for an earlier request.
 
@@ -74,8 +74,9 @@ class IdempotencyStore:
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
             )
-        if kept is not None and kept.task.done() and not usable(kept.task.result()):
-            kept = None
+        if kept is not None and usable is not None and kept.task.done() and not await usable(kept.task.result()):
+            newest = self._kept.get(slot)  # somebody else may have found the same, and be making it anew
+            kept = None if newest is kept else newest
         replayed = kept is not None
         if kept is None:
             kept = _Kept(body_digest, asyncio.ensure_future(_as_coroutine(make)), self._clock())

@@ -22,7 +22,7 @@ _BT709, _LIMITED_RANGE = 1, 1  # FFmpeg's numbers
 _SPRITES = 16
 _SPRITE_WIDTH = 320
 
-MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+MEDIA_TYPES: Mapping[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
 def encode_picture(

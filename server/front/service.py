@@ -21,12 +21,14 @@ from server.films.runner import JobRunner
 from server.front.auth import KeyRing
 from server.front.builder import EngineBuilder
 from server.front.engine import EngineLink, EngineProcess
-from server.front.files import FileStore
+from server.front.files import LinkedPictures
 from server.front.fleet import Fleet
 from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec, of_model
 from server.front.idempotency import IdempotencyStore
 from server.front.member import Health, WatchLimits
 from server.front.quotas import Quotas
+from server.objects.place import read_place
+from server.objects.store import Objects
 from server.start.settings import ServerSettings
 from server.telemetry.metrics import Metrics, Snapshot
 
@@ -69,6 +71,9 @@ class Service:
         starts: by device, what starts an engine on it; default: a process for each of the settings' devices.
         on_failed: told why, where no engine can be had.
         on_progress: told how far the start is.
+
+    Raises:
+        ValueError, OSError: the store of objects cannot be opened.
     """
 
     def __init__(
@@ -82,7 +87,8 @@ class Service:
         self.settings = settings
         self.keys = KeyRing(settings.api_keys)
         self.quotas = Quotas(settings.key_rate, settings.key_requests)
-        self.files = FileStore(int(settings.files_megabytes * 1e6), settings.files_seconds)
+        self.objects = Objects(read_place(settings.objects or str(settings.videos)))
+        self.pictures = LinkedPictures(self.objects, int(settings.files_megabytes * 1e6), settings.files_seconds)
         self.replies = IdempotencyStore(
             settings.idempotency_replies, int(settings.idempotency_megabytes * 1e6), settings.idempotency_seconds
         )
@@ -134,6 +140,12 @@ class Service:
 
     def start(self) -> None:
         """Start the engines; :attr:`state` turns READY when the first one is warm."""
+        try:
+            self.objects.check()
+        except ValueError as error:  # before minutes of loading
+            self._failed(str(error))
+            return
+        self.pictures.start()
         self.fleet.start()
 
     def drain(self) -> None:
@@ -149,6 +161,7 @@ class Service:
         self._draining = True
         self.builder.stop()
         self.fleet.stop(LAST_BATCH_SECONDS)
+        self.pictures.stop()
         if self._jobs is not None:
             self._jobs.stop()
 
@@ -330,7 +343,7 @@ class Service:
             teacher_age_seconds={kind: now - baseline.measured for kind, baseline in baselines.items()},
             teacher_spread={kind: baseline.spread for kind, baseline in baselines.items()},
             speedup=speedup,
-            stored_file_bytes=self.files.stored_bytes,
+            stored_file_bytes=self.pictures.stored_bytes,
             video_jobs=self._jobs.counts() if self._jobs else {},
             engine_up={str(each.index): each.health is Health.READY for each in self.fleet.members},
             station_compiled={label: bool(n) for card in cards.values() for label, n in card.compiled.items()},

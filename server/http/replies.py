@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from server.core.card import ModelCard
 from server.core.stations import StationKey
-from server.front.files import FileStore
+from server.front.files import LinkedPictures
 from server.front.generation import FinishedPicture, Generation, PartialPicture
 from server.front.media import MEDIA_TYPES
 from server.http.schemas import (
@@ -26,20 +26,24 @@ from server.http.schemas import (
 ReplyQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
 
-def image_reply(
+async def image_reply(
     model: ModelCard,
-    files: FileStore,
+    linked: LinkedPictures,
     body: ImageRequest,
     generation: Generation,
     pictures: Sequence[FinishedPicture],
     base_url: str,
 ) -> dict[str, Any]:
-    """Return the JSON body of a finished, unstreamed request; stores its pictures where URLs were asked for."""
+    """Return the JSON body of a finished, unstreamed request; stores its pictures where URLs were asked for.
+
+    Raises:
+        StoreError: they cannot be stored.
+    """
     spec = generation.spec
     ordered = sorted(pictures, key=lambda picture: picture.index)
     if body.response_format == "url":
         media_type = MEDIA_TYPES[spec.output_format]
-        names = files.put([picture.content for picture in ordered], media_type, spec.output_format)
+        names = await linked.put([picture.content for picture in ordered], media_type, spec.output_format)
         data = [ImageData(url=f"{base_url.rstrip('/')}/files/{name}") for name in names]
     else:
         data = [ImageData(b64_json=picture.encoded) for picture in ordered]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from email.utils import parsedate_to_datetime
+import re
+from collections.abc import AsyncIterator
+from email.utils import format_datetime, parsedate_to_datetime
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import FileResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from server.core.faults import Fault, RequestError
 from server.http.errors import error_response
+from server.objects.store import KeptObject, Objects
 
 _KEPT_OF_304 = ("cache-control", "etag", "last-modified")
+_PIECE_BYTES = 1 << 20
+_SPAN = re.compile(r"(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 def headers_of(seconds_left: float) -> dict[str, str]:
@@ -46,28 +51,83 @@ def conditional(reply: Response, headers: Headers) -> Response:
     return reply
 
 
-class KeptFile(FileResponse):
-    """A file whose errors have the one shape."""
+async def kept_reply(
+    objects: Objects,
+    found: KeptObject,
+    request: Request,
+    *,
+    media_type: str,
+    seconds_left: float,
+    filename: str | None = None,
+    presigned_seconds: float = 0.0,
+) -> Response:
+    """Return the reply that sends an object, the part of it that is asked for, or why not.
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file, or the part of it that is asked for."""
-        headers = MutableHeaders(scope=scope)
-        if headers.get("range", "bytes=").partition("=")[0].strip().lower() != "bytes":  # to be ignored, not refused
-            scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"range"]}
-        refused = False
+    Args:
+        seconds_left: how long it will be there.
+        filename: what it is to be saved as.
+        presigned_seconds: send the client to the store itself, by a link that is good for so long; 0: never.
 
-        async def shaped(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] in (400, 416):
-                refused = True
-                given = headers.get("range", "")[:80]
-                kept = {key: value for key, value in Headers(scope=message).items() if key == "content-range"}
-                text = f"The range '{given}' is none of a file of {self.headers['content-length']} bytes."
-                await error_response(RequestError(Fault.BAD_RANGE, text, headers=kept))(scope, receive, send)
-            elif not refused:
-                await send(message)
+    Raises:
+        FileNotFoundError: it is gone by now.
+        StoreError: the store does not give it.
+    """
+    headers = {
+        **headers_of(seconds_left),
+        "ETag": found.etag,
+        "Last-Modified": format_datetime(found.modified, usegmt=True),
+        "Accept-Ranges": "bytes",
+    }
+    if filename is not None:
+        headers["Content-Disposition"] = f'attachment; filename="{filename}"'
+    whole = Response(media_type=media_type, headers={**headers, "Content-Length": str(found.size)})
+    answer = conditional(whole, request.headers)
+    if answer is not whole:
+        return answer
+    if presigned_seconds:
+        link = objects.sign(found.name, request.method, min(presigned_seconds, seconds_left))
+        return RedirectResponse(link, 307, headers={"Cache-Control": "no-store"})
+    if request.method == "HEAD":
+        return whole
+    part = _range_of(request.headers, found)
+    begin, end = part or (0, found.size)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {begin}-{end - 1}/{found.size}"
+    first = await objects.read(found, begin, min(begin + _PIECE_BYTES, end)) if end else b""
 
-        await super().__call__(scope, receive, shaped)
+    async def pieces() -> AsyncIterator[bytes]:
+        yield first
+        for at in range(begin + _PIECE_BYTES, end, _PIECE_BYTES):
+            yield await objects.read(found, at, min(at + _PIECE_BYTES, end))
+
+    headers["Content-Length"] = str(end - begin)
+    return StreamingResponse(pieces(), 206 if part else 200, headers, media_type)
+
+
+def _range_of(headers: Headers, found: KeptObject) -> tuple[int, int] | None:
+    """Return the bytes that are asked for, as (first, last + 1); None: all. A list of ranges is ignored, as it may be.
+
+    Raises:
+        RequestError: 416.
+    """
+    asked = headers.get("range", "")
+    unit, _, spans = asked.partition("=")
+    if unit.strip().lower() != "bytes" or "," in spans:
+        return None
+    condition = headers.get("if-range")
+    if condition is not None and condition not in (found.etag, format_datetime(found.modified, usegmt=True)):
+        return None
+    given = _SPAN.fullmatch(spans.strip())
+    if given is not None and given[1]:
+        begin, end = int(given[1]), min(int(given[2]) + 1 if given[2] else found.size, found.size)
+    elif given is not None and given[2]:
+        begin, end = max(found.size - int(given[2]), 0), found.size
+    else:
+        begin = end = 0
+    if begin < end:
+        return begin, end
+    text = f"The range '{asked[:80]}' is none of a file of {found.size} bytes."
+    raise RequestError(Fault.BAD_RANGE, text, headers={"Content-Range": f"bytes */{found.size}"})
 
 
 def _names(tags: str, etag: str) -> bool:

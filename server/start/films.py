@@ -18,7 +18,7 @@ from server.http.schemas import VideoRequest
 
 
 def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
-    """Open the shelf and the database.
+    """Open the database.
 
     Args:
         cards: of the models that make films; the first is the one that is meant where none is named.
@@ -38,10 +38,10 @@ def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
         label = of_model(places.get(job.model, ""), str(job.request["schedule"]))
         service.metrics.video_ended(label, outcome, time.time() - job.created_at)
 
-    shelf = FilmShelf(settings.videos)  # first: it makes the folder that the database lies in
+    settings.videos.mkdir(mode=0o700, parents=True, exist_ok=True)  # the database lies in it
     return JobRunner(
         JobStore(settings.video_database_url),
-        shelf,
+        FilmShelf(service.objects),
         FilmMaker(
             prepare=prepare,
             submit=service.submit,

@@ -23,6 +23,7 @@ from server.core.costs import CostTable
 from server.core.policies import make_policy
 from server.front.auth import KeyRing
 from server.front.quotas import parse_rates
+from server.objects.place import read_place
 
 CONFIG_VARIABLE = "RMD_CONFIG"
 # Of the command line, the load test and compose.
@@ -94,7 +95,13 @@ class ServerSettings(BaseSettings):
     queue_megapixels: float = Field(256.0, gt=0, description="their pixels at full size, in millions")
     key_share: float = Field(0.75, gt=0, le=1, description="of the queue, that one of several API keys may hold")
     deadline_seconds: float = Field(120.0, gt=0, description="from admission to reply, checked at every step")
-    videos: Path = Field(Path("videos"), description="the folder of finished films, and of their jobs' database")
+    videos: Path = Field(Path("videos"), description="the folder of the jobs' database, and of objects")
+    objects: str | None = Field(
+        None, description="where films and linked pictures lie: a folder, s3://, gs:// or az://; default: videos"
+    )
+    presigned_seconds: float = Field(
+        0.0, ge=0, description="send clients to the bucket by links that are good for so long; 0: bytes come from here"
+    )
     video_database: SecretStr | None = Field(
         None, description="SQLAlchemy URL of the jobs' database, such as postgresql+psycopg://; default: SQLite"
     )
@@ -102,7 +109,7 @@ class ServerSettings(BaseSettings):
     videos_together: int = Field(8, ge=1, description="films given to the scheduler at once, to share batches")
     video_deadline_seconds: float = Field(3600.0, gt=0, description="of work on a film; waiting is not counted")
     video_seconds: float = Field(86400.0, gt=0, description="life of a finished film")
-    video_gigabytes: float = Field(10.0, gt=0, description="disk kept for finished films; the oldest leave first")
+    video_gigabytes: float = Field(10.0, gt=0, description="of all finished films; the oldest leave first")
     drain_seconds: float = Field(60.0, ge=0, description="longest wait for accepted requests at SIGTERM")
     buckets: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, NoDecode] = Field(
         None, description="batch sizes of the engines"
@@ -116,7 +123,7 @@ class ServerSettings(BaseSettings):
     idempotency_replies: int = Field(128, ge=1)
     idempotency_megabytes: float = Field(64.0, gt=0, description="memory kept for those replies' pictures")
     files_seconds: float = Field(3600.0, gt=0, description="life of a response_format=url picture")
-    files_megabytes: float = Field(64.0, gt=0, description="memory kept for those pictures")
+    files_megabytes: float = Field(1000.0, gt=0, description="of all those pictures; the oldest leave first")
 
     @field_validator("allowed_hosts", "allowed_origins", "model_aliases", mode="before")
     @classmethod
@@ -173,6 +180,19 @@ class ServerSettings(BaseSettings):
     def _split_buckets(cls, value: Any) -> Any:
         """An empty variable means the backend's own."""
         return _split_commas(value) or None if isinstance(value, str) else value
+
+    @field_validator("objects")
+    @classmethod
+    def _known_place(cls, value: str | None) -> str | None:
+        if value:
+            read_place(value)
+        return value or None
+
+    @model_validator(mode="after")
+    def _links_lead_to_a_bucket(self) -> ServerSettings:
+        if self.presigned_seconds and "://" not in (self.objects or ""):
+            raise ValueError("presigned_seconds: a folder has no links of its own; give a bucket as objects")
+        return self
 
     @model_validator(mode="after")
     def _queue_holds_one_request(self) -> ServerSettings:

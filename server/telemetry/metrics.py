@@ -69,7 +69,11 @@ class _StateCollector(Collector):
             ("rmd_in_flight_requests", "Requests admitted and not yet answered.", now.in_flight_requests),
             ("rmd_in_flight_items", "Pictures admitted and not yet done.", now.in_flight_items),
             ("rmd_queue_capacity_items", "Pictures that can be admitted at once.", now.queue_capacity_items),
-            ("rmd_stored_file_bytes", "Bytes kept for response_format=url.", now.stored_file_bytes),
+            (
+                "rmd_stored_file_bytes",
+                "Bytes kept for response_format=url, as this server last saw them.",
+                now.stored_file_bytes,
+            ),
         )
         for name, text, value in plain:
             yield GaugeMetricFamily(name, text, value=float(value))

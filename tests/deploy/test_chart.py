@@ -30,7 +30,7 @@ def test_the_schema_is_one_and_takes_the_chart_s_own_values() -> None:
 
 @pytest.mark.parametrize("file", SETS, ids=lambda file: file.stem)
 def test_every_set_of_values_is_taken(file: Path) -> None:
-    assert len(SETS) >= 4
+    assert len(SETS) >= 5
     validate(yaml.safe_load(file.read_text()))
 
 

@@ -85,7 +85,8 @@ def rendered(request: pytest.FixtureRequest) -> list[Object]:
 
 
 def test_what_is_rendered_is_valid(rendered: list[Object]) -> None:
-    assert {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"} <= {each["kind"] for each in rendered}
+    kinds = {each["kind"] for each in rendered}
+    assert {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"} <= kinds or "RayService" in kinds
     for obj in rendered:
         validate(obj)
     names = [(each["kind"], each["metadata"]["name"]) for each in rendered]
@@ -104,26 +105,27 @@ def test_every_custom_kind_is_rendered_by_some_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "right", "wrong"),
+    ("name", "file", "right", "wrong"),
     [
-        ("servers.yaml", "terminationGracePeriodSeconds", "terminationGracePeriod"),
-        ("servers.yaml", "failureThreshold: {{", "failureThreshold: a{{"),
-        ("servers.yaml", "pollingInterval", "pollInterval"),
-        ("_helpers.tpl", "readOnlyRootFilesystem", "readonlyRootFilesystem"),
-        ("engines.yaml", "backoffLimit", "backofLimit"),
-        ("monitoring.yaml", "jobLabel", "joblabel"),
-        ("routes.yaml", "hostnames", "hosts"),
+        ("cpu", "servers.yaml", "terminationGracePeriodSeconds", "terminationGracePeriod"),
+        ("cpu", "servers.yaml", "failureThreshold: {{", "failureThreshold: a{{"),
+        ("scaled", "servers.yaml", "pollingInterval", "pollInterval"),
+        ("cpu", "_helpers.tpl", "readOnlyRootFilesystem", "readonlyRootFilesystem"),
+        ("gpu", "engines.yaml", "backoffLimit", "backofLimit"),
+        ("models", "monitoring.yaml", "jobLabel", "joblabel"),
+        ("scaled", "routes.yaml", "hostnames", "hosts"),
+        ("ray", "ray.yaml", "workerGroupSpecs", "workerGroups"),
+        ("ray", "_ray.tpl", "readinessProbe", "readynessProbe"),
     ],
 )
-def test_a_chart_with_a_typo_fails(file: str, right: str, wrong: str, tmp_path: Path) -> None:
+def test_a_chart_with_a_typo_fails(name: str, file: str, right: str, wrong: str, tmp_path: Path) -> None:
     chart = shutil.copytree(CHART, tmp_path / "rmd")
     template = chart / "templates" / file
     assert right in template.read_text()
     template.write_text(template.read_text().replace(right, wrong))
     with pytest.raises((ValidationError, kubernetes.ValidationError)):
-        for name in SETS:
-            for obj in render(values_of(name), chart):
-                validate(obj)
+        for obj in render(values_of(name), chart):
+            validate(obj)
 
 
 def test_helm_refuses_a_misspelt_value() -> None:
@@ -150,6 +152,9 @@ SHARED = {
         ({**OPEN, **SHARED, "networkPolicy": {}}, "networkPolicy.egress"),
         ({**OPEN, **SHARED, "server": {"autoscaling": {"enabled": True}}}, "prometheus.address"),
         ({**OPEN, "server": {"host": "a.example.org"}}, "ingress.className or gateway.parentRefs"),
+        ({**OPEN, "server": {"gpus": 2, "ray": {"enabled": True}}}, "an engine of Ray's has one GPU"),
+        ({**OPEN, "server": {"gpus": 1, "ray": {"enabled": True}}}, "engines.build for hardware 'cpu'"),
+        ({**OPEN, **SHARED, "server": {"replicas": 2, "ray": {"enabled": True}}}, "ray.fronts"),
     ],
 )
 def test_values_that_cannot_work_together_are_refused(values: dict[str, Any], said: str) -> None:
@@ -162,7 +167,9 @@ def test_pods_have_no_rights_and_write_to_their_volumes_alone(rendered: list[Obj
     assert found
     for pod in found:
         spec = pod["spec"]
-        assert spec["automountServiceAccountToken"] is False and spec["enableServiceLinks"] is False
+        asks_kubernetes = [each["name"] for each in spec["containers"]] == ["head"]  # Ray's autoscaler, beside it
+        assert asks_kubernetes or spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
         assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 10001
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
@@ -328,3 +335,26 @@ def test_who_scales_decides_the_number_of_replicas() -> None:
     assert set(re.findall(r"rmd_\w+(?={)", query)) <= set(re.findall(r"# TYPE (\w+)", shown))
     secrets = {each["name"] for each in next(servers(objects))[1]["env"] if "valueFrom" in each}
     assert secrets == {"RMD_API_KEYS", "RMD_VIDEO_DATABASE"}
+
+
+def test_a_ray_service_is_told_the_server_s_settings() -> None:
+    objects = render(values_of("ray"))
+    ((service,), route) = of_kind(objects, "RayService"), of_kind(objects, "HTTPRoute")[0]
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    arguments = application["args"]
+    own = {name: arguments.pop(name) for name in ("fronts", "min_engines", "max_engines", "engine_seconds")}
+    settings = ServerSettings(**arguments)  # an unknown one is refused
+    assert settings.checkpoint == (Path("/app/models/embedded"),) and settings.engines == Path("/engines")
+    assert settings.device == "cuda" and settings.queue_items == 256
+    cluster = service["spec"]["rayClusterConfig"]
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    assert cluster["enableInTreeAutoscaling"] and not of_kind(objects, "Deployment")
+    assert (groups["engines"]["minReplicas"], groups["engines"]["maxReplicas"]) == (
+        own["min_engines"],
+        own["max_engines"],
+    )
+    assert groups["fronts"]["replicas"] == own["fronts"] == 2
+    limits = {name: pod["template"]["spec"]["containers"][0]["resources"]["limits"] for name, pod in groups.items()}
+    assert limits["engines"]["nvidia.com/gpu"] == 1 and "nvidia.com/gpu" not in limits["fronts"]
+    assert service["spec"]["serveService"]["metadata"]["name"] == route["spec"]["rules"][0]["backendRefs"][0]["name"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,25 @@ from server.device.model import DeviceModel
 from server.front.engine import engine_settings
 from server.start.settings import ServerSettings
 from tests.server.house import House, serving
+from tests.server.weed import S3Server
 
 TEACHER_STEPS = 6
+_FOLDER = tempfile.TemporaryDirectory(prefix="rmd-tests-")  # of the linked pictures of tests that say none
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A real S3 server, and its credentials in the environment."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_settings(checkpoint: Path | tuple[Path, ...], **changes: object) -> ServerSettings:
     plain = {"checkpoint": checkpoint, "backend": "eager", "dtype": "float32", "port": 0, "log_level": "warning"}
-    return ServerSettings.model_validate({**plain, "drain_seconds": 10, **changes})
+    return ServerSettings.model_validate({**plain, "videos": _FOLDER.name, "drain_seconds": 10, **changes})
 
 
 def load_on_cpu(settings: ServerSettings) -> DeviceModel:

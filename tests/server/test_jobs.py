@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -17,10 +16,12 @@ from server.core.admission import Admission
 from server.core.faults import Fault, RequestError
 from server.core.work import PictureRecord, Work
 from server.films import runner as runner_module
+from server.films import writer as writer_module
 from server.films.runner import FilmMaker, JobLimits, JobRunner
 from server.films.shelf import FilmShelf
 from server.films.store import JobStore, VideoJob
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
+from server.objects.store import Objects, StoreError
 
 NOW = 1000.0
 LATER = NOW + 60
@@ -118,23 +119,6 @@ def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path
         assert "secret" not in str(raised.value)
 
 
-def test_a_shelf_keeps_whole_folders_and_sweeps_what_was_abandoned(tmp_path: Path) -> None:
-    shelf = FilmShelf(tmp_path / "films")
-    shelf.put("video_1", {"video.mp4": b"old"})
-    shelf.put("video_1", {"video.mp4": b"new"})
-    path = shelf.path("video_1", "video.mp4")
-    assert path and path.read_bytes() == b"new" and shelf.path("video_1", "thumbnail.webp") is None
-    shelf.put("video_2", {"video.mp4": b"x"})
-    killed = tmp_path / "films" / ".video_3-abcd"
-    killed.mkdir()
-    (tmp_path / "films" / "jobs.sqlite3").write_bytes(b"")
-    long_ago = time.time() - 7200
-    for folder in (killed, tmp_path / "films" / "video_1", tmp_path / "films" / "jobs.sqlite3"):
-        os.utime(folder, (long_ago, long_ago))
-    shelf.sweep({"video_1"})
-    assert sorted(entry.name for entry in (tmp_path / "films").iterdir()) == ["jobs.sqlite3", "video_1", "video_2"]
-
-
 class Maker:
     """Takes specs and finishes them when the test says so."""
 
@@ -172,13 +156,17 @@ class Desk:
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.maker = Maker()
         self.store = JobStore(f"sqlite:///{folder / 'jobs.sqlite3'}")
-        self.shelf = FilmShelf(folder / "films")
+        self.films = folder / "films"
+        self.shelf = FilmShelf(Objects(self.films))
         maker = FilmMaker(
             self.maker.prepare, self.maker.submit, self.maker.cancel, lambda generation, film: {"schedule": "3+3"}
         )
         bounds = JobLimits(**{"queue": 8, "together": 2, "seconds": 3600.0, "bytes": 10**6, **limits})
         self.runner = JobRunner(self.store, self.shelf, maker, ["m"], bounds)
         self.runner.start()
+
+    def film(self, job: VideoJob) -> Path:
+        return self.films / job.id / "video.mp4"
 
     def status(self, job: VideoJob) -> str:
         found = self.store.get("", job.id)
@@ -318,17 +306,71 @@ def test_a_finished_film_outlasts_a_locked_database(
     desk.until_status(made, "completed 100")
 
 
-def test_a_film_that_cannot_be_kept_is_reported(desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_film_waits_for_a_store_that_is_away_and_its_job_is_held(
+    desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was reported as failed, and an hour's work thrown away."""
+    monkeypatch.setattr(writer_module, "RETRY_SECONDS", 0.01)
+    for name, seconds in (("_LEASE_SECONDS", 0.6), ("_TICK_SECONDS", 0.05)):
+        monkeypatch.setattr(runner_module, name, seconds)
+    desk, tries = desks(together=1), list[float]()
+    put = desk.shelf.put
+
+    def away(job_id: str, files: Mapping[str, bytes]) -> None:
+        tries.append(time.time())
+        raise StoreError("it is full")
+
+    monkeypatch.setattr(desk.shelf, "put", away)
+    made = desk.accept()
+    desk.until(lambda: made.id in desk.maker.taken)
+    desk.maker.tell(made.id, Advanced(0.9))
+    desk.maker.tell(made.id, FILM)
+    desk.until(lambda: bool(tries) and tries[-1] > tries[0] + 0.8)  # longer than a lease
+    waiting = desk.accept()
+    assert desk.status(made) == "in_progress 89" and desk.store.claim(["m"], "other", time.time(), 0.0) is not None
+    assert waiting.id not in desk.maker.taken, "no more is made than can be kept"
+    monkeypatch.setattr(desk.shelf, "put", put)
+    desk.until_status(made, "completed 100")
+    assert desk.film(made).read_bytes() == b"film"
+
+
+def test_what_the_store_does_not_take_goes_back_in_line_when_the_server_stops(
+    desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = desks()
+    made = first.accept()
+    first.until(lambda: made.id in first.maker.taken)
+
+    def away(job_id: str, files: Mapping[str, bytes]) -> None:
+        raise StoreError("it cannot be reached")
+
+    monkeypatch.setattr(first.shelf, "put", away)
+    first.maker.tell(made.id, FILM)
+    first.runner.stop()
+    second = desks()
+    second.until(lambda: made.id in second.maker.taken)
+
+
+def test_a_film_that_the_store_does_not_let_go_keeps_its_row(
+    desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row went first, and nothing named the film any more."""
     desk = desks()
-
-    def full(job_id: str, files: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(desk.shelf, "put", full)
     made = desk.accept()
     desk.until(lambda: made.id in desk.maker.taken)
     desk.maker.tell(made.id, FILM)
-    desk.until_status(made, "failed 0 storage_failed")
+    desk.until_status(made, "completed 100")
+
+    def away(job_id: str) -> None:
+        raise StoreError("it cannot be reached")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(desk.shelf, "remove", away)
+        with pytest.raises(StoreError):
+            desk.runner.remove(made)
+        assert desk.status(made) == "completed 100"
+    desk.runner.remove(made)
+    assert desk.status(made) == "gone" and not desk.film(made).exists()
 
 
 def test_a_database_that_was_away_longer_than_a_lease_costs_no_film(
@@ -376,10 +418,8 @@ def test_the_oldest_films_leave_when_there_are_too_many(desks: Callable[..., Des
     for one in made:
         desk.maker.tell(one.id, FILM)
         desk.until_status(one, "completed 100")
-    desk.until(lambda: desk.shelf.path(made[0].id, "video.mp4") is None)
-    assert all(desk.shelf.path(one.id, "video.mp4") for one in made[1:])
-    gone = desk.store.get("", made[0].id)
-    assert gone and gone.expires_at and gone.expires_at <= time.time(), "it says so"
+    desk.until(lambda: not desk.film(made[0]).exists())
+    assert all(desk.film(one).exists() for one in made[1:])
     assert desk.store.get("", made[0].id, time.time()) is None
     assert {one.id for one in desk.store.page("", None, 9, True, time.time()).jobs} == {one.id for one in made[1:]}
 
@@ -391,7 +431,7 @@ def test_a_film_that_was_ready_when_it_was_cancelled_does_not_stay(desks: Callab
     assert desk.store.cancel(made.id, time.time(), time.time() + 60)
     desk.maker.tell(made.id, FILM)
     desk.until(lambda: not desk.runner._running)
-    desk.until(lambda: desk.shelf.path(made.id, "video.mp4") is None)
+    desk.until(lambda: not desk.film(made).exists())
     assert desk.status(made) == "failed 0 cancelled"
 
 
@@ -402,4 +442,4 @@ def test_a_finished_job_is_forgotten_with_its_film(desks: Callable[..., Desk]) -
     desk.maker.tell(made.id, FILM)
     desk.until_status(made, "completed 100")
     desk.runner.remove(made)
-    assert desk.status(made) == "gone" and desk.shelf.path(made.id, "video.mp4") is None
+    assert desk.status(made) == "gone" and not desk.film(made).exists()

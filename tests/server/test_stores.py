@@ -1,4 +1,4 @@
-"""Stored files and idempotent replies: within their memory, and forgotten in time."""
+"""Idempotent replies: within their memory, and forgotten in time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 
 from server.core.faults import Fault, RequestError
-from server.front.files import FileStore
 from server.front.idempotency import IdempotencyStore
 from tests.server.house import Clock
-
-
-def test_stored_files_expire_and_stay_within_their_memory() -> None:
-    clock = Clock()
-    store = FileStore(max_bytes=100, life_seconds=10, clock=clock)
-    names = [store.put([bytes(40)], "image/png", "png")[0] for _ in range(3)]
-    assert store.get(names[0]) is None and store.get(names[2]) is not None and store.stored_bytes == 80
-    clock.now = 11
-    assert store.get(names[2]) is None and store.stored_bytes == 0
 
 
 def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None:
@@ -72,6 +62,10 @@ def test_idempotent_replies_stay_within_their_memory() -> None:
     asyncio.run(scenario())
 
 
+async def told(usable: bool) -> bool:
+    return usable
+
+
 def test_an_idempotent_reply_that_can_no_longer_be_given_is_made_anew() -> None:
     async def scenario() -> None:
         store, made = IdempotencyStore(max_replies=10, max_bytes=100, life_seconds=5, clock=Clock()), list[int]()
@@ -81,7 +75,7 @@ def test_an_idempotent_reply_that_can_no_longer_be_given_is_made_anew() -> None:
             return {"made": made[-1]}
 
         for usable, expected in ((True, (0, False)), (True, (0, True)), (False, (1, False)), (True, (1, True))):
-            reply, replayed = await store.run(b"me", "k", b"body", make, lambda _reply, usable=usable: usable)
+            reply, replayed = await store.run(b"me", "k", b"body", make, lambda _reply, usable=usable: told(usable))
             assert (reply["made"], replayed) == expected
 
     asyncio.run(scenario())
@@ -95,7 +89,7 @@ def test_a_reply_that_was_made_anew_is_the_newest() -> None:
             return {}
 
         for key, usable in (("a", True), ("b", True), ("a", False), ("c", True)):
-            await store.run(b"me", key, b"body", make, lambda _reply, usable=usable: usable)
+            await store.run(b"me", key, b"body", make, lambda _reply, usable=usable: told(usable))
         assert (await store.run(b"me", "a", b"body", make))[1], "b was the oldest"
 
     asyncio.run(scenario())

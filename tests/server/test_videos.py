@@ -312,9 +312,11 @@ def test_a_film_checkpoint_without_a_place_for_its_films_says_so(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("x")
-    failures: list[str] = []
-    unusable = film_settings.model_copy(update={"videos": blocked})
     starts = [("cpu", lambda: ThreadEngine(film_model))]
+    with pytest.raises(OSError, match=str(blocked)):
+        Service(film_settings.model_copy(update={"videos": blocked}), open_jobs, starts)
+    unusable = film_settings.model_copy(update={"videos": blocked, "objects": str(tmp_path / "objects")})
+    failures: list[str] = []
     service = Service(unusable, open_jobs, starts, on_failed=failures.append)
     service.start()
     end = time.monotonic() + 30

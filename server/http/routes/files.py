@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import time
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.core.faults import Fault, RequestError
+from server.front.media import MEDIA_TYPES
 from server.front.service import Service
 from server.http.schemas import ErrorReply
-from server.http.stored import conditional, headers_of
+from server.http.stored import kept_reply
 
 router = APIRouter(tags=["files"])
 
 
-@router.get("/files/{name}", responses={404: {"model": ErrorReply}})
+@router.get("/files/{name}", responses={status: {"model": ErrorReply} for status in (404, 412, 416, 503)})
 @router.head("/files/{name}", include_in_schema=False)
 async def get_file(name: str, request: Request) -> Response:
-    """Return one stored picture; 404 once it has expired."""
+    """Return one stored picture, whichever server made it; 404 once it has expired. Takes Range requests."""
     service: Service = request.app.state.service
-    stored = service.files.get(name)
-    if stored is None:
-        raise RequestError(Fault.NOT_FOUND, "This picture has expired or never was here; generate it again.")
-    headers = {**headers_of(stored.expires_at - time.monotonic()), "ETag": stored.etag}
-    return conditional(Response(stored.content, media_type=stored.media_type, headers=headers), request.headers)
+    found = await service.pictures.find(name)
+    try:
+        if found is None:
+            raise FileNotFoundError(name)
+        return await kept_reply(
+            service.objects,
+            found[0],
+            request,
+            media_type=MEDIA_TYPES[name.rpartition(".")[2]],
+            seconds_left=found[1],
+            presigned_seconds=service.settings.presigned_seconds,
+        )
+    except FileNotFoundError:
+        text = "This picture has expired or never was here; generate it again."
+        raise RequestError(Fault.NOT_FOUND, text) from None

@@ -79,10 +79,10 @@ def check_idempotency_key(key: str) -> None:
         )
 
 
-def _at_hand(service: Service, reply: dict[str, Any]) -> bool:
+async def _at_hand(service: Service, reply: dict[str, Any]) -> bool:
     """Whether every file that a reply links to can still be fetched."""
-    urls = [picture["url"] for picture in reply["data"] if picture.get("url")]
-    return all(service.files.get(url.rpartition("/")[2]) is not None for url in urls)
+    names = [picture["url"].rpartition("/")[2] for picture in reply["data"] if picture.get("url")]
+    return None not in await asyncio.gather(*map(service.pictures.find, names))
 
 
 async def _draw(
@@ -100,7 +100,7 @@ async def _draw(
     finally:
         service.cancel(generation, client_gone())
     service.metrics.request_seconds.labels(spec.label).observe(time.monotonic() - generation.arrived)
-    return image_reply(service.card(spec.model), service.files, body, generation, pictures, base_url)
+    return await image_reply(service.card(spec.model), service.pictures, body, generation, pictures, base_url)
 
 
 async def _while_connected(request: Request, work: Any) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from server.core.card import step_costs
 from server.core.faults import Fault, RequestError
-from server.films.shelf import FILM, SPRITESHEET, THUMBNAIL
+from server.films.shelf import FILM, MEDIA_TYPES, SPRITESHEET, THUMBNAIL, film_object
 from server.films.store import VideoJob
 from server.front.service import Service
 from server.http.errors import validation_error
@@ -32,7 +32,7 @@ from server.http.schemas import (
     VideoList,
     VideoRequest,
 )
-from server.http.stored import KeptFile, conditional, headers_of
+from server.http.stored import kept_reply
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -42,11 +42,7 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 403, 404, 409, 412, 413, 416, 429, 503)
 }
-_VARIANTS: dict[Variant, tuple[str, str]] = {
-    "video": (FILM, "video/mp4"),
-    "thumbnail": (THUMBNAIL, "image/webp"),
-    "spritesheet": (SPRITESHEET, "image/jpeg"),
-}
+_VARIANTS: dict[Variant, str] = {"video": FILM, "thumbnail": THUMBNAIL, "spritesheet": SPRITESHEET}
 _MOST_FIELDS = 32
 _POLLS_A_FILM = 20
 _POLL_BOUNDS_MS = (250, 10_000)
@@ -114,26 +110,28 @@ def get_video(video_id: str, request: Request) -> Response:
     return JSONResponse(_video(job).model_dump(), headers=headers)
 
 
-@router.get("/{video_id}/content", response_class=FileResponse, responses=_ERRORS)
+@router.get("/{video_id}/content", response_class=Response, responses=_ERRORS)
 @router.head("/{video_id}/content", include_in_schema=False)
-def get_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
+async def get_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
     """Return the film (MP4), its middle frame (WebP) or a sheet of its frames (JPEG). Takes Range requests."""
     service: Service = request.app.state.service
-    job = _find(request, video_id)
+    job = await asyncio.to_thread(_find, request, video_id)
     if job.status != "completed":
         raise _not_ready(job, "fetched")
-    name, media_type = _VARIANTS[variant]
-    path = service.jobs.shelf.path(job.id, name)
+    name = _VARIANTS[variant]
     try:
-        found = None if path is None else path.stat()
-    except FileNotFoundError:  # deleted just now
-        found = None
-    if path is None or found is None:
-        raise RequestError(Fault.NOT_FOUND, "This film has expired; make it again from its prompt and rmd.seed.")
-    headers = headers_of((job.expires_at or 0.0) - time.time())
-    filename = f"{job.id}.{name.partition('.')[2]}"
-    film = KeptFile(path, media_type=media_type, filename=filename, headers=headers, stat_result=found)
-    return conditional(film, request.headers)
+        return await kept_reply(
+            service.objects,
+            await service.objects.head(film_object(job.id, name)),
+            request,
+            media_type=MEDIA_TYPES[name],
+            seconds_left=(job.expires_at or 0.0) - time.time(),
+            filename=f"{job.id}.{name.partition('.')[2]}",
+            presigned_seconds=service.settings.presigned_seconds,
+        )
+    except FileNotFoundError:  # removed just now, here or by another server
+        text = "This film has expired or was deleted; make it again from its prompt and rmd.seed."
+        raise RequestError(Fault.NOT_FOUND, text) from None
 
 
 @router.delete("/{video_id}", response_model=VideoDeleted, responses=_ERRORS)

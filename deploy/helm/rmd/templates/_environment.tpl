@@ -1,5 +1,5 @@
-{{- /* A server's settings: {root, server}. The image's own variables are said again, so that the pod tells all. */ -}}
-{{- define "rmd.environment" -}}
+{{- /* A server's settings as a JSON object: {root, server}. The image's own are said again, so that the pod tells all. */ -}}
+{{- define "rmd.settings" -}}
 {{- $values := .root.Values }}
 {{- $server := .server }}
 {{- $name := printf "%s-%s" (include "rmd.name" .root) $server.name }}
@@ -17,9 +17,20 @@
 {{- $service := list $name (printf "%s.%s" $name .root.Release.Namespace) (printf "%s.%s.svc" $name .root.Release.Namespace) (printf "%s.%s.svc.cluster.local" $name .root.Release.Namespace) }}
 {{- $_ := set $own "allowed_hosts" (concat $service (default list $server.settings.allowed_hosts)) }}
 {{- end }}
-{{- range $setting, $value := mergeOverwrite (deepCopy $server.settings) $own }}
+{{- toJson (mergeOverwrite (deepCopy $server.settings) $own) }}
+{{- end }}
+
+{{- /* The same as variables. */ -}}
+{{- define "rmd.environment" -}}
+{{- range $setting, $value := include "rmd.settings" . | fromJson }}
 - {name: RMD_{{ upper $setting }}, value: {{ include "rmd.setting" $value | quote }}}
 {{- end }}
+{{- include "rmd.secretEnvironment" . }}
+{{- end }}
+
+{{- /* The settings that come from Secrets: {root}. */ -}}
+{{- define "rmd.secretEnvironment" -}}
+{{- $values := .root.Values }}
 {{- with $values.apiKeys.secret }}
 - name: RMD_API_KEYS
   valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $values.apiKeys.key }}}}

@@ -84,12 +84,14 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{- /* What the pods of servers and of builders have in common: {root, hardware}. */ -}}
+{{- /* What all pods have in common: {root, hardware}. One that asksKubernetes has the account that KubeRay makes for it. */ -}}
 {{- define "rmd.pod" -}}
-serviceAccountName: {{ .root.Values.serviceAccountName }}
-automountServiceAccountToken: false
 # Else a Service called rmd would set RMD_PORT in every pod.
 enableServiceLinks: false
+{{- if not .asksKubernetes }}
+serviceAccountName: {{ .root.Values.serviceAccountName }}
+automountServiceAccountToken: false
+{{- end }}
 securityContext: {{- include "rmd.podSecurity" . | nindent 2 }}
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets: {{- range . }}
@@ -142,6 +144,20 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- /* The claim of the engines that are built ahead for one kind of machine: {root, hardware}. */ -}}
 {{- define "rmd.enginesClaim" -}}
 {{- .hardware.engines.claim | default (printf "%s-engines-%s" (include "rmd.name" .root) .hardware.name) }}
+{{- end }}
+
+{{- /* Where a server's engines lie: {root, hardware}. */ -}}
+{{- define "rmd.enginesVolume" -}}
+{{- if .hardware.engines.build -}}
+persistentVolumeClaim: {claimName: {{ include "rmd.enginesClaim" . }}}
+{{- else -}}
+emptyDir: {sizeLimit: {{ .hardware.engines.size }}}
+{{- end }}
+{{- end }}
+
+{{- /* Longer than preStop, drain_seconds, the batch that runs (5), the films' jobs (30) and the last replies (10): {root, server}. */ -}}
+{{- define "rmd.graceSeconds" -}}
+{{- add .root.Values.preStopSeconds (ceil (default 60 .server.settings.drain_seconds) | int) 60 }}
 {{- end }}
 
 {{- /* The commands that build some servers' engines, a JSON list. */ -}}
