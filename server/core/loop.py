@@ -215,7 +215,8 @@ class Loop:
                     self._show(ticket, shown[ticket], batch.key, now)
                 ticket.step += 1
             moved.append(self._hand_on(ticket, batch.key, now))
-        self._emit(Ended(batch.number, batch.key, rows, company, seconds, tuple(m for m in moved if m is not None)))
+        onward = tuple(each for each in moved if each is not None)
+        self._emit(Ended(batch.number, batch.key, rows, company, seconds, onward, at=now))
 
     def raised(self, batch: Batch, error: Exception, last: bool) -> None:
         """Account for a batch that raised. Where it was its tickets' last try, their requests have failed."""

@@ -71,11 +71,13 @@ class Ready(_Struct, frozen=True):
     Attributes:
         costs: (station, rows, seconds).
         missing: why each checkpoint that could not be loaded could not, by model id.
+        clock: seconds since 1970 less its monotonic seconds, by which others understand its times; 0 where not told.
     """
 
     cards: tuple[ModelCard, ...]
     costs: tuple[tuple[StationKey, int, float], ...]
     missing: Mapping[str, str] = {}
+    clock: float = 0.0
 
 
 class Unable(_Struct, frozen=True):
@@ -130,7 +132,8 @@ class Moved(_Struct, frozen=True):
 
 
 class Ended(_Struct, frozen=True):
-    """A batch is over. ``failed``: it raised, and its tickets are "retried" alone, or "lost"."""
+    """A batch is over. ``failed``: it raised, and its tickets are "retried" alone, or "lost".
+    ``at``: when, in the engine's monotonic seconds; 0 where it raised."""
 
     batch: int
     key: StationKey
@@ -139,6 +142,7 @@ class Ended(_Struct, frozen=True):
     seconds: float
     moved: tuple[Moved, ...]
     failed: str = ""
+    at: float = 0.0
 
 
 class Encoded(_Struct, frozen=True):

@@ -103,7 +103,7 @@ class Engine:
         )
         table = self._costs.table()
         costs = tuple((key, rows, each) for key, widths in table.items() for rows, each in widths.items())
-        self._door.send(Ready(cards, costs, loaded.missing))
+        self._door.send(Ready(cards, costs, loaded.missing, time.time() - time.monotonic()))
         try:
             self._serve()
         except DeviceBroken as error:

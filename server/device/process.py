@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ import msgspec
 
 from server.device.door import Door, ParentGone
 from server.device.settings import EngineSettings
+from server.logs import configure_logging
 
 _WATCH_SECONDS = 1.0
 
@@ -22,10 +22,7 @@ _WATCH_SECONDS = 1.0
 def main() -> None:
     """Serve one front until it says stop, or is gone."""
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineSettings)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s %(name)s [{settings.device}]: %(message)s",
-    )
+    configure_logging(settings.log_level, settings.log_format, place=settings.device)
     # A terminal's Ctrl-C, or a supervisor's SIGTERM, reaches the whole group; when to stop is the front's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

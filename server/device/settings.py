@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from server.logs import LogFormat
+
 RECORD = ".batch"
 """Ends the name of the file, beside the front's door, in which an engine writes what it runs now."""
 
@@ -34,3 +36,4 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     film_seconds: float
     prompt_megabytes: float
     log_level: str
+    log_format: LogFormat = "text"

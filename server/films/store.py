@@ -34,6 +34,8 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 _OPEN: tuple[Status, ...] = ("queued", "in_progress")
 _ENDED: tuple[Status, ...] = ("completed", "failed")
 CANCELLED = "cancelled"
+CARRIER = "trace"
+"""In a job's request, beside what was asked for: the headers by which its trace goes on, where it is traced."""
 _DELETED = "deleted"  # the account of what nobody is to see any more; no digest of a key
 
 
@@ -80,6 +82,11 @@ class VideoJob(_Base):
     attempts: Mapped[int] = mapped_column(default=0)
     bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     report: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What its film is made from."""
+        return {name: value for name, value in self.request.items() if name != CARRIER}
 
     @property
     def open(self) -> bool:

@@ -170,6 +170,7 @@ def engine_settings(settings: ServerSettings, device: str, address: str) -> Engi
         film_seconds=settings.video_deadline_seconds,
         prompt_megabytes=settings.prompt_megabytes,
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
 
 

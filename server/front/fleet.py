@@ -279,6 +279,8 @@ class Fleet:
             self._ledger.began(message)
         elif isinstance(message, Ended):
             members = () if member.batch is None else member.batch.members
+            if member.batch is not None:
+                self._ledger.trace(member.batch, message, member.time_of(message), member.index)
             member.ended(message)
             self._ledger.ended(message, members, member.cards.get(message.key.model))
             if self._stopping and message.batch >= self._last_batches.get(member.index, 0):

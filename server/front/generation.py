@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rmd.cascade import Cascade
 from rmd.size import Size
@@ -13,6 +14,10 @@ from server.core.faults import RequestError
 from server.core.stations import StationKey
 from server.core.work import PictureRecord, Work
 from server.front.media import OutputFormat
+from server.telemetry.facts import CURRENT, RequestFacts
+
+if TYPE_CHECKING:
+    from server.telemetry.tracing import RequestTrace, Tracing
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class GenerationSpec:
     """Whether the reply holds the pictures themselves, in base64."""
     frames_per_second: int | None = None
     """Of a film, whose progress is reported; None for pictures."""
+    carrier: tuple[tuple[str, str], ...] = ()
+    """Of a film, whose own request has been answered: the headers by which its trace goes on."""
 
     @property
     def film(self) -> bool:
@@ -135,6 +142,8 @@ class Generation:
         engine: which engine has it; None where none has.
         strikes: engines that ended while a batch with it ran.
         shown: partial pictures that were sent: (picture, number).
+        facts: of the HTTP request that waits for it; a film's is over.
+        trace: its spans, where it is traced and sampled.
     """
 
     def __init__(
@@ -151,6 +160,8 @@ class Generation:
         self.engine: int | None = None
         self.strikes = 0
         self.shown: set[tuple[int, int]] = set()
+        self.facts: RequestFacts | None = None
+        self.trace: RequestTrace | None = None
         self.places = [Place(StationKey("encode", model=spec.model)) for _ in spec.seeds]
 
     @property
@@ -167,6 +178,23 @@ class Generation:
     def over(self) -> bool:
         """Whether nothing more will come of it."""
         return self.failed or all(place.left for place in self.places)
+
+    def follow(self, model_id: str, tracing: Tracing | None) -> None:
+        """Note what is asked for beside the HTTP request that waits for it, and begin its spans.
+
+        Args:
+            model_id: whose schedule.
+            tracing: None where nothing is traced.
+        """
+        spec, self.facts = self.spec, CURRENT.get()
+        if self.facts is not None:
+            self.facts.model, self.facts.schedule = model_id, spec.schedule
+        if tracing is not None:
+            about = {"rmd.request_id": self.id, "rmd.model": model_id, "rmd.schedule": spec.schedule}
+            parent = None if self.facts is None else self.facts.span
+            self.trace = tracing.follow(parent, dict(spec.carrier), self.arrived, spec.film, spec.seeds, about)
+        if self.facts is not None:
+            self.facts.trace = self.trace
 
     def seconds_left(self) -> float:
         """Seconds until its deadline; negative once it has passed."""

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,6 +17,9 @@ from server.core.stations import StationKey
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, Place
 from server.front.packaging import Packager
 from server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.telemetry.tracing import Member
 
 log = logging.getLogger("rmd.server")
 
@@ -97,6 +101,8 @@ class Ledger:
         with self.lock:
             generation.engine = None
             generation.strikes += suspect
+            if generation.trace is not None:
+                generation.trace.engine_lost()
             places = generation.places
             generation.places = [
                 place if place.decoded or place.left else Place(StationKey("encode", model=generation.spec.model))
@@ -114,7 +120,8 @@ class Ledger:
 
     def fail(self, generation: Generation, reason: str) -> None:
         """Fail a request with 500; the reason goes to the log, not to the client."""
-        log.error("request %s failed: %s", generation.id, reason)
+        ids = {} if generation.facts is None else generation.facts.ids
+        log.error("request %s failed: %s", generation.id, reason, extra={"facts": {"request_id": generation.id, **ids}})
         text = "The model failed on this request; others are not affected."
         self.settle(generation, RequestError(Fault.ENGINE_FAILED, text))
 
@@ -126,6 +133,8 @@ class Ledger:
             left = sum(not place.left for place in generation.places)
             self._metrics.dropped.labels(error.fault.value.outcome).inc(left)
             generation.failed = True
+            if generation.trace is not None:
+                generation.trace.ended(error.fault.value.outcome)
             self._on_end(generation)
             for place in generation.places:
                 self._leave(generation, place)
@@ -164,6 +173,25 @@ class Ledger:
                 place.step, place.station = moved.step, moved.station
                 if generation.spec.film and message.key.kind == "denoise":
                     generation.sink(Advanced(1.0 - generation.remaining(place) / max(generation.costs[0], 1e-9)))
+
+    def trace(self, began: Began, ended: Ended, at: float, engine: int) -> None:
+        """Write down a batch for the traces of those in it; before :meth:`ended`, which moves them on.
+
+        Args:
+            at: when it ended, seconds since 1970.
+        """
+        with self.lock:
+            known = self._generations
+            traced: list[Member] = []
+            for request_id, index in (*began.members, *((request_id, None) for request_id in began.previews)):
+                generation = known.get(request_id)
+                if generation is not None and generation.trace is not None:
+                    step = 0 if index is None else generation.places[index].step
+                    traced.append((generation.trace, index, step))
+            if traced:
+                from server.telemetry.tracing import trace_batch
+
+                trace_batch(began, ended, at, engine, traced)
 
     def encoded(self, message: Encoded) -> None:
         """A text is known."""
@@ -215,6 +243,8 @@ class Ledger:
                 return
             if isinstance(result, FinishedPicture):
                 self._count_picture(generation, result)
+                if generation.trace is not None:
+                    generation.trace.packaged(message.index, result.record.package)
                 self._leave(generation, generation.places[message.index])  # its place is free before its client hears
             generation.sink(result)
 
@@ -241,6 +271,9 @@ class Ledger:
 
     def _count_picture(self, generation: Generation, picture: FinishedPicture) -> None:
         schedule, record = generation.spec.label, picture.record
+        if generation.facts is not None:
+            generation.facts.took("queue", record.queue)
+            generation.facts.took("compute", record.compute)
         self._metrics.pictures.labels(schedule).inc()
         self._metrics.queue_seconds.labels(schedule).observe(record.queue)
         self._metrics.decode_seconds.observe(record.decode)

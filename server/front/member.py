@@ -63,6 +63,7 @@ class Member:
         self.cards: dict[str, ModelCard] = {}
         """By place; empty until it was ready once."""
         self.missing: Mapping[str, str] = {}
+        self.clock = 0.0
         self.costs = CostTable({})
         self.batch: Began | None = None
         self.reason = ""
@@ -145,6 +146,7 @@ class Member:
         self.costs = CostTable(widths)  # type: ignore[arg-type]
         self.cards = {card.place: card for card in message.cards}
         self.missing, self.health, self.usage = message.missing, Health.READY, False
+        self.clock = message.clock
 
     def changed(self, message: Changed) -> None:
         """One of its stations runs on something else."""
@@ -174,3 +176,7 @@ class Member:
         self.batch = None
         if message.rows:
             self.costs.observe(message.key, message.rows, message.seconds)
+
+    def time_of(self, message: Ended) -> float:
+        """When a batch was over, seconds since 1970: by its engine's clock, or as heard now."""
+        return self.clock + message.at if self.clock and message.at else time.time()

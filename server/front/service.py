@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from statistics import fmean
 
 from server.core.admission import Admission
 from server.core.card import ModelCard, step_costs
@@ -23,13 +24,15 @@ from server.front.builder import EngineBuilder
 from server.front.engine import EngineLink, EngineProcess
 from server.front.files import LinkedPictures
 from server.front.fleet import Fleet
-from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec, of_model
+from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec
 from server.front.idempotency import IdempotencyStore
-from server.front.member import Health, WatchLimits
+from server.front.member import WatchLimits
 from server.front.quotas import Quotas
+from server.front.snapshot import take_snapshot
 from server.objects.place import read_place
 from server.objects.store import Objects
 from server.start.settings import ServerSettings
+from server.telemetry import open_tracing
 from server.telemetry.metrics import Metrics, Snapshot
 
 log = logging.getLogger("rmd.server")
@@ -92,6 +95,7 @@ class Service:
         self.replies = IdempotencyStore(
             settings.idempotency_replies, int(settings.idempotency_megabytes * 1e6), settings.idempotency_seconds
         )
+        self.tracing = open_tracing() if settings.tracing else None
         self.metrics = Metrics(self.snapshot)
         share = settings.key_share if len(settings.api_keys) > 1 else 1.0
         self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6), share=share)
@@ -164,6 +168,8 @@ class Service:
         self.pictures.stop()
         if self._jobs is not None:
             self._jobs.stop()
+        if self.tracing is not None:
+            self.tracing.close()
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -259,6 +265,7 @@ class Service:
                 deadline=math.inf if spec.film else now + self.settings.deadline_seconds,
             )
             generation = Generation(spec, work, permit, sink, costs)
+            generation.follow(self.card(spec.model).model_id, self.tracing)
             self.fleet.submit(generation)
         except BaseException:
             permit.release()
@@ -316,38 +323,17 @@ class Service:
 
     def snapshot(self) -> Snapshot:
         """Return the state that the gauges show."""
-        lead, cards, now = self.fleet.lead, self.fleet.cards, time.monotonic()
+        return take_snapshot(self)
+
+    @property
+    def film_jobs(self) -> JobRunner | None:
+        """The video jobs; None while loading, and where no model makes films."""
+        return self._jobs
+
+    def recent_compute(self) -> dict[tuple[str, str], float]:
+        """Return the mean compute seconds of the last pictures, by model's place and schedule."""
         with self._recent_lock:
-            means = {place: sum(window) / len(window) for place, window in self._recent.items() if window}
-        baselines = {of_model(place, each.kind): each for place, card in cards.items() for each in card.baselines}
-        speedup = {
-            (of_model(place, name), kind): ratio
-            for (place, name), mean in means.items()
-            if place in cards
-            for kind, ratio in cards[place].speedups(mean).items()
-        }
-        stations = [key for card in cards.values() for key in card.stations()]
-        return Snapshot(
-            ready=self.ready,
-            draining=self.state is State.DRAINING,
-            load_progress=1.0 if cards else self.progress.done / max(self.progress.total, 1),
-            in_flight_requests=self.admission.requests,
-            in_flight_items=self.admission.items,
-            queue_capacity_items=self.admission.max_items,
-            queue_depth=self.fleet.depths(),
-            batch_width={key.label: lead.costs.widest(key) for key in stations} if lead else {},
-            engine_memory_bytes={
-                of_model(place, name): held for place, card in cards.items() for name, held in card.memory_bytes.items()
-            },
-            teacher_seconds={kind: baseline.seconds for kind, baseline in baselines.items()},
-            teacher_age_seconds={kind: now - baseline.measured for kind, baseline in baselines.items()},
-            teacher_spread={kind: baseline.spread for kind, baseline in baselines.items()},
-            speedup=speedup,
-            stored_file_bytes=self.pictures.stored_bytes,
-            video_jobs=self._jobs.counts() if self._jobs else {},
-            engine_up={str(each.index): each.health is Health.READY for each in self.fleet.members},
-            station_compiled={label: bool(n) for card in cards.values() for label, n in card.compiled.items()},
-        )
+            return {place: fmean(window) for place, window in self._recent.items()}
 
     # -- called by the fleet (its lock held) -----------------------------------------------------------------------
 

@@ -25,7 +25,14 @@ from server.http.origins import CheckDoor
 from server.http.paths import CleanPath, route_path
 from server.http.routes import files, health, images, models, videos
 
-_EXPOSED = ("idempotent-replayed", "openai-poll-after-ms", "retry-after", "x-request-id", "x-should-retry")
+_EXPOSED = (
+    "idempotent-replayed",
+    "openai-poll-after-ms",
+    "retry-after",
+    "traceparent",
+    "x-request-id",
+    "x-should-retry",
+)
 """Headers that a page of an allowed origin may read."""
 
 
@@ -45,6 +52,8 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
+        # Its own would tell queries, which may hold a key by mistake, and what of a body is wrong: a prompt perhaps.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = service
     for router in (images.router, videos.router, models.router, health.router, files.router, playground.router):
@@ -68,7 +77,7 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=_EXPOSED,
         )
     app.add_middleware(CheckDoor, hosts=settings.known_hosts, origins=settings.known_origins)
-    app.add_middleware(Accounting, metrics=service.metrics)
+    app.add_middleware(Accounting, metrics=service.metrics, tracing=service.tracing)
     app.add_middleware(CleanPath, root_path=settings.root_path)
     return app
 

@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +23,11 @@ from server.http.errors import error_response, outcome_of_status
 from server.http.incoming import discard
 from server.http.keys import CALLER
 from server.http.paths import PROBES, route_path
+from server.telemetry.facts import CURRENT, RequestFacts
 from server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.telemetry.tracing import Tracing
 
 log = logging.getLogger("rmd.server")
 access_log = logging.getLogger("rmd.access")
@@ -38,29 +43,39 @@ _ROUTES = (
 
 
 class Accounting:
-    """Gives each request an id, counts and logs how it ended, and turns what nobody caught into a 500."""
+    """Gives each request an id and a span, counts and logs how it ended, and turns what nobody caught into a 500.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    Args:
+        tracing: None where nothing is traced.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self.app = app
         self.metrics = metrics
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application inside."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        path = route_path(scope)
+        facts = RequestFacts(uuid.uuid4().hex)
+        if self.tracing is not None and path not in PROBES:
+            facts.span = self.tracing.serve(Headers(scope=scope), scope["method"], _route(path), facts.request_id)
+        told = {"x-request-id": facts.request_id, **(facts.span.carrier() if facts.span is not None else {})}
+        CURRENT.set(facts)
         status, begun = 0, time.monotonic()
 
         async def watched_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update(told)
             await send(message)
 
         state = scope.setdefault("state", {})
-        state[REQUEST_ID] = request_id
+        state[REQUEST_ID] = facts.request_id
         try:
             await self.app(scope, receive, watched_send)
         except asyncio.CancelledError:  # the server stops and waits no longer
@@ -70,7 +85,7 @@ class Accounting:
                 await error_response(stopping)(scope, receive, watched_send)
             raise
         except Exception:
-            log.exception("request %s raised", request_id)
+            log.exception("request %s raised", facts.request_id)
             state[OUTCOME] = Fault.INTERNAL.value.outcome
             if status:
                 raise  # too late for a status: close the connection, so that the client sees a broken reply
@@ -82,23 +97,15 @@ class Accounting:
             status = status or Fault.CLIENT_GONE.value.status
             outcome = state.get(OUTCOME) or outcome_of_status(status)
             caller: Caller = state.get(CALLER, Caller())
-            path = route_path(scope)
             self.metrics.requests.labels(_route(path), outcome).inc()
             if caller.name:
                 self.metrics.key_requests.labels(caller.name, outcome).inc()
             if path not in PROBES:  # they come every few seconds and say nothing
-                # Without the query: a key that was put there by mistake is not to be kept.
-                access_log.info(
-                    '%s %s "%s %s" %d %s %.3fs %s',
-                    (scope.get("client") or ("-",))[0],
-                    caller.name or "-",
-                    scope["method"],
-                    quote(path),
-                    status,
-                    outcome,
-                    time.monotonic() - begun,
-                    request_id,
-                )
+                _log_access(scope, path, caller.name, status, outcome, time.monotonic() - begun, facts)
+            if facts.trace is not None:
+                facts.trace.replied()
+            if facts.span is not None:
+                facts.span.end(status, outcome)
 
 
 class RefuseEarly:
@@ -136,6 +143,30 @@ class RefuseEarly:
         if path == _PICTURES and self.admission.full and "idempotency-key" not in Headers(scope=scope):
             self.check_accepting()
             self.admission.acquire(1, 0).release()
+
+
+def _log_access(
+    scope: Scope, path: str, key: str, status: int, outcome: str, seconds: float, facts: RequestFacts
+) -> None:
+    """Say who, what, how it ended and how long it took. Never the query, which may hold a key by mistake."""
+    line: dict[str, Any] = {
+        "client": (scope.get("client") or ("-",))[0],
+        "key": key or "-",
+        "method": scope["method"],
+        "path": quote(path),
+        "status": status,
+        "outcome": outcome,
+        "seconds": round(seconds, 6),
+        **facts.ids,
+        **({"model": facts.model, "schedule": facts.schedule} if facts.model else {}),
+        **{f"{what}_seconds": took for what, took in facts.seconds.items()},
+    }
+    more = "".join(f" {name}={value}" for name, value in list(line.items())[8:])
+    access_log.info(
+        '%(client)s %(key)s "%(method)s %(path)s" %(status)d %(outcome)s %(seconds).3fs %(request_id)s%(more)s',
+        {**line, "more": more},
+        extra={"facts": line},
+    )
 
 
 def _route(path: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from server.core.card import ModelCard, step_costs
 from server.films.runner import FilmMaker, JobLimits, JobRunner
 from server.films.shelf import FilmShelf
-from server.films.store import JobStore, VideoJob
+from server.films.store import CARRIER, JobStore, VideoJob
 from server.front.generation import GenerationSpec, of_model
 from server.front.service import Service
 from server.http.replies import report
@@ -31,8 +32,11 @@ def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
     places = {each.model_id: each.place for each in cards}
 
     def prepare(request: Mapping[str, Any]) -> GenerationSpec:
-        body = VideoRequest.model_validate(request)
-        return resolve_film(body, choose_model(body.model, service, films=True), settings)
+        asked = dict(request)
+        carrier = asked.pop(CARRIER, {})
+        body = VideoRequest.model_validate(asked)
+        spec = resolve_film(body, choose_model(body.model, service, films=True), settings)
+        return replace(spec, carrier=tuple(carrier.items()))
 
     def ended(job: VideoJob, outcome: str) -> None:
         label = of_model(places.get(job.model, ""), str(job.request["schedule"]))

@@ -93,6 +93,7 @@ def make_server(service: Service) -> DrainingServer:
         backlog=backlog,
         access_log=False,  # ours names keys, and leaves out queries
         log_level=settings.log_level,
+        log_config=None,  # its lines go where all go, in their format
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_REPLIES_SECONDS,
         server_header=False,

@@ -23,6 +23,7 @@ from server.core.costs import CostTable
 from server.core.policies import make_policy
 from server.front.auth import KeyRing
 from server.front.quotas import parse_rates
+from server.logs import LogFormat
 from server.objects.place import read_place
 
 CONFIG_VARIABLE = "RMD_CONFIG"
@@ -87,6 +88,8 @@ class ServerSettings(BaseSettings):
     )
     nearest_size: bool = Field(False, description="draw the nearest size where another is asked for; replies say which")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = Field("text", description="json: an object a line")
+    tracing: bool = Field(False, description="send OpenTelemetry traces, as OTEL_* variables say")
 
     max_body_bytes: int = Field(64 * 1024, ge=1024)
     max_prompt_characters: int = Field(4000, ge=1)

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from server.core.card import step_costs
 from server.core.faults import Fault, RequestError
 from server.films.shelf import FILM, MEDIA_TYPES, SPRITESHEET, THUMBNAIL, film_object
-from server.films.store import VideoJob
+from server.films.store import CARRIER, VideoJob
 from server.front.service import Service
 from server.http.errors import validation_error
 from server.http.keys import caller_of
@@ -33,6 +33,7 @@ from server.http.schemas import (
     VideoRequest,
 )
 from server.http.stored import kept_reply
+from server.telemetry.facts import CURRENT
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -76,7 +77,7 @@ async def remix_video(video_id: str, request: Request) -> Response:
     source = await asyncio.to_thread(_find, request, video_id)
     if source.status != "completed":
         raise _not_ready(source, "remixed")
-    changed = VideoRequest.model_validate({**source.request, "prompt": body.prompt})
+    changed = VideoRequest.model_validate({**source.asked, "prompt": body.prompt})
     job = _new_job(service, changed, source.account, source.id)
     return await _once(request, body, lambda: jobs.accept(job))
 
@@ -199,12 +200,17 @@ def _new_job(service: Service, body: VideoRequest, account: str, remixed_from: s
     return VideoJob(
         account=account,
         model=model.model_id,
-        request={**body.model_dump(exclude_none=True), **fixed},
+        request={**body.model_dump(exclude_none=True), **fixed, **_trace()},
         seconds=film_seconds(size.num_frames, spec.frames_per_second),
         size=plane(size),
         created_at=time.time(),
         remixed_from=remixed_from,
     )
+
+
+def _trace() -> dict[str, Any]:
+    facts = CURRENT.get()
+    return {} if facts is None or facts.span is None else {CARRIER: facts.span.carrier()}
 
 
 def _account(request: Request) -> str:

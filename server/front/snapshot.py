@@ -1,0 +1,48 @@
+"""The server's state at one scrape, gathered from where it is kept."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from server.front.generation import of_model
+from server.front.member import Health
+from server.telemetry.metrics import Snapshot
+
+if TYPE_CHECKING:
+    from server.front.service import Service
+
+
+def take_snapshot(service: Service) -> Snapshot:
+    """Return the state that the gauges show."""
+    lead, cards, now = service.fleet.lead, service.fleet.cards, time.monotonic()
+    baselines = {of_model(place, each.kind): each for place, card in cards.items() for each in card.baselines}
+    speedup = {
+        (of_model(place, name), kind): ratio
+        for (place, name), mean in service.recent_compute().items()
+        if place in cards
+        for kind, ratio in cards[place].speedups(mean).items()
+    }
+    stations = [key for card in cards.values() for key in card.stations()]
+    jobs = service.film_jobs
+    return Snapshot(
+        ready=service.ready,
+        draining=service.state.value == "draining",
+        load_progress=1.0 if cards else service.progress.done / max(service.progress.total, 1),
+        in_flight_requests=service.admission.requests,
+        in_flight_items=service.admission.items,
+        queue_capacity_items=service.admission.max_items,
+        queue_depth=service.fleet.depths(),
+        batch_width={key.label: lead.costs.widest(key) for key in stations} if lead else {},
+        engine_memory_bytes={
+            of_model(place, name): held for place, card in cards.items() for name, held in card.memory_bytes.items()
+        },
+        teacher_seconds={kind: baseline.seconds for kind, baseline in baselines.items()},
+        teacher_age_seconds={kind: now - baseline.measured for kind, baseline in baselines.items()},
+        teacher_spread={kind: baseline.spread for kind, baseline in baselines.items()},
+        speedup=speedup,
+        stored_file_bytes=service.pictures.stored_bytes,
+        video_jobs=jobs.counts() if jobs else {},
+        engine_up={str(each.index): each.health is Health.READY for each in service.fleet.members},
+        station_compiled={label: bool(n) for card in cards.values() for label, n in card.compiled.items()},
+    )
