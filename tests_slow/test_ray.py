@@ -26,7 +26,7 @@ from rmd.cascade_file import write_cascade_json
 # Read as Ray is imported; without it nodes meet at their outside address, on Linux even those of one machine.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # else 15, behind whatever else the machine does
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  -- else 15, behind whatever else the machine does
 ray = pytest.importorskip("ray")
 
 from ray import serve  # noqa: E402
@@ -76,7 +76,7 @@ def undisturbed(checkpoint: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def fixed(cluster: str, checkpoint: Path) -> Iterator[str]:
+def fixed(cluster: str, checkpoint: Path) -> str:
     """Two engines behind one front with a short queue."""
     serve.run(
         application.build(
@@ -84,8 +84,7 @@ def fixed(cluster: str, checkpoint: Path) -> Iterator[str]:
         )
     )
     until_engines(cluster, 2)
-    yield cluster
-    serve.delete("default")
+    return cluster
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 180) -> Any:

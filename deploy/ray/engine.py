@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from typing import Any
@@ -48,9 +49,8 @@ class EngineReplica:
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     def _report(self) -> None:
-        share: Share = self._roster.engine.remote(self._name, self._host.contact, self._admitted).result(
-            _ANSWER_SECONDS
-        )
+        told = self._roster.engine.remote(self._name, self._host.contact, self._admitted)
+        share: Share = told.result(timeout_s=_ANSWER_SECONDS)
         self._work = share.work
         if share.key != self._admitted:
             self._host.admit([share.key])
@@ -78,8 +78,8 @@ class EngineReplica:
         """Called by Ray before it ends the replica: finish what fronts have given to it."""
         self._leaving = True
         self._asking.stop()
-        try:
-            await self._roster.engine_leaves.remote(self._name)
-        finally:
-            if not await asyncio.to_thread(self._host.leave, self._settings.drain_seconds):
-                log.warning("drain_seconds passed: other engines begin anew what is left")
+        with contextlib.suppress(TimeoutError):  # the whole application ends, the roster first
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await self._roster.engine_leaves.remote(self._name)
+        if not await asyncio.to_thread(self._host.leave, self._settings.drain_seconds):
+            log.warning("drain_seconds passed: other engines begin anew what is left")

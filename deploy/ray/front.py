@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from functools import partial
 from typing import Any
@@ -65,4 +67,6 @@ class FrontReplica:
     async def __del__(self) -> None:
         """Called by Ray when no request is left."""
         self._asking.stop()
-        await self._roster.front_leaves.remote(self._name)
+        with contextlib.suppress(TimeoutError):  # the whole application ends, the roster first
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await self._roster.front_leaves.remote(self._name)

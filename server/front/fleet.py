@@ -120,7 +120,7 @@ class Fleet:
 
     @property
     def cards(self) -> dict[str, ModelCard]:
-        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them."""
+        """The models that engines hold, by place; see :attr:`Members.cards`."""
         return self.members.cards
 
     def enlist(self, engines: Mapping[str, Callable[[], EngineLink]], foreign: Mapping[str, float]) -> None:
@@ -276,7 +276,8 @@ class Fleet:
                 continue
             if not member.link.running:
                 self._hear(member)  # its last words, and pictures
-                self._lost(member, member.reason or "its process ended")
+                ended = "its connection broke" if member.enlisted else "its process ended"
+                self._lost(member, member.reason or ended)
                 continue
             hung = member.hung()
             if hung:

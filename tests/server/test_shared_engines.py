@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 import zmq
+from msgspec import structs
 
-from server.core.messages import Stop
+from server.core.messages import Stop, Submit
 from server.device.model import DeviceModel
 from server.front.member import Health
 from server.front.remote import KeyPair, RemoteEngine
@@ -70,7 +71,9 @@ def test_an_engine_killed_over_there_costs_no_request_and_bytes_stay(settings: S
         enlist(house.service, "front", {"survivor": survivor})
         assert pictures(calls.result(90)) == undisturbed, "the same to the bit as of an engine of its own"
         assert house.metric("rmd_pictures_total") == len(undisturbed)
-        assert [each.device for each in house.service.fleet.members] == ["survivor"], "the other one is forgotten"
+        house.until(
+            lambda: [each.device for each in house.service.fleet.members] == ["survivor"], "the other forgotten"
+        )
     survivor.door.leave()
     survivor.thread.join(30)
 
@@ -115,7 +118,7 @@ def test_a_front_that_goes_takes_its_work_along(engine: SharedEngine, gate: Gate
         assert gate.arrived.wait(30)
         work = stays.service.fleet._ledger.all()[0].work
         for number in range(20):
-            gone.send(_submit(work, f"gone-{number}"))
+            gone.send(Submit(structs.replace(work, id=f"gone-{number}")))
         deadline = time.monotonic() + 30
         while gone.receive(0.0) is None:  # it has come in
             assert time.monotonic() < deadline
@@ -145,14 +148,6 @@ def test_an_engine_that_leaves_finishes_its_work(model: DeviceModel, gate: Gate,
             assert "image_generation.completed" in events and "error" not in events
         assert all(generation.strikes == 0 for generation in house.service.fleet._ledger.all())
         assert drawn(house.draw(seed=1))
-        assert [each.device for each in house.service.fleet.members] == ["stays"]
+        house.until(lambda: [each.device for each in house.service.fleet.members] == ["stays"], "the other forgotten")
     stays.door.leave()
     stays.thread.join(30)
-
-
-def _submit(work: Any, name: str) -> Any:
-    from msgspec import structs
-
-    from server.core.messages import Submit
-
-    return Submit(structs.replace(work, id=name))
