@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("rmd", "training", "engines", "server", "bench", "cli", "loadtest")
+PACKAGES = ("rmd", "training", "engines", "server", "bench", "cli", "loadtest", "deploy")
 ALLOWED = {
     "rmd": set(),
     "training": {"rmd"},
@@ -19,6 +19,7 @@ ALLOWED = {
     "bench": {"rmd", "engines", "server"},
     "cli": {"rmd", "training", "engines", "server", "bench"},
     "loadtest": set(),
+    "deploy": {"server"},
 }
 
 

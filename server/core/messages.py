@@ -51,7 +51,19 @@ class Stop(_Struct, frozen=True):
     """End after the batch that runs."""
 
 
-Command: TypeAlias = Submit | Cancel | Adopt | UsePolicy | Ping | Stop
+class Hello(_Struct, frozen=True):
+    """A front joins a shared engine, or begins anew: then what it had here is forgotten.
+
+    Attributes:
+        front: its name.
+        now: monotonic seconds of its host.
+    """
+
+    front: str
+    now: float
+
+
+Command: TypeAlias = Submit | Cancel | Adopt | UsePolicy | Ping | Stop | Hello
 
 
 # -- from the engine ---------------------------------------------------------------------------------------------------
@@ -178,7 +190,11 @@ class Pong(_Struct, frozen=True):
     number: int
 
 
-_OfModel: TypeAlias = Loading | Ready | Unable | Changed | Busy | Baselines | Pong
+class Leaving(_Struct, frozen=True):
+    """The engine finishes what it has, then ends: it is to be given nothing new."""
+
+
+_OfModel: TypeAlias = Loading | Ready | Unable | Changed | Busy | Baselines | Pong | Leaving
 _OfWork: TypeAlias = Began | Ended | Encoded | Pixels | Lost
 Message: TypeAlias = _OfModel | _OfWork
 

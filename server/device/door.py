@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 import numpy as np
 import zmq
@@ -19,8 +20,18 @@ class ParentGone(Exception):  # noqa: N818  -- it says what happened
     """The front has ended: an engine does not outlive it."""
 
 
+class EngineDoor(Protocol):
+    """What an engine knows of its front, or fronts. Used from one thread."""
+
+    def send(self, message: Message, pixels: Pixels | None = None) -> None:
+        """Send a message; pixels travel as they lie in memory."""
+
+    def receive(self, timeout: float) -> Command | None:
+        """Return the next command, or None after ``timeout`` seconds."""
+
+
 class Door:
-    """Used from one thread.
+    """To the front that started this engine. Used from one thread.
 
     Args:
         address: where the front listens.

@@ -35,7 +35,7 @@ from server.core.messages import (
 from server.core.policies import Hold, make_policy
 from server.core.stations import STUDENT
 from server.core.tickets import Picture, Preview
-from server.device.door import Door
+from server.device.door import EngineDoor
 from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
 from server.device.model import DeviceModel, Loaded
 from server.device.probe import Breaker, DeviceBroken
@@ -55,7 +55,7 @@ class Engine:
     """Loads its models, then serves the door until told to stop.
 
     Args:
-        door: to the front.
+        door: to the front, or to several.
         load: builds the models on the device thread; given a function to report (done, total, what) to.
         policy: see :func:`server.core.policies.make_policy`.
         film_seconds: a film's time on the device.
@@ -64,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        door: Door,
+        door: EngineDoor,
         load: ModelLoader,
         policy: str = "stagewise",
         film_seconds: float = 3600.0,

@@ -9,12 +9,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from server.device.door import Door, ParentGone
+from server.device.door import Door, EngineDoor, ParentGone
 from server.device.settings import EngineSettings
 from server.logs import configure_logging
+
+if TYPE_CHECKING:
+    from server.device.engine import Engine
 
 _WATCH_SECONDS = 1.0
 
@@ -29,23 +33,27 @@ def main() -> None:
     threading.Thread(target=_watch_front, args=(settings,), name="front-watch", daemon=True).start()
     door = Door(settings.address, settings.parent)
     try:
-        from server.device.engine import Engine
-        from server.device.loading import load_models
-
-        engine = Engine(
-            door,
-            lambda report: load_models(settings, report),
-            settings.policy,
-            settings.film_seconds,
-            int(settings.prompt_megabytes * 1e6),
-        )
-        engine.run()
+        make_engine(settings, door).run()
     except ParentGone:
         _end_orphaned(settings)
     door.close()
     # Not through the interpreter's end: libraries' thread pools and loaded engines take seconds over it.
     sys.stderr.flush()
     os._exit(0)
+
+
+def make_engine(settings: EngineSettings, door: EngineDoor) -> Engine:
+    """Return an engine that is yet to load its models."""
+    from server.device.engine import Engine  # torch: whoever waits at the door has it opened first
+    from server.device.loading import load_models
+
+    return Engine(
+        door,
+        lambda report: load_models(settings, report),
+        settings.policy,
+        settings.film_seconds,
+        int(settings.prompt_megabytes * 1e6),
+    )
 
 
 def _watch_front(settings: EngineSettings) -> None:

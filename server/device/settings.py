@@ -1,6 +1,8 @@
-"""What an engine process is told on its standard input: one line of JSON."""
+"""What an engine is told at its start (a process: one line of JSON on its standard input), and where one is met."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import msgspec
 
@@ -8,6 +10,22 @@ from server.logs import LogFormat
 
 RECORD = ".batch"
 """Ends the name of the file, beside the front's door, in which an engine writes what it runs now."""
+
+
+HEARTBEAT_MS = 2000
+"""Between shared engines and their fronts; five that are missed break the connection."""
+
+
+class Contact(NamedTuple):
+    """Where a shared engine is met.
+
+    Attributes:
+        address: ZeroMQ's, such as "tcp://10.0.0.7:41234".
+        key: its public CurveZMQ key, Z85-encoded.
+    """
+
+    address: str
+    key: str
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):

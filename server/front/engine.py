@@ -24,10 +24,9 @@ Received = tuple[Message, memoryview | None]
 
 
 class EngineLink(Protocol):
-    """One running engine, whatever it runs in. ``socket`` is to be polled and used by one thread."""
+    """One running engine, wherever it runs. ``socket`` is to be polled and used by one thread."""
 
     socket: zmq.Socket[bytes]
-    pid: int
 
     def send(self, command: Command) -> None:
         """Give an engine something to do."""
@@ -52,18 +51,15 @@ class EngineLink(Protocol):
         """Give the door up."""
 
 
-class Doorway:
-    """The socket that one engine connects to, at an address nobody else knows of."""
+class Line:
+    """A socket to one engine, and its language."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="rmd-")  # 0700
-        self.address = f"ipc://{self._folder}/door"
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    def __init__(self, kind: int) -> None:
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.SNDTIMEO, 0)
-        self.socket.bind(self.address)
         self._received: deque[Received] = deque()
 
     def send(self, command: Command) -> None:
@@ -86,6 +82,20 @@ class Doorway:
                 self._received.append((message, next(frames).buffer if isinstance(message, Pixels) else None))
         return self._received.popleft()
 
+    def close(self) -> None:
+        """Give the socket up."""
+        self.socket.close()
+
+
+class Doorway(Line):
+    """The socket that one engine connects to, at an address nobody else knows of."""
+
+    def __init__(self) -> None:
+        super().__init__(zmq.PAIR)
+        self._folder = tempfile.mkdtemp(prefix="rmd-")  # 0700
+        self.address = f"ipc://{self._folder}/door"
+        self.socket.bind(self.address)
+
     def last_batch(self) -> Began | None:
         """Return the batch that runs, or ran when the engine died, as it wrote down itself."""
         with contextlib.suppress(OSError, msgspec.DecodeError):
@@ -96,7 +106,7 @@ class Doorway:
 
     def close(self) -> None:
         """Give the address up."""
-        self.socket.close()
+        super().close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import zmq
 
@@ -29,6 +30,7 @@ from server.core.messages import (
     Command,
     Encoded,
     Ended,
+    Leaving,
     Loading,
     Lost,
     Message,
@@ -42,6 +44,7 @@ from server.front.engine import EngineLink
 from server.front.generation import FinishedPicture, Generation
 from server.front.ledger import Ledger
 from server.front.member import Health, Member, WatchLimits
+from server.front.members import Members, Starts
 from server.telemetry.metrics import Metrics
 
 log = logging.getLogger("rmd.server")
@@ -55,7 +58,7 @@ class Fleet:
     """See the module.
 
     Args:
-        starts: by device, what starts an engine on it.
+        starts: by device, what starts an engine on it; none where engines are enlisted.
         metrics: where batches and pictures are counted.
         package_threads: threads that compress pictures.
         limits: when an engine counts as hung.
@@ -67,7 +70,7 @@ class Fleet:
 
     def __init__(
         self,
-        starts: Sequence[tuple[str, Callable[[], EngineLink]]],
+        starts: Starts,
         metrics: Metrics,
         *,
         package_threads: int = 2,
@@ -77,8 +80,7 @@ class Fleet:
         on_failed: Callable[[str], None] = lambda reason: None,
         on_picture: Callable[[Generation, FinishedPicture], None] = lambda generation, picture: None,
     ) -> None:
-        limits = limits or WatchLimits()
-        self.members = [Member(i, device, start, limits) for i, (device, start) in enumerate(starts)]
+        self.members = Members(starts, limits or WatchLimits())
         self._metrics = metrics
         for member in self.members:  # from the start: a counter that appears with its first end hides it from alerts
             metrics.engine_restarts.labels(str(member.index))
@@ -114,16 +116,31 @@ class Fleet:
     @property
     def lead(self) -> Member | None:
         """The first engine that is ready, or else was: its costs stand for all."""
-        known = [member for member in self.members if member.cards]
-        return next((member for member in known if member.health is Health.READY), known[0] if known else None)
+        return self.members.lead
 
     @property
     def cards(self) -> dict[str, ModelCard]:
-        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them."""
-        lead, found = self.lead, dict[str, ModelCard]()
-        for member in [*([lead] if lead else []), *self.members]:
-            found = {**member.cards, **found}
-        return found
+        """The models that engines hold, by place; see :attr:`Members.cards`."""
+        return self.members.cards
+
+    def enlist(self, engines: Mapping[str, Callable[[], EngineLink]], foreign: Mapping[str, float]) -> None:
+        """Say which engines there are that others start; called again and again.
+
+        New ones join. Those that are not named any more stay until they end, and then are not looked for again.
+
+        Args:
+            engines: by name, what finds an engine.
+            foreign: by name, the expected work (seconds) that it has from other fronts.
+        """
+        with self._lock:
+            self.members.enlist(engines, foreign)
+        self._wake()
+
+    def work(self) -> dict[str, float]:
+        """Return the expected work (seconds) of what was accepted, by its engine; "": of what none has yet."""
+        with self._lock:
+            work = {member.device: self._ledger.work_before(math.inf, member.index) for member in self.members}
+            return {"": self._ledger.work_before(math.inf) - sum(work.values()), **work}
 
     def submit(self, generation: Generation) -> None:
         """Take an admitted request.
@@ -154,7 +171,8 @@ class Fleet:
     def backlog(self, work: float) -> float:
         """Return the expected work (seconds) that goes before a newcomer's; whoever needs more than it is passed."""
         engines = sum(member.health is not Health.DEAD for member in self.members)
-        return self._ledger.work_before(work) / max(engines, 1)
+        foreign = sum(member.foreign for member in self.members)
+        return (self._ledger.work_before(work) + foreign) / max(engines, 1)
 
     def depths(self) -> dict[str, int]:
         """Return how many pictures wait at each station, by label."""
@@ -250,17 +268,16 @@ class Fleet:
 
     def _look(self) -> None:
         """Look after engines and deadlines. Called with the lock held."""
+        self.members.forget_gone()
         for member in self.members:
             if member.link is None:
                 if member.restart_due and not self._stopping:
-                    member.restarts += 1
-                    self._metrics.engine_restarts.labels(str(member.index)).inc()
-                    member.start()
-                    self._give_up_if_dead()
+                    self._start_again(member)
                 continue
             if not member.link.running:
                 self._hear(member)  # its last words, and pictures
-                self._lost(member, member.reason or "its process ended")
+                ended = "its connection broke" if member.enlisted else "its process ended"
+                self._lost(member, member.reason or ended)
                 continue
             hung = member.hung()
             if hung:
@@ -270,6 +287,13 @@ class Fleet:
             elif member.ping_due():
                 member.link.send(Ping(0))
         self._ledger.end_late()
+
+    def _start_again(self, member: Member) -> None:
+        if not member.enlisted:
+            member.restarts += 1
+            self._metrics.engine_restarts.labels(str(member.index)).inc()
+        member.start()
+        self._give_up_if_dead()
 
     # -- what engines say (called with the lock held) ------------------------------------------------------------------
 
@@ -311,6 +335,8 @@ class Fleet:
             member.excuse(message.seconds)
         elif isinstance(message, Baselines):
             member.timed_teacher(message)
+        elif isinstance(message, Leaving):
+            member.health = Health.LEAVING
         elif isinstance(message, Unable):
             member.reason, member.usage = message.reason, message.usage
 
@@ -322,7 +348,10 @@ class Fleet:
         ready = [member for member in self.members if member.health is Health.READY and model in member.cards]
         if ready:
             cost = generation.costs[0]
-            member = min(ready, key=lambda each: self._ledger.work_before(cost, each.index)) if ready[1:] else ready[0]
+            work_before = self._ledger.work_before
+            member = (
+                min(ready, key=lambda each: each.foreign + work_before(cost, each.index)) if ready[1:] else ready[0]
+            )
             generation.engine = member.index
             self._outbox.append((member, Submit(generation.work)))
 
@@ -335,12 +364,13 @@ class Fleet:
     def _forget(self, generation: Generation) -> None:
         """A request has ended early: its engine is to make it no longer."""
         if generation.engine is not None:
-            self._outbox.append((self.members[generation.engine], Cancel(generation.id)))
+            self._outbox.append((self.members.of(generation.engine), Cancel(generation.id)))
 
     def _lost(self, member: Member, reason: str) -> None:
         """An engine has ended: hand its work out again."""
-        log.error("the engine on %s is lost: %s", member.device, reason)
-        batch = None if member.link is None else member.link.last_batch()
+        leaving = member.health is Health.LEAVING  # then it was not its batch that ended it
+        log.log(logging.INFO if leaving else logging.ERROR, "the engine on %s is lost: %s", member.device, reason)
+        batch = None if member.link is None or leaving else member.link.last_batch()
         suspects = set() if batch is None else {*(request_id for request_id, _ in batch.members), *batch.previews}
         member.reason = member.reason or reason
         member.lost()
@@ -353,7 +383,7 @@ class Fleet:
         self._place_all()
 
     def _give_up_if_dead(self) -> None:
-        if not self._given_up and all(each.health is Health.DEAD for each in self.members):
+        if not self._given_up and self.members.all_dead:
             self._give_up(self.members[0].reason)
 
     def _give_up(self, reason: str) -> None:

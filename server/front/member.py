@@ -27,6 +27,8 @@ class Health(Enum):
 
     LOADING = "loading"
     READY = "ready"
+    LEAVING = "leaving"
+    """It finishes what it has, and is given nothing new."""
     DOWN = "restarting"
     DEAD = "dead"
     """It has ended too often: it is not started again."""
@@ -51,14 +53,21 @@ class Member:
     Args:
         index: its number.
         device: what it runs on, such as "cuda:0".
-        start: starts an engine for it.
+        start: starts an engine for it, or finds one that runs.
         limits: see :class:`WatchLimits`.
+        enlisted: others start its engine, and say when it is gone for good.
+
+    Attributes:
+        foreign: expected work (seconds) that it has from other fronts.
     """
 
-    def __init__(self, index: int, device: str, start: Callable[[], EngineLink], limits: WatchLimits) -> None:
-        self.index, self.device = index, device
+    def __init__(
+        self, index: int, device: str, start: Callable[[], EngineLink], limits: WatchLimits, enlisted: bool = False
+    ) -> None:
+        self.index, self.device, self.enlisted = index, device, enlisted
         self._start, self._limits = start, limits
-        self.health = Health.LOADING
+        self.health = Health.DOWN if enlisted else Health.LOADING
+        self.foreign = 0.0
         self.link: EngineLink | None = None
         self.cards: dict[str, ModelCard] = {}
         """By place; empty until it was ready once."""
@@ -93,7 +102,8 @@ class Member:
         now = time.monotonic()
         self._failures.append(now)
         often = len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURE_WINDOW_SECONDS
-        self.health = Health.DEAD if often or (self.usage and not self.cards) else Health.DOWN
+        dead = not self.enlisted and (often or (self.usage and not self.cards))
+        self.health = Health.DEAD if dead else Health.DOWN
         pause = min(2.0 ** (len(self._failures) - 2), _LONGEST_PAUSE_SECONDS) if len(self._failures) > 1 else 0.0
         self._restart_at = now + pause
 

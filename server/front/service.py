@@ -27,6 +27,7 @@ from server.front.fleet import Fleet
 from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec
 from server.front.idempotency import IdempotencyStore
 from server.front.member import WatchLimits
+from server.front.members import Starts
 from server.front.quotas import Quotas
 from server.front.snapshot import take_snapshot
 from server.objects.place import read_place
@@ -61,7 +62,6 @@ class Progress:
     text: str = "starting"
 
 
-Starts = Sequence[tuple[str, Callable[[], EngineLink]]]
 JobsOpener = Callable[["Service", Sequence[ModelCard]], JobRunner]
 
 
@@ -71,7 +71,8 @@ class Service:
     Args:
         settings: see :class:`ServerSettings`.
         open_jobs: opens the video jobs of the models that make films.
-        starts: by device, what starts an engine on it; default: a process for each of the settings' devices.
+        starts: by device, what starts an engine on it; default: a process for each of the settings' devices; none
+            where engines are enlisted (see :meth:`Fleet.enlist`).
         on_failed: told why, where no engine can be had.
         on_progress: told how far the start is.
 
@@ -111,7 +112,7 @@ class Service:
         self._recent_lock = threading.Lock()
         self.builder = EngineBuilder(settings, on_built=lambda: self.fleet.adopt())
         self.fleet = Fleet(
-            starts or [(device, _starter(settings, device)) for device in settings.engine_devices],
+            [(device, _starter(settings, device)) for device in settings.engine_devices] if starts is None else starts,
             self.metrics,
             package_threads=settings.package_threads,
             limits=WatchLimits(settings.watchdog_seconds, settings.watchdog_factor),

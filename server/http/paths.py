@@ -6,7 +6,7 @@ import re
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-PROBES = ("/health/live", "/health/ready", "/metrics")
+PROBES = ("/health/live", "/health/ready", "/metrics", "/metrics/targets")  # the last: deploy/ray
 """Asked every few seconds by machines that have no key and know no name."""
 
 _SLASHES = re.compile("/{2,}")

@@ -1,0 +1,84 @@
+"""The engines that a front knows: those it starts itself, or those that others start and name to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import overload
+
+from server.core.card import ModelCard
+from server.front.engine import EngineLink
+from server.front.member import Health, Member, WatchLimits
+
+Starts = Sequence[tuple[str, Callable[[], EngineLink]]]
+
+
+class Members(Sequence[Member]):
+    """See the module. May be looked at by any thread; changed with the fleet's lock held.
+
+    Args:
+        starts: by device, what starts an engine on it; none where engines are enlisted.
+        limits: when an engine counts as hung.
+    """
+
+    def __init__(self, starts: Starts, limits: WatchLimits) -> None:
+        self._limits = limits
+        self._members = [Member(i, device, start, limits) for i, (device, start) in enumerate(starts)]
+        self._listed: Mapping[str, Callable[[], EngineLink]] | None = None if starts else {}
+        self._numbers = itertools.count(len(starts))
+
+    @overload
+    def __getitem__(self, position: int) -> Member: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> Sequence[Member]: ...
+
+    def __getitem__(self, position: int | slice) -> Member | Sequence[Member]:
+        """One of those that are there, or several."""
+        return self._members[position]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._members)
+
+    def of(self, index: int) -> Member:
+        """Return the one with this number."""
+        return next(member for member in self._members if member.index == index)
+
+    @property
+    def lead(self) -> Member | None:
+        """The first that is ready, or else was: its costs stand for all."""
+        known = [member for member in self._members if member.cards]
+        return next((member for member in known if member.health is Health.READY), known[0] if known else None)
+
+    @property
+    def cards(self) -> dict[str, ModelCard]:
+        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them."""
+        lead, found = self.lead, dict[str, ModelCard]()
+        for member in [*([lead] if lead else []), *self._members]:
+            found = {**member.cards, **found}
+        return found
+
+    @property
+    def all_dead(self) -> bool:
+        """Whether none is left, nor will come."""
+        return self._listed is None and all(member.health is Health.DEAD for member in self._members)
+
+    def enlist(self, engines: Mapping[str, Callable[[], EngineLink]], foreign: Mapping[str, float]) -> None:
+        """See :meth:`server.front.fleet.Fleet.enlist`."""
+        self._listed = engines
+        known = {member.device for member in self._members}
+        new = [
+            Member(next(self._numbers), name, start, self._limits, enlisted=True)
+            for name, start in engines.items()
+            if name not in known
+        ]
+        self._members = [*self._members, *new]  # another list: whoever looks at the old one goes on
+        for member in self._members:
+            member.foreign = foreign.get(member.device, 0.0)
+
+    def forget_gone(self) -> None:
+        """Forget those that have ended and are not named any more."""
+        listed = self._listed
+        if listed is not None:
+            self._members = [each for each in self._members if each.link is not None or each.device in listed]
