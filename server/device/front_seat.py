@@ -41,7 +41,9 @@ class FrontSeat:
 
     def take(self, work: Work) -> Work:
         """Note a request; return it by this host's clock."""
-        self.work[work.id] = len(work.seeds) - len(work.done)
+        missing = len(work.seeds) - len(work.done)
+        if missing:
+            self.work[work.id] = missing
         self._ahead.append(time.monotonic() - work.arrived)
         ahead = min(self._ahead)
         return structs.replace(work, arrived=work.arrived + ahead, deadline=work.deadline + ahead)

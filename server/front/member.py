@@ -58,6 +58,7 @@ class Member:
         enlisted: others start its engine, and say when it is gone for good.
 
     Attributes:
+        start_link: the same ``start``; of an enlisted engine, as it was last told.
         foreign: expected work (seconds) that it has from other fronts.
     """
 
@@ -65,7 +66,7 @@ class Member:
         self, index: int, device: str, start: Callable[[], EngineLink], limits: WatchLimits, enlisted: bool = False
     ) -> None:
         self.index, self.device, self.enlisted = index, device, enlisted
-        self._start, self._limits = start, limits
+        self.start_link, self._limits = start, limits
         self.health = Health.DOWN if enlisted else Health.LOADING
         self.foreign = 0.0
         self.link: EngineLink | None = None
@@ -88,7 +89,7 @@ class Member:
         """Start its engine."""
         self.health, self.batch, self.reason = Health.LOADING, None, ""
         try:
-            self.link = self._start()
+            self.link = self.start_link()
         except (OSError, ValueError, zmq.ZMQError) as error:  # such as a full disk, or a GPU that is not there
             self.reason, self.usage = f"{type(error).__name__}: {error}", isinstance(error, ValueError)
             self.lost()

@@ -75,6 +75,7 @@ class Members(Sequence[Member]):
         ]
         self._members = [*self._members, *new]  # another list: whoever looks at the old one goes on
         for member in self._members:
+            member.start_link = engines.get(member.device, member.start_link)  # keys may have changed
             member.foreign = foreign.get(member.device, 0.0)
 
     def forget_gone(self) -> None:

@@ -16,10 +16,11 @@ from server.core.messages import Stop, Submit
 from server.device.model import DeviceModel
 from server.front.member import Health
 from server.front.remote import KeyPair, RemoteEngine
+from server.front.service import Service
 from server.start.settings import ServerSettings
 from tests.server.conftest import load_on_cpu, make_settings
 from tests.server.house import Gate, House, pixels, serving
-from tests.server.shared_engine import KEYS, SharedEngine, SharedEngineProcess, enlist, front
+from tests.server.shared_engine import KEYS, SharedEngine, SharedEngineProcess, enlist, front, no_jobs
 from tests.server.test_processes import draw_all, pictures
 
 
@@ -92,6 +93,18 @@ def test_strangers_are_not_let_in(engine: SharedEngine) -> None:
     assert received is not None and type(received[0]).__name__ == "Ready"
     friend.send(Stop())
     friend.close()
+
+
+def test_a_front_whose_keys_are_changed_is_let_in_again(engine: SharedEngine, settings: ServerSettings) -> None:
+    service = Service(settings, no_jobs, starts=())
+    service.start()
+    enlist(service, "front", {"one": engine}, KeyPair(*zmq.curve_keypair()))
+    while not (refused := list(service.fleet.members)) or not refused[0].reason:
+        time.sleep(0.005)
+    enlist(service, "front", {"one": engine})
+    while not service.ready:
+        time.sleep(0.005)
+    service.stop()
 
 
 def test_what_one_batch_gave_is_counted_once(engine: SharedEngine, gate: Gate, settings: ServerSettings) -> None:
