@@ -75,16 +75,15 @@ class House:
 def two_servers(checkpoints: Sequence[Path], folder: Path) -> Iterator[House]:
     """Run the whole house in a folder until the block ends."""
     install_haproxy()
-    (folder / "postgresql").mkdir()
     with ExitStack() as stack:
-        database = stack.enter_context(postgresql.started(folder / "postgresql"))
+        database = stack.enter_context(postgresql.started())
         store = S3Server(folder / "s3")
         stack.callback(store.kill)
         balancer, *ports = free_ports(3)
         shared = {
             **store.environment,
             "PYTHONPATH": str(ROOT),
-            "RMD_VIDEO_DATABASE": database.new_database().replace("postgresql://", "postgresql+psycopg://"),
+            "RMD_VIDEO_DATABASE": database.new_database(),
             "RMD_OBJECTS": store.url(),
             "RMD_BACKEND": "eager",
             "RMD_MAX_BATCH": "1",

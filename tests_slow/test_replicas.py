@@ -10,6 +10,7 @@ from rmd.backbones.tiny import write_tiny_folder
 from tests_slow.replicas import Clients, House, Seen, two_servers, with_one_killed
 
 PICTURES, FILMS = 200, 20
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

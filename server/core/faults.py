@@ -5,10 +5,19 @@ The numbers and names are those of OpenAI's API; how they get on the wire is `se
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import Enum
 
 COMPLETED = "completed"
+
+_LACKS = {
+    errno.EMFILE: "file descriptors",
+    errno.ENFILE: "file descriptors",
+    errno.ENOSPC: "disk space",
+    errno.EDQUOT: "disk space",
+    errno.ENOMEM: "memory",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Fault(Enum):
     ENGINE_FAILED = FaultKind(500, "server_error", "engine_failed", "engine_failed", False)
     INTERNAL = FaultKind(500, "server_error", "internal_error", "internal_error", True)
     NOT_READY = FaultKind(503, "server_error", "not_ready", "not_ready", True)
+    LACKING = FaultKind(503, "server_error", "machine_lacks", "not_ready", True)
     DRAINING = FaultKind(503, "server_error", "draining", "draining", True)
     DEADLINE = FaultKind(504, "server_error", "deadline_exceeded", "deadline", False)
 
@@ -88,6 +98,13 @@ def deadline_error() -> RequestError:
     return RequestError(
         Fault.DEADLINE, "The deadline passed before the picture was finished; ask for less or try later."
     )
+
+
+def machine_lacks(error: BaseException) -> str | None:
+    """Return what the machine has too little of just now (descriptors, disk, memory); None where it is not that."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    return _LACKS.get(getattr(error, "errno", None) or 0)
 
 
 def _sendable(text: str) -> str:

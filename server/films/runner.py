@@ -6,7 +6,6 @@ the thread renews leases, takes further jobs and, now and then, has tidied up.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import queue
@@ -17,14 +16,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from server.core.admission import LONGEST_RETRY
-from server.core.faults import COMPLETED, Fault, RequestError
+from server.core.faults import COMPLETED, Fault, RequestError, deadline_error
+from server.films.database import DatabaseError
 from server.films.shelf import FilmShelf
-from server.films.store import CANCELLED, JobStore, VideoJob
+from server.films.store import CANCELLED, JobStore
+from server.films.tables import VideoJob
+from server.films.tidying import Tidying
 from server.films.writer import FilmWriter, Kept
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
+from server.front.idempotency import key_reused
 
 log = logging.getLogger("rmd.server")
 
@@ -32,6 +33,7 @@ _LEASE_SECONDS = 30.0
 _TICK_SECONDS = 5.0
 _TIDY_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
+_PROGRESS_SECONDS = 1.0
 _MOST_ENDED = 10_000
 _MOST_ATTEMPTS = 3
 _LAST_FILMS_SECONDS = 10.0
@@ -47,7 +49,7 @@ class JobLimits:
         queue: jobs that may wait or be worked on at once.
         together: jobs given to the executor at once, which batches them by stage.
         seconds: how long a finished film is kept, and a job waits to be begun at most.
-        bytes: of all films; the oldest leave first.
+        bytes: of all films of the served models; the oldest leave first.
     """
 
     queue: int
@@ -73,6 +75,21 @@ class FilmMaker:
     cancel: Callable[[Generation, RequestError], None]
     report: Callable[[Generation, FinishedPicture], dict[str, Any]]
     ended: Callable[[VideoJob, str], None] = lambda job, outcome: None
+
+
+@dataclass
+class _Running:
+    """A job that runs here.
+
+    Attributes:
+        progress: the last one that was told; ``written`` in the database, at ``written_at`` (monotonic).
+    """
+
+    job: VideoJob
+    generation: Generation
+    progress: int = -1
+    written: int = -1
+    written_at: float = -math.inf
 
 
 class JobRunner:
@@ -102,12 +119,17 @@ class JobRunner:
         self._seconds_per_film = seconds_per_film
         self._worker = uuid.uuid4().hex
         self._admitting = threading.Lock()
+        # None: there may be a new job
         self._events: queue.SimpleQueue[tuple[str, Event | Kept] | None] = queue.SimpleQueue()
         self._writer = FilmWriter(shelf, lambda job_id, event: self._events.put((job_id, event)))
-        self._running: dict[str, tuple[VideoJob, Generation]] = {}  # by id; the thread's own
+        self._tidying = Tidying(store, shelf, models, limits.bytes)
+        self._running: dict[str, _Running] = {}  # by id; the thread's own
         self._suspect = False  # the one that runs was begun before, by a worker that ended: no company
-        self._stopping = False
-        self._renewed = self._tidied = 0.0
+        self._stopping = self._draining = False
+        self._hungry = True  # there may be a job that this server could take
+        self._rest_until = 0.0
+        self._renewed = self._tidied = self._counted = 0.0
+        self._counts: dict[str, int] = {}
         self._thread = threading.Thread(target=self._main, name="rmd-jobs", daemon=True)
 
     # -- called from any thread --------------------------------------------------------------------------------------
@@ -115,7 +137,13 @@ class JobRunner:
     def start(self) -> None:
         """Take up what was left unfinished, then whatever comes."""
         self._events.put(None)  # at once, not at the first tick
+        self.store.listen(lambda: self._events.put(None))
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False where nobody would make the films that are taken."""
+        return self._thread.is_alive()
 
     def stop(self, timeout: float = LAST_JOBS_SECONDS) -> None:
         """Write down the last events, give back what is unfinished, and end. The executor must have stopped."""
@@ -123,14 +151,28 @@ class JobRunner:
         self._events.put(None)
         if self._thread.ident is not None:
             self._thread.join(timeout)
-        self.store.close()
+
+    def earlier(self, account: str, key: str, body_digest: str) -> VideoJob | None:
+        """Return the job that an earlier request with this Idempotency-Key made, on whichever server.
+
+        Raises:
+            RequestError: 409 where that had another body.
+        """
+        found = self.store.keyed(account, key, time.time())
+        if found is not None and found.body_digest != body_digest:
+            raise key_reused()
+        return found
 
     def accept(self, job: VideoJob) -> VideoJob:
         """Keep a new job; it will be finished or reported failed.
 
+        Returns:
+            ``job``, or the one that a request with its idempotency key made meanwhile.
+
         Raises:
-            RequestError: 429 where too many wait.
+            RequestError: 429 where too many wait, 409 where that other request had another body.
         """
+        job.begin_by = job.created_at + self._limits.seconds
         with self._admitting:
             waiting = self.store.count_open(self._models)
             if waiting >= self._limits.queue:
@@ -141,9 +183,11 @@ class JobRunner:
                     "try again after the seconds in Retry-After.",
                     retry_after=min(max(math.ceil(surplus * self._seconds_per_film), 1), LONGEST_RETRY),
                 )
-            self.store.add(job)
+            kept = self.store.add(job, time.time())
+        if kept.body_digest != job.body_digest:
+            raise key_reused()
         self._events.put(None)
-        return job
+        return kept
 
     def remove(self, job: VideoJob) -> None:
         """Cancel an unfinished job, which then reads as failed; forget a finished one and its film.
@@ -160,11 +204,8 @@ class JobRunner:
         self.store.delete(job.id)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of this model's jobs by status; none where the database does not answer."""
-        try:
-            return self.store.counts(self._models)
-        except SQLAlchemyError:
-            return {}
+        """Return the number of the served models' jobs by status, as the thread last read them."""
+        return self._counts
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
@@ -172,8 +213,7 @@ class JobRunner:
         event: tuple[str, Event | Kept] | None = None
         while True:
             if event is None:
-                with contextlib.suppress(queue.Empty):
-                    event = self._events.get(timeout=_TICK_SECONDS)
+                event = self._next()
             try:
                 if event is not None:
                     self._heed(*event)
@@ -185,11 +225,13 @@ class JobRunner:
                         return
                 if not self._stopping:
                     self._renew()
+                    self._write_progress()
                     self._tidy()
                     self._feed()
-            except SQLAlchemyError as error:
+                    self._count()
+            except DatabaseError as fault:
                 # What has not been written down is tried again: a finished film must not be lost to a locked database.
-                log.error("the database of video jobs failed: %s", error)
+                log.error("films wait for the database: %s", fault.reason)
                 if self._stopping:
                     return
                 time.sleep(_RETRY_SECONDS)
@@ -199,26 +241,42 @@ class JobRunner:
                     self._running.pop(event[0], None)
                 event = None
 
+    def _next(self) -> tuple[str, Event | Kept] | None:
+        """Wait for an event, or until there is something else to be done."""
+        wait = _TICK_SECONDS
+        if any(each.progress != each.written for each in self._running.values()):
+            wait = min(wait, _PROGRESS_SECONDS)
+        try:
+            event = self._events.get(timeout=wait)
+        except queue.Empty:
+            event = None
+        self._hungry |= event is None
+        return event
+
     def _feed(self) -> None:
         """Give waiting jobs to the executor while it takes them."""
+        if self._draining or not self._hungry or time.monotonic() < self._rest_until:
+            return
         while len(self._running) < (1 if self._suspect else self._limits.together):
-            now = time.time()
-            job = self.store.claim(self._models, self._worker, now, now + _LEASE_SECONDS)
+            job = self.store.claim(self._models, self._worker, _LEASE_SECONDS)
             if job is None:
+                self._hungry = False
                 return
             if job.attempts >= _MOST_ATTEMPTS:
                 text = f"{_MOST_ATTEMPTS} times a server stopped while it made this film."
                 self._fail(job, RequestError(Fault.ENGINE_FAILED, text))
                 continue
             if job.attempts and self._running:  # it may have been the cause: not in company
+                self._hungry = False
                 self.store.release(job.id, self._worker)
                 return
             try:
                 spec = self._maker.prepare(job.request)
-                self._running[job.id] = job, self._maker.submit(spec, self._sink(job.id), job.id)
+                self._running[job.id] = _Running(job, self._maker.submit(spec, self._sink(job.id), job.id))
                 self._suspect = job.attempts > 0
             except RequestError as error:
                 if error.fault.value.retry:  # full, draining: it stays in line
+                    self._hungry, self._draining = False, error.fault is Fault.DRAINING
                     self.store.release(job.id, self._worker)
                     return
                 self._fail(job, error)
@@ -233,44 +291,56 @@ class JobRunner:
 
     def _heed(self, job_id: str, event: Event | Kept) -> None:
         """Write down one event of a job that runs here, or did."""
-        if job_id not in self._running:
+        running = self._running.get(job_id)
+        if running is None:
             if isinstance(event, Kept):
-                self._writer.aside(lambda: self._remove_unless_kept(job_id))
+                self._writer.aside(lambda: self._tidying.remove_unless_kept(job_id))
             return
-        job, generation = self._running[job_id]
         if isinstance(event, Advanced):
-            if not self.store.advance(job_id, self._worker, math.floor(99 * event.share)):
-                self._drop(job_id)
+            running.progress = math.floor(99 * event.share)
             return
         if isinstance(event, FinishedPicture):
             self._writer.keep(job_id, event)
             return
         if isinstance(event, Kept):
-            self._finish(job, generation, event)
+            self._finish(running.job, running.generation, event)
         elif isinstance(event, Failed):
             if event.error.code == CANCELLED:
-                self._maker.cancel(generation, event.error)
+                self._maker.cancel(running.generation, event.error)
             elif event.error.fault is Fault.DRAINING:
                 self.store.release(job_id, self._worker)
+            elif event.error.fault is Fault.LACKING:
+                log.error("the film of %s goes back in line: %s", job_id, event.error.message)
+                self.store.release(job_id, self._worker)
+                self._rest_until = time.monotonic() + _TICK_SECONDS
             elif event.error.fault is Fault.NOT_READY:  # the device broke, perhaps by this very film
                 self.store.release(job_id, self._worker, counts=True)
             else:
-                self._fail(job, event.error)
-        self._running.pop(job_id)
+                self._fail(running.job, event.error)
+        self._end(job_id)
+
+    def _end(self, job_id: str) -> None:
+        self._running.pop(job_id, None)
+        self._hungry = True
+
+    def _write_progress(self) -> None:
+        """Write what has changed, of each job at most once a second: the table is on a disk."""
+        now = time.monotonic()
+        for job_id, running in list(self._running.items()):
+            if running.progress != running.written and now - running.written_at >= _PROGRESS_SECONDS:
+                if self.store.advance(job_id, self._worker, running.progress):
+                    running.written, running.written_at = running.progress, now
+                else:
+                    self._drop(job_id)
 
     def _finish(self, job: VideoJob, generation: Generation, kept: Kept) -> None:
         now = time.time()
         report = self._maker.report(generation, kept.film)
         if self.store.complete(job.id, self._worker, now, now + self._limits.seconds, kept.size, report):
             self._maker.ended(job, COMPLETED)
-            self._writer.aside(self._let_go)
+            self._writer.aside(self._tidying.let_go)
         else:
-            self._writer.aside(lambda: self._remove_unless_kept(job.id))
-
-    def _remove_unless_kept(self, job_id: str) -> None:
-        """Remove the film of a job that was not ours any more: unless another worker's, whose files these are too."""
-        if self.store.has_ended_without(job_id):
-            self.shelf.remove(job_id)
+            self._writer.aside(lambda: self._tidying.remove_unless_kept(job.id))
 
     def _fail(self, job: VideoJob, error: RequestError) -> None:
         now = time.time()
@@ -279,14 +349,15 @@ class JobRunner:
 
     def _drop(self, job_id: str) -> None:
         """Stop working on a job that is no longer ours."""
-        self._maker.cancel(self._running.pop(job_id)[1], _cancelled())
+        self._maker.cancel(self._running[job_id].generation, _cancelled())
+        self._end(job_id)
 
     def _renew(self) -> None:
-        now = time.time()
-        if now - self._renewed < _LEASE_SECONDS / 3:
+        now = time.monotonic()
+        if self._renewed and now - self._renewed < _LEASE_SECONDS / 3:
             return
         for job_id in list(self._running):
-            if not self.store.renew(job_id, self._worker, now + _LEASE_SECONDS):
+            if not self.store.renew(job_id, self._worker, _LEASE_SECONDS):
                 self._drop(job_id)
         self._renewed = now  # only now: after a failed attempt nothing is claimed before what runs here is held again
 
@@ -295,26 +366,17 @@ class JobRunner:
         if now - self._tidied < _TIDY_SECONDS:
             return
         self._tidied = now
-        self.store.give_up_waiting(now, now - self._limits.seconds, now + self._limits.seconds)
+        for job in self.store.give_up_waiting(now, self._limits.seconds):
+            self._maker.ended(job, deadline_error().fault.value.outcome)
         self.store.forget_surplus(_MOST_ENDED)
-        self._writer.aside(self._let_go)
+        self._writer.aside(self._tidying.let_go)
 
-    def _let_go(self) -> None:
-        """Remove what is too much or has expired.
-
-        A film reads as expired first, then it goes, then its row: what fails here another server does, or the next
-        minute. Servers that do so at once walk the same list, and let no more go than one of them would.
-        """
-        now, kept = time.time(), self.store.with_files()
-        total = sum(job.bytes for job in kept)
-        for job in kept[:-1]:  # the newest one stays in any case
-            if total <= self._limits.bytes:
-                break
-            self.store.drop_files(job.id, now)
-            total -= job.bytes
-        for job_id in self.store.expired(now):
-            self.shelf.remove(job_id)
-        self.store.forget_expired(now)
+    def _count(self) -> None:
+        """Read the numbers that gauges show: a scrape must not wait for the database."""
+        now = time.monotonic()
+        if now - self._counted >= _PROGRESS_SECONDS:
+            self._counts = self.store.counts(self._models)
+            self._counted = now
 
     def _give_back(self) -> None:
         for job_id in self._running:

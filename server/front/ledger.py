@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from server.core.card import ModelCard
-from server.core.faults import Fault, RequestError, deadline_error
+from server.core.faults import Fault, RequestError, deadline_error, machine_lacks
 from server.core.messages import Began, Encoded, Ended, Lost, Pixels
 from server.core.stations import StationKey
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, Place
@@ -238,7 +238,13 @@ class Ledger:
             if generation.failed or result is None:
                 return
             if isinstance(result, Exception):
-                if message.number < 0:  # a partial picture is a courtesy
+                lacking = machine_lacks(result)
+                if message.number >= 0:  # a partial picture is a courtesy
+                    return
+                if lacking is not None:
+                    text = f"The server has too little {lacking} just now; try again after the seconds in Retry-After."
+                    self.settle(generation, RequestError(Fault.LACKING, text, retry_after=5))
+                else:
                     self.fail(generation, f"{type(result).__name__}: {result}")
                 return
             if isinstance(result, FinishedPicture):

@@ -18,6 +18,8 @@ from server.core.card import ModelCard, step_costs
 from server.core.costs import CostTable
 from server.core.faults import Fault, RequestError
 from server.core.work import Work
+from server.films.database import Database
+from server.films.replies import ReplyStore
 from server.films.runner import JobRunner
 from server.front.auth import KeyRing
 from server.front.builder import EngineBuilder
@@ -77,7 +79,7 @@ class Service:
         on_progress: told how far the start is.
 
     Raises:
-        ValueError, OSError: the store of objects cannot be opened.
+        ValueError: its database or its store of objects cannot be used; the message says which, and why.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class Service:
         self.quotas = Quotas(settings.key_rate, settings.key_requests)
         self.objects = Objects(read_place(settings.objects or str(settings.videos)))
         self.pictures = LinkedPictures(self.objects, int(settings.files_megabytes * 1e6), settings.files_seconds)
-        self.replies = IdempotencyStore(
-            settings.idempotency_replies, int(settings.idempotency_megabytes * 1e6), settings.idempotency_seconds
-        )
+        self.database = Database(settings.video_database_url)
+        most = int(settings.idempotency_megabytes * 1e6)
+        bounds = settings.idempotency_replies, most, settings.idempotency_seconds
+        self.replies = IdempotencyStore(ReplyStore(self.database, *bounds), *bounds)
         self.tracing = open_tracing() if settings.tracing else None
         self.metrics = Metrics(self.snapshot)
         share = settings.key_share if len(settings.api_keys) > 1 else 1.0
@@ -141,7 +144,8 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests are taken, and an engine works on them."""
-        return self.state is State.READY and self.alive and self.fleet.ready
+        recorded = self.database.fault is None and (self._jobs is None or self._jobs.alive)
+        return self.state is State.READY and self.alive and self.fleet.ready and recorded
 
     def start(self) -> None:
         """Start the engines; :attr:`state` turns READY when the first one is warm."""
@@ -151,6 +155,7 @@ class Service:
             self._failed(str(error))
             return
         self.pictures.start()
+        self.database.start()
         self.fleet.start()
 
     def drain(self) -> None:
@@ -171,6 +176,7 @@ class Service:
             self._jobs.stop()
         if self.tracing is not None:
             self.tracing.close()
+        self.database.close()
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ def open_folder(folder: Path) -> LocalStore:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # films and prompts are nobody else's on the machine
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"the folder of films {folder} cannot be written to; give another as videos or objects")
+        raise PermissionError("it may not be written to")
     scratch = folder / _SCRATCH
     scratch.mkdir(exist_ok=True)
     for left in scratch.iterdir():

@@ -62,8 +62,7 @@ class Objects:
         place: a folder, or a URL as :func:`server.objects.place.open_bucket` takes it.
 
     Raises:
-        ValueError: it is no store, or the environment lacks what it needs.
-        OSError: the folder cannot be made or written to.
+        ValueError: it is no store, cannot be made or written to, or the environment lacks what it needs.
     """
 
     def __init__(self, place: Path | str) -> None:
@@ -71,7 +70,10 @@ class Objects:
         self._folder = place if isinstance(place, Path) else None
         self._store: LocalStore | S3Store | GCSStore | AzureStore
         if isinstance(place, Path):
-            self._store = open_folder(place)
+            try:
+                self._store = open_folder(place)
+            except OSError as error:
+                raise ValueError(f"the store {place} cannot be used: {error.strerror or error} (objects)") from None
         else:
             self._store = open_bucket(place)
 

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from server.core.card import ModelCard, step_costs
 from server.films.runner import FilmMaker, JobLimits, JobRunner
 from server.films.shelf import FilmShelf
-from server.films.store import CARRIER, JobStore, VideoJob
+from server.films.store import JobStore
+from server.films.tables import CARRIER, VideoJob
 from server.front.generation import GenerationSpec, of_model
+from server.front.media import encode_film, encode_spritesheet, encode_thumbnail
 from server.front.service import Service
 from server.http.replies import report
 from server.http.resolve import choose_model, resolve_film
@@ -19,7 +23,7 @@ from server.http.schemas import VideoRequest
 
 
 def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
-    """Open the database.
+    """Open the jobs in the server's database.
 
     Args:
         cards: of the models that make films; the first is the one that is meant where none is named.
@@ -42,9 +46,9 @@ def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
         label = of_model(places.get(job.model, ""), str(job.request["schedule"]))
         service.metrics.video_ended(label, outcome, time.time() - job.created_at)
 
-    settings.videos.mkdir(mode=0o700, parents=True, exist_ok=True)  # the database lies in it
+    _rehearse()
     return JobRunner(
-        JobStore(settings.video_database_url),
+        JobStore(service.database),
         FilmShelf(service.objects),
         FilmMaker(
             prepare=prepare,
@@ -64,3 +68,11 @@ def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
         ),
         step_costs(service.costs, default.cascade, default.lane, model=card.place)[0],
     )
+
+
+def _rehearse() -> None:
+    """Encode a film, so that all libraries are in: with no descriptor left none could be loaded any more."""
+    blank = np.zeros((1, 16, 16, 3), np.uint8)
+    encode_film(blank, 1)
+    encode_thumbnail(blank)
+    encode_spritesheet(blank)

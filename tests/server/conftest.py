@@ -20,10 +20,11 @@ from server.device.model import DeviceModel
 from server.front.engine import engine_settings
 from server.start.settings import ServerSettings
 from tests.server.house import House, serving
+from tests.server.postgresql import PostgreSQL, started
 from tests.server.weed import S3Server
 
 TEACHER_STEPS = 6
-_FOLDER = tempfile.TemporaryDirectory(prefix="rmd-tests-")  # of the linked pictures of tests that say none
+_FOLDER = tempfile.TemporaryDirectory(prefix="rmd-tests-")
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +59,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_settings(checkpoint: Path | tuple[Path, ...], **changes: object) -> ServerSettings:
     plain = {"checkpoint": checkpoint, "backend": "eager", "dtype": "float32", "port": 0, "log_level": "warning"}
-    return ServerSettings.model_validate({**plain, "videos": _FOLDER.name, "drain_seconds": 10, **changes})
+    records = {"videos": Path(tempfile.mkdtemp(dir=_FOLDER.name)) / "videos"}  # each server's own
+    return ServerSettings.model_validate({**plain, **records, "drain_seconds": 10, **changes})
 
 
 def load_on_cpu(settings: ServerSettings) -> DeviceModel:
@@ -122,3 +124,19 @@ def film_model(loaded_films: DeviceModel) -> DeviceModel:
 @pytest.fixture
 def film_settings(tmp_path: Path) -> ServerSettings:
     return make_settings(Path("tiny-wan"), videos=tmp_path / "videos")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A real PostgreSQL of this process's tests."""
+    with started() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, once of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.sqlite3'}"
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    return server.new_database()

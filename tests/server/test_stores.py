@@ -15,7 +15,7 @@ from tests.server.house import Clock
 def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None:
     async def scenario() -> None:
         clock = Clock()
-        store = IdempotencyStore(max_replies=10, max_bytes=1000, life_seconds=5, clock=clock)
+        store = IdempotencyStore(None, max_replies=10, max_bytes=1000, life_seconds=5, clock=clock)
         made = 0
 
         async def make(fail: bool = False) -> dict[str, Any]:
@@ -27,29 +27,29 @@ def test_idempotent_replies_are_forgotten_after_failures_and_with_time() -> None
             return {"made": made}
 
         with pytest.raises(RequestError):
-            await store.run(b"me", "k", b"body", lambda: make(fail=True))
+            await store.run("me", "k", "body", lambda: make(fail=True))
         await asyncio.sleep(0)
-        assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, False)
-        assert await store.run(b"me", "k", b"body", make) == ({"made": 2}, True)
-        assert await store.run(b"you", "k", b"other", make) == ({"made": 3}, False), "keys of two callers never meet"
+        assert await store.run("me", "k", "body", make) == ({"made": 2}, False)
+        assert await store.run("me", "k", "body", make) == ({"made": 2}, True)
+        assert await store.run("you", "k", "other", make) == ({"made": 3}, False), "keys of two callers never meet"
         with pytest.raises(RequestError) as conflict:
-            await store.run(b"me", "k", b"other", make)
+            await store.run("me", "k", "other", make)
         assert conflict.value.fault is Fault.CONFLICT
         clock.now = 6
-        assert await store.run(b"me", "k", b"other", make) == ({"made": 4}, False)
+        assert await store.run("me", "k", "other", make) == ({"made": 4}, False)
 
     asyncio.run(scenario())
 
 
 def test_idempotent_replies_stay_within_their_memory() -> None:
     async def scenario() -> None:
-        store = IdempotencyStore(max_replies=10, max_bytes=100, life_seconds=5, clock=Clock())
+        store = IdempotencyStore(None, max_replies=10, max_bytes=100, life_seconds=5, clock=Clock())
 
         async def replayed(key: str, size: int) -> bool:
             async def make() -> dict[str, Any]:
                 return {"data": [{"b64_json": "x" * (size // 2), "url": None}, {"b64_json": "x" * (size // 2)}]}
 
-            return (await store.run(b"me", key, b"body", make))[1]
+            return (await store.run("me", key, "body", make))[1]
 
         assert not await replayed("first", 40) and not await replayed("second", 60)
         assert await replayed("first", 40) and await replayed("second", 60), "just within"
@@ -68,14 +68,14 @@ async def told(usable: bool) -> bool:
 
 def test_an_idempotent_reply_that_can_no_longer_be_given_is_made_anew() -> None:
     async def scenario() -> None:
-        store, made = IdempotencyStore(max_replies=10, max_bytes=100, life_seconds=5, clock=Clock()), list[int]()
+        store, made = IdempotencyStore(None, max_replies=10, max_bytes=100, life_seconds=5, clock=Clock()), list[int]()
 
         async def make() -> dict[str, Any]:
             made.append(len(made))
             return {"made": made[-1]}
 
         for usable, expected in ((True, (0, False)), (True, (0, True)), (False, (1, False)), (True, (1, True))):
-            reply, replayed = await store.run(b"me", "k", b"body", make, lambda _reply, usable=usable: told(usable))
+            reply, replayed = await store.run("me", "k", "body", make, lambda _reply, usable=usable: told(usable))
             assert (reply["made"], replayed) == expected
 
     asyncio.run(scenario())
@@ -83,13 +83,13 @@ def test_an_idempotent_reply_that_can_no_longer_be_given_is_made_anew() -> None:
 
 def test_a_reply_that_was_made_anew_is_the_newest() -> None:
     async def scenario() -> None:
-        store = IdempotencyStore(max_replies=2, max_bytes=100, life_seconds=5, clock=Clock())
+        store = IdempotencyStore(None, max_replies=2, max_bytes=100, life_seconds=5, clock=Clock())
 
         async def make() -> dict[str, Any]:
             return {}
 
         for key, usable in (("a", True), ("b", True), ("a", False), ("c", True)):
-            await store.run(b"me", key, b"body", make, lambda _reply, usable=usable: told(usable))
-        assert (await store.run(b"me", "a", b"body", make))[1], "b was the oldest"
+            await store.run("me", key, "body", make, lambda _reply, usable=usable: told(usable))
+        assert (await store.run("me", "a", "body", make))[1], "b was the oldest"
 
     asyncio.run(scenario())

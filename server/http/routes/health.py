@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,6 +13,8 @@ from server.front.service import Service, State
 from server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
+
+_SCRAPES = ThreadPoolExecutor(1, thread_name_prefix="rmd-metrics")
 
 
 def _service(request: Request) -> Service:
@@ -59,6 +63,8 @@ async def ready(request: Request) -> JSONResponse:
         }
     if service.builder.failure:
         body["not_built"] = service.builder.failure
+    if service.database.fault:
+        body["database"] = service.database.fault
     if service.failure:
         body["reason"] = service.failure
     return JSONResponse(body, 200 if service.ready else 503, headers={} if service.ready else {"Retry-After": "5"})
@@ -66,6 +72,7 @@ async def ready(request: Request) -> JSONResponse:
 
 @router.get("/metrics", include_in_schema=False)
 @router.head("/metrics", include_in_schema=False)
-def metrics(request: Request) -> Response:
-    """Prometheus' text format. A plain function: it runs in a worker thread, off the event loop."""
-    return Response(_service(request).metrics.render(), media_type=CONTENT_TYPE)
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format, made in a thread of its own: others may all be waiting for the database."""
+    text = await asyncio.get_running_loop().run_in_executor(_SCRAPES, _service(request).metrics.render)
+    return Response(text, media_type=CONTENT_TYPE)

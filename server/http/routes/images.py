@@ -59,10 +59,8 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
     if key is None:
         return PicturesResponse(await _while_connected(request, draw()))
     check_idempotency_key(key)
-    digest = hashlib.sha256(await request.body()).digest()
-    reply, replayed = await service.replies.run(
-        account.encode(), key, digest, draw, lambda stored: _at_hand(service, stored)
-    )
+    digest = hashlib.sha256(await request.body()).hexdigest()
+    reply, replayed = await service.replies.run(account, key, digest, draw, lambda stored: _at_hand(service, stored))
     return PicturesResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)
 
 

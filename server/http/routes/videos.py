@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from server.core.card import step_costs
 from server.core.faults import Fault, RequestError
 from server.films.shelf import FILM, MEDIA_TYPES, SPRITESHEET, THUMBNAIL, film_object
-from server.films.store import CARRIER, VideoJob
+from server.films.tables import CARRIER, VideoJob
 from server.front.service import Service
 from server.http.errors import validation_error
 from server.http.keys import caller_of
@@ -61,10 +61,8 @@ async def create_video(request: Request) -> Response:
     """Take a job; its film is made as soon as its turn comes, also after a restart."""
     service: Service = request.app.state.service
     service.check_accepting()
-    jobs = service.jobs
     body = await _read(request, VideoRequest)
-    job = _new_job(service, body, _account(request))
-    return await _once(request, body, lambda: jobs.accept(job))
+    return await _accept(request, body, lambda: _new_job(service, body, _account(request)))
 
 
 @router.post("/{video_id}/remix", response_model=Video, responses=_ERRORS, openapi_extra=_body_schema(RemixRequest))
@@ -72,14 +70,16 @@ async def remix_video(video_id: str, request: Request) -> Response:
     """Take a job like a finished one, from the same noise, for another prompt."""
     service: Service = request.app.state.service
     service.check_accepting()
-    jobs = service.jobs
     body = await _read(request, RemixRequest)
-    source = await asyncio.to_thread(_find, request, video_id)
-    if source.status != "completed":
-        raise _not_ready(source, "remixed")
-    changed = VideoRequest.model_validate({**source.asked, "prompt": body.prompt})
-    job = _new_job(service, changed, source.account, source.id)
-    return await _once(request, body, lambda: jobs.accept(job))
+
+    def new() -> VideoJob:
+        source = _find(request, video_id)
+        if source.status != "completed":
+            raise _not_ready(source, "remixed")
+        changed = VideoRequest.model_validate({**source.asked, "prompt": body.prompt})
+        return _new_job(service, changed, source.account, source.id)
+
+    return await _accept(request, body, new)
 
 
 @router.get("", response_model=VideoList, responses=_ERRORS)
@@ -163,21 +163,28 @@ def _file_name(value: UploadFile | str) -> Any:
     return {"file": value.filename} if isinstance(value, UploadFile) else value
 
 
-async def _once(request: Request, body: BaseModel, accept: Any) -> Response:
+async def _accept(request: Request, body: BaseModel, new: Callable[[], VideoJob]) -> Response:
     """Accept a job, or return the one that an earlier request with the same Idempotency-Key made."""
-    service: Service = request.app.state.service
-    account, key = _account(request), request.headers.get("idempotency-key")
+    jobs = request.app.state.service.jobs
+    key, digest = request.headers.get("idempotency-key"), ""
+    if key is not None:
+        check_idempotency_key(key)
+        # Of the values, not of the bytes: a form's boundary differs each time it is sent.
+        told = f"{request.url.path} {json.dumps(body.model_dump(), sort_keys=True)}"
+        digest = hashlib.sha256(told.encode()).hexdigest()
 
-    async def make() -> dict[str, Any]:
-        return _video(await asyncio.to_thread(accept)).model_dump()
+    def accept() -> tuple[VideoJob, bool]:
+        earlier = None if key is None else jobs.earlier(_account(request), key, digest)
+        if earlier is not None:
+            return earlier, True
+        job = new()
+        if key is not None:
+            job.idempotency_key, job.body_digest = key, digest
+        kept = jobs.accept(job)
+        return kept, kept is not job
 
-    if key is None:
-        return JSONResponse(await make())
-    check_idempotency_key(key)
-    # Of the values, not of the bytes: a form's boundary differs each time it is sent.
-    digest = hashlib.sha256(f"{request.url.path} {json.dumps(body.model_dump(), sort_keys=True)}".encode()).digest()
-    reply, replayed = await service.replies.run(account.encode(), key, digest, make)
-    return JSONResponse(reply, headers={"Idempotent-Replayed": "true"} if replayed else None)
+    job, replayed = await asyncio.to_thread(accept)
+    return JSONResponse(_video(job).model_dump(), headers={"Idempotent-Replayed": "true"} if replayed else None)
 
 
 def _new_job(service: Service, body: VideoRequest, account: str, remixed_from: str | None = None) -> VideoJob:
@@ -250,7 +257,7 @@ def _video(job: VideoJob) -> Video:
     request = job.request
     failed = job.status == "failed"
     # Its server ended, and nobody has taken it up: it waits, for ever perhaps, if its model is no longer served.
-    left = job.status == "in_progress" and job.lease_until < time.time()
+    left = job.status == "in_progress" and job.left
     return Video(
         id=job.id,
         model=job.model,
