@@ -18,7 +18,7 @@ from rmd.sampler import sample
 from server.device.model import DeviceModel
 from server.films.tables import VideoJob
 from server.front.media import encode_film
-from server.front.service import Service, State
+from server.front.service import Service
 from server.start.films import open_jobs
 from server.start.settings import ServerSettings
 from tests.server.house import House, serving
@@ -312,17 +312,9 @@ def test_a_film_checkpoint_without_a_place_for_its_films_says_so(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("x")
-    failures: list[str] = []
     unusable = film_settings.model_copy(update={"videos": blocked})
-    starts = [("cpu", lambda: ThreadEngine(film_model))]
-    service = Service(unusable, open_jobs, starts, on_failed=failures.append)
-    service.start()
-    end = time.monotonic() + 30
-    while not failures:
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    assert str(blocked) in failures[0] and not service.ready and service.state is State.FAILED
-    service.stop()
+    with pytest.raises(ValueError, match=f"{blocked}.*File exists"):
+        Service(unusable, open_jobs, [("cpu", lambda: ThreadEngine(film_model))])
 
 
 def test_what_is_paged_through_may_be_deleted(house: House) -> None:
@@ -334,7 +326,8 @@ def test_what_is_paged_through_may_be_deleted(house: House) -> None:
     with pytest.warns(DeprecationWarning):
         for video in client.videos.list(limit=2):
             assert client.videos.delete(video.id).deleted
-    assert house.client.get(URL).json()["data"] == [] and house.metric("rmd_video_jobs") == 0
+    assert house.client.get(URL).json()["data"] == []
+    house.until(lambda: house.metric("rmd_video_jobs") == 0, "none in the metrics")
     assert house.client.get(f"{URL}/{jobs[0]['id']}").status_code == 404
 
 
