@@ -110,9 +110,9 @@ def film_settings(tmp_path: Path) -> ServerSettings:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
+def postgresql() -> Iterator[PostgreSQL]:
     """A real PostgreSQL of this process's tests."""
-    with started(tmp_path_factory.mktemp("postgresql")) as server:
+    with started() as server:
         yield server
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,22 +59,22 @@ class PostgreSQL:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[PostgreSQL]:
-    """Make one in a folder and run it until the block ends; skips the test where there is none."""
+def started() -> Iterator[PostgreSQL]:
+    """Make one and run it until the block ends; skips the test where there is none."""
     on_path = shutil.which("initdb")
     found = [Path(on_path).parent] if on_path else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not found:
         pytest.skip("no PostgreSQL here (initdb on the path, or Debian's postgresql)")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    if os.geteuid() == 0:
-        for above in folder.parents[:3]:  # pytest's own, closed to others
-            above.chmod(0o711)
-        shutil.chown(folder, _USER, _USER)
-    server = PostgreSQL(found[-1], folder, port)
-    server._run("initdb", "-D", "data", "-A", "trust", "-U", "rmd", "--no-sync")
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
+    with tempfile.TemporaryDirectory() as name:  # not pytest's folder, which is closed to other users
+        folder = Path(name)
+        if os.geteuid() == 0:
+            shutil.chown(folder, _USER, _USER)
+        server = PostgreSQL(found[-1], folder, port)
+        server._run("initdb", "-D", "data", "-A", "trust", "-U", "rmd", "--no-sync")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
