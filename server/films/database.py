@@ -90,6 +90,7 @@ class Database:
             self._engine = _engine(parsed)
             with self._engine.connect() as connection:
                 bring_up_to_date(connection)
+            self._engine.dispose()  # that connection may wait for as long as a migration takes
             self._check_pages()
             self._identity = self._identify()
             self._write()
@@ -143,8 +144,8 @@ class Database:
         while not self._closing.is_set():
             try:
                 with self._engine.connect() as connection:
-                    connection.detach()  # for good: it is never given to another session
                     driver: Any = connection.connection.driver_connection
+                    connection.detach()  # for good: it is never given to another session
                     driver.autocommit = True
                     driver.execute(f"LISTEN {channel}")
                     wake()  # for what came before

@@ -12,19 +12,19 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 from server.core.admission import LONGEST_RETRY
 from server.core.faults import COMPLETED, Fault, RequestError, deadline_error
 from server.films.database import DatabaseError
+from server.films.maker import FilmMaker, JobLimits
 from server.films.shelf import FilmShelf
 from server.films.store import CANCELLED, JobStore
 from server.films.tables import VideoJob
 from server.films.tidying import Tidying
 from server.films.writer import FilmWriter, Kept
-from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
+from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation
 from server.front.idempotency import key_reused
 
 log = logging.getLogger("rmd.server")
@@ -39,42 +39,6 @@ _MOST_ATTEMPTS = 3
 _LAST_FILMS_SECONDS = 10.0
 LAST_JOBS_SECONDS = 30.0
 """The longest that a stop waits for the database."""
-
-
-@dataclass(frozen=True)
-class JobLimits:
-    """Bounds of the jobs.
-
-    Attributes:
-        queue: jobs that may wait or be worked on at once.
-        together: jobs given to the executor at once, which batches them by stage.
-        seconds: how long a finished film is kept, and a job waits to be begun at most.
-        bytes: of all films of the served models; the oldest leave first.
-    """
-
-    queue: int
-    together: int
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class FilmMaker:
-    """What the runner asks of the service.
-
-    Attributes:
-        prepare: from a job's stored request to a spec. Raises RequestError where the served model cannot do it.
-        submit: admit a spec; its events go to the sink. Raises RequestError where it is not taken now.
-        cancel: end a generation early.
-        report: the ``rmd`` object of a finished film.
-        ended: told of a job that ended, and of its outcome as the metrics call it.
-    """
-
-    prepare: Callable[[Mapping[str, Any]], GenerationSpec]
-    submit: Callable[[GenerationSpec, Callable[[Event], None], str], Generation]
-    cancel: Callable[[Generation, RequestError], None]
-    report: Callable[[Generation, FinishedPicture], dict[str, Any]]
-    ended: Callable[[VideoJob, str], None] = lambda job, outcome: None
 
 
 @dataclass

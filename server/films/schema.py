@@ -6,6 +6,7 @@ they are changed over; an older one does not start on what a newer one has migra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def bring_up_to_date(connection: Connection) -> None:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells each step of every start
     _lock(connection)
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from server.core.card import ModelCard, step_costs
-from server.films.runner import FilmMaker, JobLimits, JobRunner
+from server.films.maker import FilmMaker, JobLimits
+from server.films.runner import JobRunner
 from server.films.shelf import FilmShelf
 from server.films.store import JobStore
 from server.films.tables import CARRIER, VideoJob

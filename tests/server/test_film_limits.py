@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections import Counter
@@ -10,6 +12,9 @@ import pytest
 
 from server.core.costs import CostTable
 from server.device.model import DeviceModel
+from server.films import runner
+from server.front import packaging
+from server.front.media import Pixels, encode_film
 from server.start.settings import ServerSettings
 from tests.server.house import serving
 from tests.server.test_videos import URL, ended, post
@@ -100,3 +105,19 @@ def test_a_film_that_fails_is_counted(film_model: DeviceModel, film_settings: Se
         house.gate.before = broken
         assert ended(house, post(house))["error"]["code"] == "engine_failed"
         house.until(lambda: 'rmd_videos_total{outcome="engine_failed"} 1.0' in house.client.get("/metrics").text, "it")
+
+
+def test_a_film_that_the_machine_could_not_encode_just_then_is_made_again(
+    film_model: DeviceModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[BaseException] = [MemoryError(), OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+
+    def crowded(pixels: Pixels, frames_per_second: int) -> bytes:
+        if faults:
+            raise faults.pop()
+        return encode_film(pixels, frames_per_second)
+
+    monkeypatch.setattr(runner, "_TICK_SECONDS", 0.05)
+    with serving(film_model, film_settings) as house:
+        monkeypatch.setattr(packaging, "encode_film", crowded)
+        assert ended(house, post(house))["status"] == "completed" and not faults

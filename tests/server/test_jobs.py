@@ -17,7 +17,8 @@ from server.core.work import PictureRecord, Work
 from server.films import runner as runner_module
 from server.films import writer as writer_module
 from server.films.database import Database, DatabaseError
-from server.films.runner import FilmMaker, JobLimits, JobRunner
+from server.films.maker import FilmMaker, JobLimits
+from server.films.runner import JobRunner
 from server.films.shelf import FilmShelf
 from server.films.store import JobStore
 from server.films.tables import VideoJob
@@ -117,6 +118,15 @@ def test_what_nobody_takes_is_reported_and_what_has_expired_is_forgotten(store: 
     assert store.get("", old.id) is None
     waiting = store.get("", fresh.id)
     assert waiting and waiting.status == "queued"
+
+
+def test_a_job_may_wait_as_long_as_the_server_said_that_took_it(store: JobStore) -> None:
+    """Whoever tidies up, and however long its own may wait."""
+    short, long = job(), job()
+    short.begin_by, long.begin_by = NOW + 10, NOW + 1000
+    store.add(short)
+    store.add(long)
+    assert [one.id for one in store.give_up_waiting(NOW + 50, life=1.0)] == [short.id]
 
 
 class Maker:
@@ -307,6 +317,25 @@ def test_a_finished_film_outlasts_a_locked_database(
     monkeypatch.setattr(desk.store, "complete", locked)
     desk.maker.tell(made.id, FILM)
     desk.until_status(made, "completed 100")
+
+
+def test_progress_is_written_once_a_second_at_most(desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "_PROGRESS_SECONDS", 60.0)
+    desk = desks()
+    made = desk.accept()
+    desk.until(lambda: made.id in desk.maker.taken)
+    advance, written = desk.store.advance, list[int]()
+
+    def counted(job_id: str, worker: str, progress: int) -> bool:
+        written.append(progress)
+        return advance(job_id, worker, progress)
+
+    monkeypatch.setattr(desk.store, "advance", counted)
+    for step in range(50):
+        desk.maker.tell(made.id, Advanced(step / 50))
+    desk.maker.tell(made.id, FILM)
+    desk.until_status(made, "completed 100")
+    assert written == [0]
 
 
 def test_a_film_waits_for_a_store_that_is_away_and_its_job_is_held(
