@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.core.admission import LONGEST_RETRY
 from server.core.faults import COMPLETED, Fault, RequestError
 from server.films.shelf import FILM, SPRITESHEET, THUMBNAIL, FilmShelf
-from server.films.store import CANCELLED, JobStore, VideoJob
+from server.films.store import CANCELLED, JobStore, Line, VideoJob
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, GenerationSpec
 
 log = logging.getLogger("rmd.server")
@@ -97,7 +97,7 @@ class JobRunner:
         self._maker = maker
         self._models = models
         self._limits = limits
-        self._seconds_per_film = seconds_per_film
+        self.seconds_per_film = seconds_per_film
         self._worker = uuid.uuid4().hex
         self._admitting = threading.Lock()
         self._events: queue.SimpleQueue[tuple[str, Event] | None] = queue.SimpleQueue()
@@ -136,7 +136,7 @@ class JobRunner:
                     Fault.QUEUE_FULL,
                     f"{waiting} films wait or are being made, and {self._limits.queue} may; "
                     "try again after the seconds in Retry-After.",
-                    retry_after=min(max(math.ceil(surplus * self._seconds_per_film), 1), LONGEST_RETRY),
+                    retry_after=min(max(math.ceil(surplus * self.seconds_per_film), 1), LONGEST_RETRY),
                 )
             self.store.add(job)
         self._events.put(None)
@@ -158,6 +158,13 @@ class JobRunner:
             return self.store.counts(self._models)
         except SQLAlchemyError:
             return {}
+
+    def line(self) -> Line | None:
+        """Return what waits; None where the database does not answer."""
+        try:
+            return self.store.line(self._models)
+        except SQLAlchemyError:
+            return None
 
     # -- the thread --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ change of a job's state is one conditional UPDATE, so that of two that race only
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,6 +103,15 @@ class Page:
     has_more: bool
 
 
+@dataclass(frozen=True)
+class Line:
+    """Films that wait. ``oldest``: when it was sent, seconds since 1970. ``unserved``: unfinished, of other models."""
+
+    waiting: int
+    oldest: float | None
+    unserved: int
+
+
 class JobStore:
     """All reads and writes of the table. Used from any thread.
 
@@ -188,6 +198,19 @@ class JobStore:
         with self._session() as session:
             found = dict(session.execute(query).tuples().all())
         return {status: found.get(status, 0) for status in _OPEN + _ENDED}
+
+    def line(self, models: Collection[str]) -> Line:
+        """Return what waits."""
+        served = VideoJob.model.in_(models)
+        # Those of workers that ended wait too, for whoever comes.
+        waiting = or_(VideoJob.status == "queued", VideoJob.lease_until < time.time())
+        unserved = func.coalesce(func.sum(case((served, 0), else_=1)), 0)
+        with self._session() as session:
+            count, oldest = session.execute(
+                select(func.count(), func.min(VideoJob.created_at)).where(VideoJob.status.in_(_OPEN), served, waiting)
+            ).one()
+            others = session.scalar(select(unserved).where(VideoJob.status.in_(_OPEN)))
+        return Line(count, oldest, int(others or 0))
 
     # -- the worker --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -155,6 +156,11 @@ class Fleet:
         """Return the expected work (seconds) that goes before a newcomer's; whoever needs more than it is passed."""
         engines = sum(member.health is not Health.DEAD for member in self.members)
         return self._ledger.work_before(work) / max(engines, 1)
+
+    @property
+    def work(self) -> float:
+        """Expected work (seconds) left on everything that was admitted."""
+        return self._ledger.work_before(math.inf)
 
     def depths(self) -> dict[str, int]:
         """Return how many pictures wait at each station, by label."""

@@ -40,7 +40,7 @@ def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
 
     def ended(job: VideoJob, outcome: str) -> None:
         label = of_model(places.get(job.model, ""), str(job.request["schedule"]))
-        service.metrics.video_ended(label, outcome, time.time() - job.created_at)
+        service.metrics.video_ended(job.model, label, outcome, time.time() - job.created_at)
 
     shelf = FilmShelf(settings.videos)  # first: it makes the folder that the database lies in
     return JobRunner(

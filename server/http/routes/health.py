@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.front.service import Service, State
-from server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
 
@@ -67,5 +66,6 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/metrics", include_in_schema=False)
 @router.head("/metrics", include_in_schema=False)
 def metrics(request: Request) -> Response:
-    """Prometheus' text format. A plain function: it runs in a worker thread, off the event loop."""
-    return Response(_service(request).metrics.render(), media_type=CONTENT_TYPE)
+    """Prometheus' text format, or OpenMetrics. A plain function: it runs in a worker thread, off the event loop."""
+    content, media_type = _service(request).metrics.render(request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": media_type})
