@@ -20,7 +20,7 @@ from server.core.faults import COMPLETED, Fault, RequestError, deadline_error
 from server.films.database import DatabaseError
 from server.films.maker import FilmMaker, JobLimits
 from server.films.shelf import FilmShelf
-from server.films.store import CANCELLED, JobStore
+from server.films.store import CANCELLED, JobStore, Line
 from server.films.tables import VideoJob
 from server.films.tidying import Tidying
 from server.films.writer import FilmWriter, Kept
@@ -80,7 +80,7 @@ class JobRunner:
         self._maker = maker
         self._models = models
         self._limits = limits
-        self._seconds_per_film = seconds_per_film
+        self.seconds_per_film = seconds_per_film
         self._worker = uuid.uuid4().hex
         self._admitting = threading.Lock()
         # None: there may be a new job
@@ -94,6 +94,7 @@ class JobRunner:
         self._rest_until = 0.0
         self._renewed = self._tidied = self._counted = 0.0
         self._counts: dict[str, int] = {}
+        self._line: Line | None = None
         self._thread = threading.Thread(target=self._main, name="rmd-jobs", daemon=True)
 
     # -- called from any thread --------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class JobRunner:
                     Fault.QUEUE_FULL,
                     f"{waiting} films wait or are being made, and {self._limits.queue} may; "
                     "try again after the seconds in Retry-After.",
-                    retry_after=min(max(math.ceil(surplus * self._seconds_per_film), 1), LONGEST_RETRY),
+                    retry_after=min(max(math.ceil(surplus * self.seconds_per_film), 1), LONGEST_RETRY),
                 )
             kept = self.store.add(job, time.time())
         if kept.body_digest != job.body_digest:
@@ -170,6 +171,10 @@ class JobRunner:
     def counts(self) -> dict[str, int]:
         """Return the number of the served models' jobs by status, as the thread last read them."""
         return self._counts
+
+    def line(self) -> Line | None:
+        """Return what waits, as the thread last read it; None until then."""
+        return self._line
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
@@ -339,7 +344,7 @@ class JobRunner:
         """Read the numbers that gauges show: a scrape must not wait for the database."""
         now = time.monotonic()
         if now - self._counted >= _PROGRESS_SECONDS:
-            self._counts = self.store.counts(self._models)
+            self._counts, self._line = self.store.counts(self._models), self.store.line(self._models)
             self._counted = now
 
     def _give_back(self) -> None:

@@ -31,6 +31,15 @@ class Page:
     has_more: bool
 
 
+@dataclass(frozen=True)
+class Line:
+    """Films that wait. ``oldest``: when it was sent, seconds since 1970. ``unserved``: unfinished, of other models."""
+
+    waiting: int
+    oldest: float | None
+    unserved: int
+
+
 class JobStore:
     """All reads and writes of the table. Used from any thread.
 
@@ -123,6 +132,19 @@ class JobStore:
         with self._begin() as session:
             found = dict(session.execute(query).tuples().all())
         return {status: found.get(status, 0) for status in OPEN + ENDED}
+
+    def line(self, models: Collection[str]) -> Line:
+        """Return what waits."""
+        served = VideoJob.model.in_(models)
+        # Those of workers that ended wait too, for whoever comes.
+        waiting = or_(VideoJob.status == "queued", VideoJob.lease_until < Clock())
+        unserved = func.coalesce(func.sum(case((served, 0), else_=1)), 0)
+        with self._begin() as session:
+            count, oldest = session.execute(
+                select(func.count(), func.min(VideoJob.created_at)).where(VideoJob.status.in_(OPEN), served, waiting)
+            ).one()
+            others = session.scalar(select(unserved).where(VideoJob.status.in_(OPEN)))
+        return Line(count, oldest, int(others or 0))
 
     # -- the worker --------------------------------------------------------------------------------------------------
 

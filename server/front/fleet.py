@@ -348,10 +348,8 @@ class Fleet:
         ready = [member for member in self.members if member.health is Health.READY and model in member.cards]
         if ready:
             cost = generation.costs[0]
-            work_before = self._ledger.work_before
-            member = (
-                min(ready, key=lambda each: each.foreign + work_before(cost, each.index)) if ready[1:] else ready[0]
-            )
+            before = self._ledger.work_before
+            member = min(ready, key=lambda each: each.foreign + before(cost, each.index)) if ready[1:] else ready[0]
             generation.engine = member.index
             self._outbox.append((member, Submit(generation.work)))
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prometheus_client import Histogram
+
 from rmd.cascade import Cascade
 from rmd.size import Size
 from server.core.admission import Permit
@@ -142,8 +144,10 @@ class Generation:
         engine: which engine has it; None where none has.
         strikes: engines that ended while a batch with it ran.
         shown: partial pictures that were sent: (picture, number).
+        partial: whether its client has been sent one.
         facts: of the HTTP request that waits for it; a film's is over.
         trace: its spans, where it is traced and sampled.
+        model_id: whose schedule it is.
     """
 
     def __init__(
@@ -160,8 +164,10 @@ class Generation:
         self.engine: int | None = None
         self.strikes = 0
         self.shown: set[tuple[int, int]] = set()
+        self.partial = False
         self.facts: RequestFacts | None = None
         self.trace: RequestTrace | None = None
+        self.model_id = ""
         self.places = [Place(StationKey("encode", model=spec.model)) for _ in spec.seeds]
 
     @property
@@ -186,7 +192,7 @@ class Generation:
             model_id: whose schedule.
             tracing: None where nothing is traced.
         """
-        spec, self.facts = self.spec, CURRENT.get()
+        spec, self.facts, self.model_id = self.spec, CURRENT.get(), model_id
         if self.facts is not None:
             self.facts.model, self.facts.schedule = model_id, spec.schedule
         if tracing is not None:
@@ -195,6 +201,11 @@ class Generation:
             self.trace = tracing.follow(parent, dict(spec.carrier), self.arrived, spec.film, spec.seeds, about)
         if self.facts is not None:
             self.facts.trace = self.trace
+
+    def took(self, histogram: Histogram, seconds: float) -> None:
+        """Observe a time of it, by model and schedule, with its trace as the exemplar."""
+        exemplar = None if self.facts is None else self.facts.exemplar
+        histogram.labels(self.model_id, self.spec.label).observe(seconds, exemplar)
 
     def seconds_left(self) -> float:
         """Seconds until its deadline; negative once it has passed."""

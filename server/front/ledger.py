@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from server.core.card import ModelCard
 from server.core.faults import Fault, RequestError, deadline_error, machine_lacks
 from server.core.messages import Began, Encoded, Ended, Lost, Pixels
 from server.core.stations import StationKey
-from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, Place
+from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, PartialPicture, Place
 from server.front.packaging import Packager
 from server.telemetry.metrics import Metrics
 
@@ -247,6 +248,9 @@ class Ledger:
                 else:
                     self.fail(generation, f"{type(result).__name__}: {result}")
                 return
+            if isinstance(result, PartialPicture) and not generation.partial:
+                generation.partial = True
+                generation.took(self._metrics.first_partial_seconds, time.monotonic() - generation.arrived)
             if isinstance(result, FinishedPicture):
                 self._count_picture(generation, result)
                 if generation.trace is not None:
@@ -280,9 +284,10 @@ class Ledger:
         if generation.facts is not None:
             generation.facts.took("queue", record.queue)
             generation.facts.took("compute", record.compute)
-        self._metrics.pictures.labels(schedule).inc()
-        self._metrics.queue_seconds.labels(schedule).observe(record.queue)
-        self._metrics.decode_seconds.observe(record.decode)
+        model = generation.model_id
+        self._metrics.pictures.labels(model, schedule).inc()
+        generation.took(self._metrics.queue_seconds, record.queue)
+        self._metrics.decode_seconds.labels(model).observe(record.decode)
         for stage, seconds in record.stages.items():
-            self._metrics.stage_seconds.labels(schedule, stage).observe(seconds)
+            self._metrics.stage_seconds.labels(model, schedule, stage).observe(seconds)
         self._on_picture(generation, picture)

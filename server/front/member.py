@@ -136,6 +136,12 @@ class Member:
         self._pinged = now
         return True
 
+    @property
+    def batch_seconds(self) -> tuple[float, float]:
+        """How long its batch has run, and should take; zeros where none runs."""
+        batch = self.batch
+        return (0.0, 0.0) if batch is None else (time.monotonic() - self._since, batch.expected)
+
     def hung(self) -> str:
         """Return why its engine counts as hung; nothing where it does not."""
         now = time.monotonic()

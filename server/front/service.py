@@ -36,6 +36,7 @@ from server.objects.place import read_place
 from server.objects.store import Objects
 from server.start.settings import ServerSettings
 from server.telemetry import open_tracing
+from server.telemetry.machine import MachineCollector
 from server.telemetry.metrics import Metrics, Snapshot
 
 log = logging.getLogger("rmd.server")
@@ -101,6 +102,9 @@ class Service:
         self.replies = IdempotencyStore(ReplyStore(self.database, *bounds), *bounds)
         self.tracing = open_tracing() if settings.tracing else None
         self.metrics = Metrics(self.snapshot)
+        self.metrics.registry.register(
+            MachineCollector({"engines": settings.engines, "videos": settings.videos}, self._backends)
+        )
         share = settings.key_share if len(settings.api_keys) > 1 else 1.0
         self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6), share=share)
         self.progress = Progress()
@@ -331,6 +335,9 @@ class Service:
     def snapshot(self) -> Snapshot:
         """Return the state that the gauges show."""
         return take_snapshot(self)
+
+    def _backends(self) -> dict[str, str]:
+        return {card.model_id: card.executor_kind for card in self.fleet.cards.values()}
 
     @property
     def film_jobs(self) -> JobRunner | None:

@@ -24,7 +24,9 @@ def take_snapshot(service: Service) -> Snapshot:
         for kind, ratio in cards[place].speedups(mean).items()
     }
     stations = [key for card in cards.values() for key in card.stations()]
+    batches = {str(each.index): each.batch_seconds for each in service.fleet.members}
     jobs = service.film_jobs
+    line = jobs.line() if jobs else None
     return Snapshot(
         ready=service.ready,
         draining=service.state.value == "draining",
@@ -43,6 +45,12 @@ def take_snapshot(service: Service) -> Snapshot:
         speedup=speedup,
         stored_file_bytes=service.pictures.stored_bytes,
         video_jobs=jobs.counts() if jobs else {},
+        video_oldest_seconds=max(time.time() - line.oldest, 0.0) if line and line.oldest else 0.0,
+        video_work_seconds=line.waiting * jobs.seconds_per_film if line and jobs else 0.0,
+        video_unserved_jobs=line.unserved if line else 0,
+        admitted_work_seconds=sum(service.fleet.work().values()),
+        batch_running_seconds={engine: ran for engine, (ran, _) in batches.items()},
+        batch_expected_seconds={engine: expected for engine, (_, expected) in batches.items()},
         engine_up={str(each.index): each.health is Health.READY for each in service.fleet.members},
         station_compiled={label: bool(n) for card in cards.values() for label, n in card.compiled.items()},
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import Histogram
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -35,6 +37,8 @@ _EXPOSED = (
 )
 """Headers that a page of an allowed origin may read."""
 
+_LAG_SECONDS = 0.25
+
 
 def create_app(service: Service) -> FastAPI:
     """Return the application around a service; its lifespan starts and stops the service."""
@@ -42,7 +46,9 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
+        watching = asyncio.create_task(_watch_loop(service.metrics.loop_lag_seconds))
         yield
+        watching.cancel()
         await asyncio.to_thread(service.stop)
 
     app = FastAPI(
@@ -80,6 +86,14 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Accounting, metrics=service.metrics, tracing=service.tracing)
     app.add_middleware(CleanPath, root_path=settings.root_path)
     return app
+
+
+async def _watch_loop(lag: Histogram) -> None:
+    """Observe how late this loop wakes a task, as long as it runs."""
+    while True:
+        due = time.monotonic() + _LAG_SECONDS
+        await asyncio.sleep(_LAG_SECONDS)
+        lag.observe(max(time.monotonic() - due, 0.0))
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -86,7 +86,7 @@ class ImageEventStream(Response):
                     card = self._service.card(self._generation.spec.model)
                     await send(_event(completed_event(card, self._body, self._generation, event)))
             seconds = time.monotonic() - self._generation.arrived
-            self._service.metrics.request_seconds.labels(self._generation.spec.label).observe(seconds)
+            self._generation.took(self._service.metrics.request_seconds, seconds)
         except RequestError as error:
             outcome = error.fault.value.outcome
             await send(_event({"type": "error", **error_body(error)}, "error"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ from server.front.service import Service
 from server.http.replies import report
 from server.http.resolve import choose_model, resolve_film
 from server.http.schemas import VideoRequest
+
+log = logging.getLogger("rmd.server")
 
 
 def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
@@ -45,7 +48,18 @@ def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
 
     def ended(job: VideoJob, outcome: str) -> None:
         label = of_model(places.get(job.model, ""), str(job.request["schedule"]))
-        service.metrics.video_ended(label, outcome, time.time() - job.created_at)
+        seconds = time.time() - job.created_at
+        service.metrics.video_ended(job.model, label, outcome, seconds)
+        trace = str(job.request.get(CARRIER, {}).get("traceparent", "")).split("-")
+        facts = {
+            "request_id": job.id,
+            "model": job.model,
+            "schedule": str(job.request["schedule"]),
+            "outcome": outcome,
+            "seconds": round(seconds, 3),
+            **({"trace_id": trace[1]} if len(trace) == 4 else {}),
+        }
+        log.info("film %s %s after %.1f s", job.id, outcome, seconds, extra={"facts": facts})
 
     _rehearse()
     return JobRunner(

@@ -28,7 +28,7 @@ from server.objects.place import read_place
 
 CONFIG_VARIABLE = "RMD_CONFIG"
 # Of the command line, the load test and compose.
-_OTHERS = ("RMD_TRACEBACK", "RMD_API_KEY", "RMD_BIND", "RMD_EXTRAS", "RMD_GPU", "RMD_MODELS", "RMD_TAG")
+_OTHERS = ("RMD_TRACEBACK", "RMD_API_KEY", "RMD_BIND", "RMD_COMMIT", "RMD_EXTRAS", "RMD_GPU", "RMD_MODELS", "RMD_TAG")
 
 
 class ServerSettings(BaseSettings):

@@ -33,6 +33,11 @@ class RequestFacts:
         self.seconds[what] = max(self.seconds.get(what, 0.0), round(seconds, 6))
 
     @property
+    def exemplar(self) -> dict[str, str] | None:
+        """By which a metric leads to a trace; None where that is not kept."""
+        return None if self.span is None or not self.span.span.is_recording() else {"trace_id": self.span.trace_id}
+
+    @property
     def ids(self) -> dict[str, str]:
         """By which its lines, spans and exemplars find each other."""
         return {"request_id": self.request_id, **({} if self.span is None else {"trace_id": self.span.trace_id})}

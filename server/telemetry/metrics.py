@@ -9,18 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from server.core.faults import COMPLETED, OUTCOMES
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 GENERATION_ROUTES = ("/v1/images/generations", "/v1/videos")
 
-_REQUEST_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120, 300)
-_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2, 5, 10)
+# A picture takes parts of a second to a minute; a film up to an hour of work, behind up to a day in line.
+_LONG = (30, 60, 120, 300, 600, 1200, 1800, 3600)
+_REQUEST_BUCKETS = (
+    0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, *_LONG, 7200, 14400, 28800, 86400,
+)  # fmt: skip
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2, 5, 10, *_LONG[:4])
+_STAGE_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2, 5, 10, *_LONG)
+_LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
@@ -41,7 +46,13 @@ class Snapshot:
     speedup: Mapping[tuple[str, str], float] = field(default_factory=dict)
     stored_file_bytes: int = 0
     video_jobs: Mapping[str, int] = field(default_factory=dict)
+    video_oldest_seconds: float = 0.0
+    video_work_seconds: float = 0.0
+    video_unserved_jobs: int = 0
+    admitted_work_seconds: float = 0.0
     engine_up: Mapping[str, int] = field(default_factory=dict)
+    batch_running_seconds: Mapping[str, float] = field(default_factory=dict)
+    batch_expected_seconds: Mapping[str, float] = field(default_factory=dict)
     station_compiled: Mapping[str, int] = field(default_factory=dict)
     teacher_age_seconds: Mapping[str, float] = field(default_factory=dict)
     teacher_spread: Mapping[str, float] = field(default_factory=dict)
@@ -62,7 +73,7 @@ class _StateCollector(Collector):
             ("rmd_ready", "1 where every engine is loaded and warmed and requests are accepted.", now.ready),
             ("rmd_draining", "1 while accepted requests are finished before the server stops.", now.draining),
             (
-                "rmd_load_progress",
+                "rmd_load_progress_ratio",
                 "Share of the start-up's present part (build, load, warm-up) that is done.",
                 now.load_progress,
             ),
@@ -73,6 +84,26 @@ class _StateCollector(Collector):
                 "rmd_stored_file_bytes",
                 "Bytes kept for response_format=url, as this server last saw them.",
                 now.stored_file_bytes,
+            ),
+            (
+                "rmd_admitted_work_seconds",
+                "Expected work left on what was admitted, on one engine: what to scale by.",
+                now.admitted_work_seconds,
+            ),
+            (
+                "rmd_video_work_seconds",
+                "Expected work on the films in line, for all servers that share their database.",
+                now.video_work_seconds,
+            ),
+            (
+                "rmd_video_oldest_seconds",
+                "Age of the oldest film in line, 0 where none waits; of all servers that share their database.",
+                now.video_oldest_seconds,
+            ),
+            (
+                "rmd_video_unserved_jobs",
+                "Unfinished films of models that this server does not serve.",
+                now.video_unserved_jobs,
             ),
         )
         for name, text, value in plain:
@@ -102,12 +133,24 @@ class _StateCollector(Collector):
             ["kind"],
             now.teacher_spread,
         )
+        yield _family(
+            "rmd_batch_running_seconds",
+            "How long an engine's present batch has run; 0 where none runs.",
+            ["engine"],
+            now.batch_running_seconds,
+        )
+        yield _family(
+            "rmd_batch_expected_seconds",
+            "What that batch should take; 0 where none runs.",
+            ["engine"],
+            now.batch_expected_seconds,
+        )
         yield _family("rmd_engine_up", "1 where an engine process takes work.", ["engine"], now.engine_up)
         yield _family(
             "rmd_station_compiled", "1 where a station runs through its engines.", ["station"], now.station_compiled
         )
         speedup = GaugeMetricFamily(
-            "rmd_speedup",
+            "rmd_speedup_ratio",
             "Teacher's seconds over the mean compute seconds (queues left out) of the last pictures.",
             labels=["schedule", "kind"],
         )
@@ -137,18 +180,33 @@ class Metrics:
         self.request_seconds = Histogram(
             "rmd_request_seconds",
             "Seconds from admission (a film's from its job's creation) to the finished reply, completed ones only.",
-            ["schedule"],
+            ["model", "schedule"],
             buckets=_REQUEST_BUCKETS,
             registry=self.registry,
         )
         self.queue_seconds = Histogram(
             "rmd_queue_seconds",
             "Seconds a picture spent waiting in all queues together.",
-            ["schedule"],
+            ["model", "schedule"],
             buckets=_REQUEST_BUCKETS,
             registry=self.registry,
         )
-        self.pictures = Counter("rmd_pictures", "Pictures finished, by schedule.", ["schedule"], registry=self.registry)
+        self.first_partial_seconds = Histogram(
+            "rmd_first_partial_seconds",
+            "Seconds from admission to a stream's first partial picture.",
+            ["model", "schedule"],
+            buckets=_REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self.loop_lag_seconds = Histogram(
+            "rmd_event_loop_lag_seconds",
+            "How much later than asked the event loop woke a task.",
+            buckets=_LAG_BUCKETS,
+            registry=self.registry,
+        )
+        self.pictures = Counter(
+            "rmd_pictures", "Pictures finished, by model and schedule.", ["model", "schedule"], registry=self.registry
+        )
         self.dropped = Counter(
             "rmd_dropped_items", "Pictures given up before they were finished.", ["outcome"], registry=self.registry
         )
@@ -170,14 +228,15 @@ class Metrics:
         self.stage_seconds = Histogram(
             "rmd_stage_seconds",
             "Seconds of work one picture met in all steps of a stage.",
-            ["schedule", "stage"],
-            buckets=_STEP_BUCKETS,
+            ["model", "schedule", "stage"],
+            buckets=_STAGE_BUCKETS,
             registry=self.registry,
         )
         self.decode_seconds = Histogram(
             "rmd_decode_seconds",
             "Seconds of work one picture met in decoding.",
-            buckets=_STEP_BUCKETS,
+            ["model"],
+            buckets=_STAGE_BUCKETS,
             registry=self.registry,
         )
         self.steps = Counter(
@@ -210,15 +269,19 @@ class Metrics:
             for route in GENERATION_ROUTES:
                 self.requests.labels(route, outcome)
 
-    def video_ended(self, schedule: str, outcome: str, seconds: float) -> None:
+    def video_ended(self, model: str, schedule: str, outcome: str, seconds: float) -> None:
         """Count a video job that ended ``seconds`` after it was sent."""
         self.videos.labels(outcome).inc()
         if outcome == COMPLETED:
-            self.request_seconds.labels(schedule).observe(seconds)
+            self.request_seconds.labels(model, schedule).observe(seconds)
 
-    def render(self) -> bytes:
-        """Return the exposition text."""
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the exposition in a format of the header ``Accept``, and its media type.
+
+        Only OpenMetrics has exemplars: the traces of requests, where they are traced.
+        """
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
 
 
 def _family(name: str, text: str, labels: list[str], values: Mapping[str, float]) -> GaugeMetricFamily:

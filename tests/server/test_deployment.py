@@ -20,8 +20,10 @@ from server.films.runner import LAST_JOBS_SECONDS
 from server.front.service import LAST_BATCH_SECONDS
 from server.start.run import LAST_REPLIES_SECONDS
 from server.start.settings import ServerSettings
+from server.telemetry.machine import gpu_gauges
 from server.telemetry.metrics import Metrics
-from tests.server.house import House
+from tests.server.house import URL, House
+from tests.server.test_metrics import TwoGpus
 
 ROOT = Path(__file__).parents[2]
 SELECTOR = re.compile(r"\b(rmd_\w+)(?:\{([^}]*)\})?")
@@ -41,13 +43,14 @@ def expressions() -> list[str]:
 @pytest.fixture
 def labels(house: House) -> dict[str, set[str]]:
     """The labels of every sample that the server shows once it has drawn a picture, refused one and dropped one."""
-    assert house.draw().status_code == 200
+    assert house.client.post(URL, json={"prompt": "a", "stream": True, "partial_images": 1}).status_code == 200
     house.service.metrics.dropped.labels("deadline")
     house.service.metrics.retried_batches.labels("encode")
     found: dict[str, set[str]] = defaultdict(set)
     films = replace(house.service.snapshot(), video_jobs={"queued": 1})  # what a server of films shows besides
-    shown = house.client.get("/metrics").text, Metrics(lambda: films).render().decode()
-    for family in (family for text in shown for family in text_string_to_metric_families(text)):
+    texts = house.client.get("/metrics").text, Metrics(lambda: films).render()[0].decode()
+    shown = [family for text in texts for family in text_string_to_metric_families(text)]
+    for family in (*shown, *gpu_gauges(TwoGpus())):
         for sample in family.samples:
             found[sample.name] |= {"instance", "job", *sample.labels}
     return found

@@ -39,7 +39,7 @@ def test_films_together_do_not_cost_each_other_their_time(
         assert Counter(ended(house, job)["status"] for job in jobs) == {"completed": TOGETHER}
         metrics = house.client.get("/metrics").text
     assert f'rmd_videos_total{{outcome="completed"}} {TOGETHER}.0' in metrics
-    assert f'rmd_request_seconds_count{{schedule="{film_model.card.default}"}} {TOGETHER}.0' in metrics
+    assert f'rmd_request_seconds_count{{model="tiny-wan",schedule="{film_model.card.default}"}} {TOGETHER}.0' in metrics
 
 
 def test_as_many_films_run_together_as_the_setting_says(film_model: DeviceModel, film_settings: ServerSettings) -> None:

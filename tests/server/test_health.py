@@ -56,7 +56,7 @@ async def test_live_at_once_and_ready_only_when_loaded(checkpoint: Path, model: 
         assert early.status_code == 503 and early.json()["error"]["code"] == "not_ready"
         assert (await client.get("/v1/models")).status_code == 503
         shown = (await client.get("/metrics")).text
-        assert "rmd_load_progress 0.25" in shown and 'rmd_engine_up{engine="0"} 0.0' in shown
+        assert "rmd_load_progress_ratio 0.25" in shown and 'rmd_engine_up{engine="0"} 0.0' in shown
         go.set()
         until(lambda: service.ready)
         ready = await client.get("/health/ready")
@@ -137,7 +137,7 @@ def test_gauges_follow_the_state_and_counters_the_work(house: House) -> None:
     assert house.metric("rmd_stage_seconds_count") == 12
     assert house.metric("rmd_decode_seconds_count") == 6
     assert house.metric("rmd_teacher_seconds", kind="eager") > 0
-    assert house.metric("rmd_speedup", schedule="2+2", kind="eager") > 0
+    assert house.metric("rmd_speedup_ratio", schedule="2+2", kind="eager") > 0
     assert house.metric("rmd_engine_memory_bytes", component="denoiser") > 1000
     assert house.metric("rmd_ready") == 1 and house.metric("rmd_draining") == 0
     assert house.metric("rmd_engine_up", engine="0") == 1 and house.metric("rmd_engine_restarts_total") == 0

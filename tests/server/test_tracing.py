@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -53,6 +54,11 @@ def test_a_request_is_a_trace_and_its_batches_are_linked_to_it(
         house.gate.open()
         first, second = (call.result() for call in calls)
         house.client.get("/health/live")
+        metrics = house.client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}).text
+    counted = next(line for line in metrics.splitlines() if re.match("rmd_request_seconds_bucket.* # ", line))
+    assert re.search('trace_id="([0-9a-f]{32})"', counted)[1] in {  # type: ignore[index]
+        reply.headers["traceparent"].split("-")[1] for reply in (first, second)
+    }
     version, trace, parent, flags = first.headers["traceparent"].split("-")
     assert (version, trace, flags) == ("00", CALLER_TRACE, "01")
     spans = receiver.spans

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.front.service import Service, State
-from server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
 
@@ -73,6 +73,7 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/metrics", include_in_schema=False)
 @router.head("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format, made in a thread of its own: others may all be waiting for the database."""
-    text = await asyncio.get_running_loop().run_in_executor(_SCRAPES, _service(request).metrics.render)
-    return Response(text, media_type=CONTENT_TYPE)
+    """Prometheus' text format, or OpenMetrics, in a thread of its own: others may all be waiting for the database."""
+    render = partial(_service(request).metrics.render, request.headers.get("accept", ""))
+    content, media_type = await asyncio.get_running_loop().run_in_executor(_SCRAPES, render)
+    return Response(content, headers={"Content-Type": media_type})

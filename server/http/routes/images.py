@@ -97,7 +97,7 @@ async def _draw(
                 pictures.append(event)
     finally:
         service.cancel(generation, client_gone())
-    service.metrics.request_seconds.labels(spec.label).observe(time.monotonic() - generation.arrived)
+    generation.took(service.metrics.request_seconds, time.monotonic() - generation.arrived)
     return await image_reply(service.card(spec.model), service.pictures, body, generation, pictures, base_url)
 
 
