@@ -25,6 +25,7 @@ COPY server server
 COPY training training
 COPY bench bench
 COPY cli cli
+COPY deploy/ray deploy/ray
 # Only what EXTRAS adds is still to be found, and is held to its version alone: TensorRT's wheels are made while they are installed.
 RUN --mount=type=cache,target=/var/cache/pip /opt/rmd/bin/pip install --no-build-isolation ".${EXTRAS}" \
     && /opt/rmd/bin/pip check

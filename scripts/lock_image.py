@@ -16,7 +16,8 @@ IMAGE = Path("deploy/image")
 # What only torch asks for, and only in its CUDA build.
 CUDA = re.compile(r"torch==|triton==|nvidia-|cuda-")
 COMMAND = (
-    "uv pip compile pyproject.toml deploy/image/build.in --generate-hashes --no-header --no-annotate "
+    "uv pip compile pyproject.toml deploy/image/build.in --extra postgres --extra otel "
+    "--generate-hashes --no-header --no-annotate "
     "--python-version 3.11 --python-platform x86_64-manylinux_2_28 --quiet --output-file"
 )
 HEAD = "# Written by scripts/lock_image.py. Linux on x86_64, Python 3.11.\n"
