@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from bench.serving.pools import LAYOUTS
@@ -24,7 +24,8 @@ def pool_markdown(content: Mapping[str, Any]) -> str:
         "batches of the best width, over whole replicas'. *Saturated*: simulated, "
         f"24 requests a device always on their way, 100 a device in all, filling and emptying counted. *Served well*: "
         f"the most pictures/s with the 99th percentile at most {content['slowest']:g} times a lone picture, between "
-        "simulated loads on a straight line. Rates are over whole replicas'; latencies are **simulated** milliseconds, "
+        "simulated loads on a straight line, and no more than the highest of them. Ratios of rates are mean ± standard "
+        "deviation over seeds. Rates are over whole replicas'; latencies are **simulated** milliseconds, "
         "p50 / p95 / p99, at shares of whole replicas' bound (`:bursts`: 0.3 of these on average, five times that for "
         "2 s of every 10 s).",
         "",
@@ -40,7 +41,7 @@ def pool_markdown(content: Mapping[str, Any]) -> str:
     for name, about in content["about"].items():
         lines += ["", f"## {name}", "", f"{about}.", ""]
         loads = [f"{load:g}" for load in settings["loads"]]
-        head = ["mix", "GPUs", "layout", "devices", "bound", "saturated", "served well"]
+        head = ["mix", "GPUs", "layout", "devices", "bound", "saturated", "served well", "saturated, one device off"]
         head += [f"at {float(load):.0%}" for load in loads]
         rows = [row for part in content["parts"] if part["machine"] == name for row in _rows(part, loads)]
         lines += markdown_table(head, rows, left=3)
@@ -67,18 +68,33 @@ def _held(content: Mapping[str, Any], name: str) -> list[str]:
 def _rows(part: Mapping[str, Any], loads: list[str]) -> list[list[str]]:
     rows, whole = [], part["layouts"]["whole"]
     for title, row in part["layouts"].items():
-        saturated = f"{fmean(row['saturated']) / fmean(whole['saturated']):.2f}" if "saturated" in row else ""
-        rates = [row["bound"] / whole["bound"], row["served_well"] / whole["served_well"]]
-        cells = [f"{rates[0]:.2f}", saturated, f"{rates[1]:.2f}"]
         if title == "whole":
-            saturated = f"{fmean(row['saturated']):.1f}/s" if "saturated" in row else ""
-            cells = [f"{row['bound']:.1f}/s", saturated, f"{row['served_well']:.1f}/s"]
+            cells = [f"{row['bound']:.1f}/s", *(_rate(row, name) for name in ("saturated", "served_well")), ""]
+        else:
+            cells = [f"{row['bound'] / whole['bound']:.2f}"]
+            cells += [_over(row, whole, name) for name in ("saturated", "served_well")] + [_one_off(row, whole)]
         for load in loads:
             figures = row["loads"][load]
             cells.append(" / ".join(f"{1e3 * figures[name][0]:.0f}" for name in ("p50", "p95", "p99")))
-        devices = ":".join(map(str, row["devices"]))
-        rows.append([part["mix"], str(part["gpus"]), title, devices, *cells])
+        rows.append([part["mix"], str(part["gpus"]), title, ":".join(map(str, row["devices"])), *cells])
     return rows
+
+
+def _rate(row: Mapping[str, Any], name: str) -> str:
+    return f"{fmean(row[name]):.1f}/s" if name in row else ""
+
+
+def _over(row: Mapping[str, Any], whole: Mapping[str, Any], name: str) -> str:
+    """Ratio to whole replicas: mean over seeds, each on its own trace, and standard deviation."""
+    if name not in row:
+        return ""
+    ratios = [ours / theirs for ours, theirs in zip(row[name], whole[name], strict=True)]
+    return f"{fmean(ratios):.2f}" + (f" ± {stdev(ratios):.2f}" if len(ratios) > 1 else "")
+
+
+def _one_off(row: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
+    ratios = [rate / whole["saturated"][0] for _, rate in row.get("one_off", ())]
+    return "" if not ratios else f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def _bound(row: Mapping[str, Any]) -> list[str]:

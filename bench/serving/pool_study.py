@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from statistics import fmean, stdev
 from typing import Any
 
@@ -15,7 +14,7 @@ from bench.serving.measures import SLOWEST, Alone, percentile, served_rate
 from bench.serving.outcomes import whole_rate
 from bench.serving.pools import LAYOUTS, Link, Stage, best_ratio, most, one_off, pool_seconds, simulate_cluster
 from bench.serving.tables import Machine, machine
-from bench.serving.traces import make_trace
+from bench.serving.traces import MIXES, make_trace
 
 _CLIENTS = 24  # a device, on their way at once where saturation is simulated
 _BURST = 0.3  # of a steady load's rate: in the two seconds of a burst five times as much arrives
@@ -41,8 +40,8 @@ class PoolSettings:
     policy: str = "stagewise"
     gpus: tuple[int, ...] = (2, 4, 8, 32)
     many: tuple[int, ...] = (64, 256, 512)
-    loads: tuple[float, ...] = (0.5, 0.7, 0.9)
-    seeds: tuple[int, ...] = (5, 6)
+    loads: tuple[float, ...] = (0.5, 0.7, 0.85, 0.95)
+    seeds: tuple[int, ...] = (5, 6, 7)
     count: int = 240
     saturated_to: int = 8
     bytes_per_second: float = 25e9
@@ -51,7 +50,14 @@ class PoolSettings:
 
 
 def run_pool_study(settings: PoolSettings, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Simulate everything; see :func:`bench.serving.pool_report.pool_markdown` for what comes of it."""
+    """Simulate everything; see :func:`bench.serving.pool_report.pool_markdown` for what comes of it.
+
+    Raises:
+        ValueError: there is no such machine or mix.
+    """
+    for mix in settings.mixes:
+        if mix.removesuffix(":bursts") not in MIXES:
+            raise ValueError(f"mix '{mix[:40]}' is none of {', '.join(MIXES)}, nor one of these with :bursts")
     links, memory = dict[str, Link](), dict[str, dict[Stage, int]]()
     for name in settings.machines:
         links[name], memory[name] = carried(machine(name), settings.bytes_per_second, settings.seconds)
@@ -120,16 +126,20 @@ def _cell(settings: PoolSettings, links: Mapping[str, Link], cell: tuple[str, st
         row: dict[str, Any] = {"devices": ratio, "bound": most(pool_seconds(known, mix, layout), ratio)}
         if small and not arrivals:
             full = max(settings.count, 100 * gpus)
-            traces = (make_trace(mix, 1.0, full, seed) for seed in seeds)
-            row["saturated"] = [whole_rate(play(trace=each, clients=_CLIENTS * gpus).outcomes) for each in traces]
-        row["loads"], points = {}, list[tuple[float, float]]()
+            traces = [make_trace(mix, 1.0, full, seed) for seed in seeds]
+            fill = partial(play, clients=_CLIENTS * gpus)
+            row["saturated"] = [whole_rate(fill(trace=each).outcomes) for each in traces]
+            row["one_off"] = [
+                [other, whole_rate(fill(trace=traces[0], devices=other).outcomes)] for other in one_off(ratio)
+            ]
+        row["loads"], points = {}, [list[tuple[float, float]]() for _ in seeds]
         for load in settings.loads:
             rate = load * whole * (_BURST if arrivals else 1.0)
             runs = [play(trace=make_trace(mix, rate, count, seed, arrivals or "poisson")) for seed in seeds]
-            slow = [alone.slowdowns(run.outcomes) for run in runs]
-            points.append((rate, percentile(chain.from_iterable(slow), 0.99)))
+            for own, run in zip(points, runs, strict=True):
+                own.append((rate, percentile(alone.slowdowns(run.outcomes), 0.99)))
             row["loads"][f"{load:g}"] = _latencies([[each.latency for each in run.outcomes] for run in runs])
-        row["served_well"] = served_rate(points)
+        row["served_well"] = [served_rate(own) for own in points]
         row["slowdowns"] = points
         rows[title] = row
     return {"machine": name, "mix": wanted, "gpus": gpus, "requests": count, "seeds": len(seeds), "layouts": rows}

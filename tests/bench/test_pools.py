@@ -100,6 +100,8 @@ def test_a_study_is_written() -> None:
     assert set(layouts) == set(LAYOUTS) - {"low, high, decode"}  # it needs three devices
     told = pool_markdown(content)
     assert "| 2+2 | 2 | decode apart | 1:1 |" in told and "| mix:bursts | 2 | whole | 2 |" in told
+    with pytest.raises(ValueError, match="mix '3\\+1' is none of"):
+        run_pool_study(replace(settings, mixes=("3+1",)))
     bound = next(row for row in content["bounds"] if row["gpus"] == 8 and row["layout"] == "decode apart")
     assert bound["one_off"][1] <= bound["best"] <= 1.0
 
