@@ -249,6 +249,50 @@ def simulate(
 
 
 @app.command()
+def pools(
+    machines: Annotated[str, typer.Option(help="h200, amx, avx2; comma-separated.")] = "h200,amx",
+    mixes: Annotated[
+        str, typer.Option(help="As of simulate; with :bursts behind one, in bursts; comma-separated.")
+    ] = "2+2,mix,mix:bursts",
+    policy: Annotated[str, typer.Option(help="Of every device.")] = "stagewise",
+    gpus: Annotated[str, typer.Option(help="Devices, simulated; comma-separated.")] = "2,4,8,32",
+    many: Annotated[str, typer.Option(help="Devices, by arithmetic alone; comma-separated.")] = "64,256,512",
+    loads: Annotated[str, typer.Option(help="Shares of what whole replicas can make.")] = "0.5,0.7,0.85,0.95",
+    seeds: Annotated[str, typer.Option(help="A trace each.")] = "5,6,7",
+    requests: Annotated[int, typer.Option(min=20, help="Of each run, or 20 a device where that is more.")] = 240,
+    link_gbytes: Annotated[float, typer.Option(min=0.001, help="GB/s between pools (between hosts about 3).")] = 25.0,
+    link_ms: Annotated[float, typer.Option(min=0.0, help="Of each message besides (between hosts about 1).")] = 0.2,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving/pools"),
+) -> None:
+    """Whole replicas or stages apart, at equal numbers of devices, on a virtual clock."""
+    from rich.console import Console
+
+    from bench.serving.pool_report import pool_markdown
+    from bench.serving.pool_study import PoolSettings, run_pool_study
+    from bench.serving.report import write_report
+
+    console = Console()
+    settings = PoolSettings(
+        machines=tuple(machines.split(",")),
+        mixes=tuple(mixes.split(",")),
+        policy=policy,
+        gpus=whole_numbers("--gpus", gpus),
+        many=whole_numbers("--many", many),
+        loads=tuple(float(load) for load in loads.split(",")),
+        seeds=whole_numbers("--seeds", seeds, least=0),
+        count=requests,
+        bytes_per_second=link_gbytes * 1e9,
+        seconds=link_ms / 1e3,
+        workers=workers or os.cpu_count() or 1,
+    )
+    with console.status("simulating") as status:
+        content = run_pool_study(settings, lambda what: status.update(what))
+    write_report(content, pool_markdown(content), out, "pools")
+    console.print(pool_markdown(content), markup=False, soft_wrap=True)
+
+
+@app.command()
 def crowd(
     checkpoint: Annotated[Path, typer.Option(help="Folder.")] = Path("models/embedded"),
     engines: Annotated[Path, typer.Option(help="Folder of its built engines.")] = Path("engines-cache"),

@@ -53,7 +53,7 @@ def study_markdown(content: Mapping[str, Any]) -> str:
     ]
     loads = [f"{load:g}" for load in settings["loads"]]
     head = ["machine", "mix", "saturated", "served well", *(f"p50 / p99 at {float(load):.0%}" for load in loads)]
-    lines += _table(head, [_claim_row(part, loads) for part in content["parts"]], left=2)
+    lines += markdown_table(head, [_claim_row(part, loads) for part in content["parts"]], left=2)
     for part in content["parts"]:
         lines += ["", f"## {part['machine']}, {part['mix']}", "", f"{part['about']}. Latencies in ms.", ""]
         rows = []
@@ -62,7 +62,7 @@ def study_markdown(content: Mapping[str, Any]) -> str:
             row = [f"`{policy}`", f"{limits['saturated']:.2f}", f"{limits['served_well']:.2f}"]
             row += [_ms(part["loads"][load][policy], "p50", "p99") for load in loads]
             rows.append(row)
-        lines += _table(
+        lines += markdown_table(
             ["policy", "saturated, /s", "served well, /s", *(f"at {float(load):.0%}" for load in loads)], rows
         )
     return "\n".join(lines)
@@ -88,7 +88,7 @@ def live_markdown(content: Mapping[str, Any]) -> str:
         claims = part["claims"]
         row = [part["mix"], _claim(claims["saturated"]), _claim(claims["served_well"])]
         rows.append(row + [f"{claims[f'p50 at {load}'][0]:.2f} / {claims[f'p99 at {load}'][0]:.2f}" for load in loads])
-    lines += [f"`{settings['policy']}` over the best baseline of each column:", "", *_table(head, rows)]
+    lines += [f"`{settings['policy']}` over the best baseline of each column:", "", *markdown_table(head, rows)]
     for part in content["parts"]:
         lines += ["", f"## {part['mix']}", "", "Latencies in ms: p50 / p95 / p99.", ""]
         head = ["policy", "saturated, /s", "served well, /s", "busy", "gap, ms"]
@@ -98,7 +98,7 @@ def live_markdown(content: Mapping[str, Any]) -> str:
             row = [f"`{policy}`", f"{limits['saturated']:.2f}", f"{limits['served_well']:.2f}"]
             row += [f"{limits['busy']:.1%}", _ms(limits, "gap_p50")]
             rows.append(row + [_ms(part["loads"][load][policy], "p50", "p95", "p99") for load in loads])
-        lines += _table(head, rows)
+        lines += markdown_table(head, rows)
     lines += [
         "",
         "## The simulator beside it",
@@ -107,7 +107,7 @@ def live_markdown(content: Mapping[str, Any]) -> str:
         "",
     ]
     head = ["mix", "policy", "load", "pictures/s", "p50, ms", "p99, ms"]
-    lines += _table(head, [_validation_row(line) for line in content["validation"]], left=3)
+    lines += markdown_table(head, [_validation_row(line) for line in content["validation"]], left=3)
     return "\n".join(lines)
 
 
@@ -133,7 +133,7 @@ def rivals_markdown(content: Mapping[str, Any]) -> str:
             ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]) if row["ratio"] else ""
             rows.append([title, "pictures/s" if name == "rate" else f"{name}, s", *shown, ratio])
             title = ""
-    lines += _table(head, rows, left=2)
+    lines += markdown_table(head, rows, left=2)
     sweep = ", ".join(f"{name}: {rate:.2f}" for name, rate in content["sweep"].items())
     return "\n".join([*lines, "", f"The rival's saturation by size and window, pictures/s: {sweep}."])
 
@@ -173,7 +173,8 @@ def _ms(figures: Mapping[str, Any], *names: str) -> str:
     return " / ".join(f"{value * 1e3:.0f}" if math.isfinite(value) else "-" for value in values)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a table whose first ``left`` columns are words."""
     rule = ["---" if column < left else "---:" for column in range(len(head))]
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
 

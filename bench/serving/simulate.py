@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from bench.serving.outcomes import Batches, Outcome, Run
 from bench.serving.tables import Costs, Machine
@@ -48,7 +49,7 @@ class World:
 
 
 @dataclass
-class _Device:
+class Device:
     """One engine: its loop, and the batch that runs until ``free``."""
 
     loop: Loop
@@ -88,35 +89,33 @@ class Simulation:
         self._now, self._last = 0.0, 0.0
         self._clock = lambda: self._now
         self._admission = Admission(world.queue_items or 2**60, 2**60, clock=self._clock)
-        self._permits: dict[str, tuple[Permit, _Device, float]] = {}
+        self._permits: dict[str, tuple[Permit, Device, float]] = {}
         self._left: dict[str, int] = {}
         self.outcomes: list[Outcome] = []
         self.batches = Batches()
         self._trace = iter(trace)
         self._closed = clients is not None
-        self._events: list[tuple[float, int, int, Ask | _Device]] = []
+        self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._order = 0
         for ask in _first(self._trace, clients):
-            self._push(0.0 if self._closed else ask.at, 1, ask)
+            self._push(0.0 if self._closed else ask.at, 1, partial(self._arrive, ask))
 
     def run(self) -> Run:
         """Play the trace to its end."""
         while self._events:
-            self._now, kind, _, what = heapq.heappop(self._events)
-            if isinstance(what, _Device):
-                self._turn(what, kind)
-            elif kind == 1:
-                self._arrive(what)
+            self._now, _, _, happen = heapq.heappop(self._events)
+            happen()
         return Run(self._name, self.outcomes, self.batches, self._last, self.world.devices)
 
-    def _device(self, make: PolicyMaker) -> _Device:
+    def _device(self, make: PolicyMaker) -> Device:
         costs = CostTable(self._machine.costs)
         messages: list[Message] = []
-        return _Device(Loop([self._machine.card], costs, make(costs), messages.append), messages)
+        return Device(Loop([self._machine.card], costs, make(costs), messages.append), messages)
 
-    def _push(self, at: float, kind: int, what: Ask | _Device) -> None:
+    def _push(self, at: float, rank: int, happen: Callable[[], None]) -> None:
+        """At one time the lower rank goes first: batches end (0), requests arrive (1), devices look (2)."""
         self._order += 1
-        heapq.heappush(self._events, (at, kind, self._order, what))
+        heapq.heappush(self._events, (at, rank, self._order, happen))
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -126,13 +125,13 @@ class Simulation:
         self.outcomes.append(outcome)
         if not self._closed:
             for following in _first(self._trace, 0):
-                self._push(following.at, 1, following)
+                self._push(following.at, 1, partial(self._arrive, following))
         try:
             permit = self._admission.acquire(ask.pictures, ask.pictures)
         except RequestError as error:
             self._settle(outcome, error.fault.value.status)
             return
-        device = min(self._devices, key=self._finish) if len(self._devices) > 1 else self._devices[0]
+        device = self._quickest(self._entrance())
         work = ask.work(name, now, now + self.world.deadline_seconds)
         device.loop.submit(work, now + self.world.front_seconds)
         cost = self._cost(ask, device)
@@ -140,9 +139,16 @@ class Simulation:
         self._permits[name] = (permit, device, cost)
         self._left[name] = ask.pictures
         if device.batch is None:
-            self._push(now + self.world.front_seconds, 2, device)
+            self._push(now + self.world.front_seconds, 2, partial(self._turn, device))
 
-    def _cost(self, ask: Ask, device: _Device) -> float:
+    def _entrance(self) -> Sequence[Device]:
+        """The devices that a new request may be given to."""
+        return self._devices
+
+    def _quickest(self, devices: Sequence[Device]) -> Device:
+        return min(devices, key=self._finish) if len(devices) > 1 else devices[0]
+
+    def _cost(self, ask: Ask, device: Device) -> float:
         if len(self._devices) == 1:
             return 0.0
         from server.core.card import step_costs
@@ -150,7 +156,7 @@ class Simulation:
         schedule = self._machine.card.schedules[ask.schedule]
         return ask.pictures * step_costs(device.loop.costs, schedule.cascade, schedule.lane, how="shared")[0]
 
-    def _finish(self, device: _Device) -> float:
+    def _finish(self, device: Device) -> float:
         return device.backlog + (max(device.free - self._now, 0.0) if device.batch is not None else 0.0)
 
     def _settle(self, outcome: Outcome, status: int) -> None:
@@ -158,15 +164,18 @@ class Simulation:
         self._last = max(self._last, self._now)
         if self._closed:
             for following in _first(self._trace, 0):
-                self._push(self._now, 1, following)
+                self._push(self._now, 1, partial(self._arrive, following))
 
     # -- devices -------------------------------------------------------------------------------------------------------
 
-    def _turn(self, device: _Device, kind: int) -> None:
-        """A device's batch is over (kind 0), or something may be there for it to do."""
-        if kind == 0:
-            assert device.batch is not None
-            self._end(device, device.batch)
+    def _over(self, device: Device) -> None:
+        """A device's batch is over."""
+        assert device.batch is not None
+        self._end(device, device.batch)
+        self._turn(device)
+
+    def _turn(self, device: Device) -> None:
+        """Something may be there for a device to do."""
         if device.batch is not None:
             return
         batch = device.loop.next_batch(self._now)
@@ -174,7 +183,7 @@ class Simulation:
         if isinstance(batch, Hold):
             if batch.until < device.wake or device.wake <= self._now:
                 device.wake = batch.until
-                self._push(batch.until, 2, device)
+                self._push(batch.until, 2, partial(self._turn, device))
             return
         if batch is None:
             return
@@ -186,7 +195,7 @@ class Simulation:
             self.batches.gaps.append(self.world.batch_seconds)
         device.batch, device.free = batch, self._now + seconds + self.world.batch_seconds
         device.seconds = seconds
-        self._push(device.free, 0, device)
+        self._push(device.free, 0, partial(self._over, device))
 
     def _cost_of(self, key: StationKey, rows: int) -> tuple[int, float]:
         known = self._true.get((key, rows))
@@ -195,7 +204,7 @@ class Simulation:
             known = self._true[key, rows] = (width, self._truth.seconds(key, rows))
         return known
 
-    def _end(self, device: _Device, batch: Batch) -> None:
+    def _end(self, device: Device, batch: Batch) -> None:
         device.batch = None
         shown: dict[Picture, None] = {}
         if batch.key.kind == "encode":
@@ -211,7 +220,7 @@ class Simulation:
         device.loop.ended(batch, device.seconds, self._now, shown, batch.rows, self.world.batch_seconds)
         self._listen(device)
 
-    def _listen(self, device: _Device) -> None:
+    def _listen(self, device: Device) -> None:
         for message in device.messages:
             if isinstance(message, Ended):
                 for moved in message.moved:

@@ -332,7 +332,11 @@ def test_who_scales_decides_the_number_of_replicas() -> None:
     query = trigger["metadata"]["query"]
     assert f'service="{deployment["metadata"]["name"]}"' in query and "\n" not in query
     shown = Metrics(lambda: Snapshot(True, False, 1, 0, 0, 0)).render()[0].decode()
-    assert {"rmd_admitted_work_seconds"} <= set(re.findall(r"rmd_\w+(?={)", query)) <= set(re.findall(r"# TYPE (\w+)", shown))
+    assert (
+        {"rmd_admitted_work_seconds"}
+        <= set(re.findall(r"rmd_\w+(?={)", query))
+        <= set(re.findall(r"# TYPE (\w+)", shown))
+    )
     secrets = {each["name"] for each in next(servers(objects))[1]["env"] if "valueFrom" in each}
     assert secrets == {"RMD_API_KEYS", "RMD_VIDEO_DATABASE"}
 

@@ -107,11 +107,19 @@ class JoinedSD3(Joined):
         for block in self.blocks:
             image, text = self._block(block, image, text, condition)  # type: ignore[arg-type]
         scale, shift = self.last_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        return self._velocity(self.out(self._modulate(image, scale, shift))).reshape(latents.shape)
+        return self._velocity(self.out(self._modulate(image, scale, shift)), latents)
+
+    # Pictures are cut without a dimension of frames: with one of a single frame, a 256 px step at batch 1 took 16 ms
+    # instead of 10.
 
     def _tokens(self, latents: Tensor) -> Tensor:
         """(B, [T] N, D), frame by frame."""
-        batch, (height, width), size, frames = latents.shape[0], self.grid, self.patch, self.frames
+        batch, (height, width), size = latents.shape[0], self.grid, self.patch
+        if latents.ndim == 4:
+            cut = latents.reshape(batch, -1, height, size, width, size).permute(0, 2, 4, 1, 3, 5)
+            pictures: Tensor = self.patches(cut.reshape(batch, height * width, -1)) + self.positions
+            return pictures
+        frames = self.frames
         cut = latents.reshape(batch, -1, frames, height, size, width, size).permute(0, 2, 3, 5, 1, 4, 6)
         image: Tensor = self.patches(cut.reshape(batch * frames, height * width, -1)) + self.positions
         if frames > 1:
@@ -119,11 +127,14 @@ class JoinedSD3(Joined):
             image = (image.reshape(batch, frames, height * width, -1).transpose(1, 2) + self.moments).transpose(1, 2)
         return image.reshape(batch, frames * height * width, -1)
 
-    def _velocity(self, patches: Tensor) -> Tensor:
-        """(B, C, T, H, W)."""
-        batch, (height, width), size, frames = patches.shape[0], self.grid, self.patch, self.frames
-        cut = patches.reshape(batch, frames, height, width, size, size, -1).permute(0, 6, 1, 2, 4, 3, 5)
-        return cut.reshape(batch, -1, frames, height * size, width * size)
+    def _velocity(self, patches: Tensor, latents: Tensor) -> Tensor:
+        """Of the shape of ``latents``."""
+        batch, (height, width), size = patches.shape[0], self.grid, self.patch
+        if latents.ndim == 4:
+            cut = patches.reshape(batch, height, width, size, size, -1).permute(0, 5, 1, 3, 2, 4)
+        else:
+            cut = patches.reshape(batch, self.frames, height, width, size, size, -1).permute(0, 6, 1, 2, 4, 3, 5)
+        return cut.reshape(latents.shape)
 
     def _block(self, block: nn.ModuleDict, image: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         batch, tokens = image.shape[:2]

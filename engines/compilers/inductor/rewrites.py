@@ -14,7 +14,7 @@ from engines.compilers.inductor.joined_bert import JoinedBert, is_plain_bert
 from engines.compilers.inductor.joined_sd3 import JoinedSD3, is_plain_sd3
 from engines.weights.recipes import Recipe
 
-_SD3, _BERT = "joined-sd3-5", "joined-bert-1"
+_SD3, _BERT = "joined-sd3-6", "joined-bert-1"
 
 
 @dataclass(frozen=True)
