@@ -58,6 +58,6 @@ def test_large_frames_are_shrunk_on_a_sheet_and_the_thumbnail_is_the_middle_one(
 
 
 def test_a_film_has_the_same_bytes_each_time() -> None:
-    """x264 made several files of this film (one of the embedded model's), so that one made again looked like another."""
+    """x264 made several files of this film, so that one made again looked like another."""
     frames = np.asarray(Image.open(Path(__file__).parent / "film.png").convert("RGB")).reshape(9, 96, 96, 3)
     assert len({encode_film(frames, 8) for _ in range(20)}) == 1
