@@ -1,11 +1,10 @@
-"""Pictures and films to bytes: PNG, JPEG and WebP through Pillow, H.264 in MP4 through PyAV."""
+"""Pictures and films to bytes: PNG of our own, JPEG and WebP through Pillow, H.264 in MP4 through PyAV."""
 
 from __future__ import annotations
 
 import io
 import math
 import tempfile
-import zlib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, PngImagePlugin
+from PIL import Image
+
+from server.front.png import encode_png
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 Pixels = npt.NDArray[np.uint8]
@@ -45,15 +46,11 @@ def encode_picture(
     Returns:
         The file's bytes.
     """
+    if output_format == "png":
+        return encode_png(pixels, metadata or {})
     picture = Image.fromarray(pixels, mode="RGB")
     buffer = io.BytesIO()
-    if output_format == "png":
-        info = PngImagePlugin.PngInfo()
-        for key, value in (metadata or {}).items():
-            info.add_text(key, value)
-        # Runs are most of what repeats in filtered rows: smaller files than level 4's search, in 2/3 of the time.
-        picture.save(buffer, format="PNG", pnginfo=info, compress_level=4, compress_type=zlib.Z_RLE)
-    elif output_format == "jpeg":
+    if output_format == "jpeg":
         picture.save(buffer, format="JPEG", quality=_quality(compression), subsampling=0)
     else:
         picture.save(buffer, format="WEBP", quality=_quality(compression), method=4)
