@@ -15,10 +15,10 @@ MIN_GAIN = 1.02
 """A wider batch must serve at least this many times more rows a second than the narrower one."""
 
 _REMEMBERED = 15  # batches of one width, whose median is its base: one stalled batch moves nothing
-_BELIEVED = 3  # of them is the first timing worth: a few slow batches must not rule out a width that runs no more
+_BELIEVED = 3  # of them is the first timing worth, until so many are remembered
 _MOODS, _LEAST_MOODS = 31, 5  # batches of any kind that tell a mood
 _FALLBACK_SECONDS = 0.05
-_DOUBTED_AFTER = 1024  # batches of a station: a width that did not run among them is hoped to cost half as much
+_DOUBTED_AFTER = 512  # batches of a station: a width that did not run among them is hoped to cost half as much
 
 
 class CostTable:
@@ -27,7 +27,8 @@ class CostTable:
     A machine's speed drifts, for all stations alike. So a batch costs its width's *base* times the *mood* of the other
     stations' latest batches, which is how far they were from their first timings. A base is the median of the width's
     first timing and its latest batches, each over the mood it met. Otherwise the widths that ran in good hours would
-    win for ever over those that ran in bad ones and are not run again.
+    win for ever over those that ran in bad ones and are not run again. Between widths the lower quartile of the same
+    decides: noise only ever adds, so a few slow batches rule none out, and one quick batch brings one back.
 
     Args:
         measured: for each station, width -> seconds.
@@ -40,6 +41,7 @@ class CostTable:
         self._opened: dict[tuple[StationKey, int], float] = {}  # the first timing over the mood it met
         self._latest: dict[tuple[StationKey, int], deque[float]] = {}
         self._bases: dict[tuple[StationKey, int], float] = {}  # the medians of these
+        self._bests: dict[tuple[StationKey, int], float] = {}  # their lower quartiles
         self._ratios: deque[tuple[int, float]] = deque(maxlen=_MOODS)  # of which station, by its key's hash
         self._moods: dict[StationKey, float] = {}
         self._batches: dict[StationKey, int] = {}
@@ -50,7 +52,7 @@ class CostTable:
     def replace(self, key: StationKey, widths: Mapping[int, float]) -> None:
         """Forget what a station cost, since it runs on something else now."""
         for width in self._first.get(key, {}):
-            for known in (self._latest, self._bases, self._opened, self._ran):
+            for known in (self._latest, self._bases, self._bests, self._opened, self._ran):
                 known.pop((key, width), None)
         for width, seconds in widths.items():
             self._opened[key, width] = seconds / self._mood(key)
@@ -98,10 +100,11 @@ class CostTable:
         if width is None:
             return
         opened = self._opened.setdefault((key, width), widths[width] / self._mood(key))
-        if (key, width) not in self._latest:
-            self._latest[key, width] = deque([opened] * _BELIEVED, maxlen=_REMEMBERED)
-        self._latest[key, width].append(seconds / self._mood(key))
-        self._bases[key, width] = median(self._latest[key, width])
+        latest = self._latest.setdefault((key, width), deque([opened], maxlen=_REMEMBERED))
+        latest.append(seconds / self._mood(key))
+        more = [opened] * (_BELIEVED - 1) if len(latest) < _REMEMBERED else []
+        self._bases[key, width] = median([*latest, *more])
+        self._bests[key, width] = sorted(latest)[(len(latest) - 1) // 4]
         self._ratios.append((hash(key), seconds / max(opened, 1e-9)))
         self._moods.clear()
         self._batches[key] = self._ran[key, width] = self._batches.get(key, 0) + 1
@@ -147,8 +150,12 @@ class CostTable:
         again, soon where it looks little worse than the best and seldom where it looks much worse.
         """
         width = next((width for width in self.widths(key) if width >= rows), None)
-        missed = 0 if width is None else self._batches.get(key, 0) - self._ran.get((key, width), 0)
-        return self.seconds(key, rows) / (1 + missed / _DOUBTED_AFTER)
+        if width is None:
+            return self.seconds(key, rows)
+        missed = self._batches.get(key, 0) - self._ran.get((key, width), 0)
+        best = self._bests.get((key, width))
+        seconds = self._of_width(key, width) if best is None else best * self._mood(key)
+        return seconds / (1 + missed / _DOUBTED_AFTER)
 
     def _of_width(self, key: StationKey, width: int) -> float:
         base = self._bases.get((key, width))

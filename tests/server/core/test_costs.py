@@ -51,7 +51,7 @@ def test_a_width_that_ran_in_a_bad_hour_is_not_ruled_out_by_one_that_runs_in_a_g
     for _ in range(20):
         table.observe(LOW, 8, 1.5 * 0.60)
         table.observe(HIGH, 1, 1.5 * 0.5)
-    for _ in range(20):
+    for _ in range(40):
         table.observe(LOW, 4, 0.32)
         table.observe(HIGH, 1, 0.5)
     assert table.seconds(LOW, 8) == pytest.approx(0.60, rel=0.02) and table.best_count(LOW, [1] * 8) == 8
@@ -59,8 +59,8 @@ def test_a_width_that_ran_in_a_bad_hour_is_not_ruled_out_by_one_that_runs_in_a_g
 
 def test_a_few_slow_batches_do_not_rule_out_a_width() -> None:
     table = CostTable({LOW: {4: 0.32, 8: 0.60}})
-    for _ in range(2):
-        table.observe(LOW, 8, 0.66)
+    for slow in (0.66, 1.9, 0.66):
+        table.observe(LOW, 8, slow)
     assert table.best_count(LOW, [1] * 8) == 8
 
 
@@ -130,8 +130,7 @@ def test_a_width_that_was_timed_in_a_bad_moment_is_found_again() -> None:
     counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.22}}), {1: 0.1, 2: 0.11}, 600)
     first = counts.index(2)
     assert 50 < first < 250, "what looks a little worse is tried before long"
-    assert counts[first + 1] == 1, "and believed only after some more"
-    assert counts[500:].count(2) > 95
+    assert counts[first:].count(1) < 5, "and believed at once: noise only ever adds"
 
 
 def test_what_looks_bad_is_tried_seldom() -> None:
@@ -141,7 +140,7 @@ def test_what_looks_bad_is_tried_seldom() -> None:
     for _ in range(4000):
         counts.append(table.best_count(LOW, [1] * 4))
         table.observe(LOW, counts[-1], costs[counts[-1]])
-    assert 1 <= counts.count(4) <= 6
+    assert 1 <= counts.count(4) <= 10
 
 
 def test_a_width_that_was_timed_in_a_good_moment_is_dropped_again() -> None:
