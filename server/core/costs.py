@@ -16,6 +16,7 @@ MIN_GAIN = 1.02
 
 _REMEMBERED = 15  # batches of one width, whose median is its base: one stalled batch moves nothing
 _BELIEVED = 3  # of them is the first timing worth, until so many are remembered
+_FEW = 4  # batches of one width, of which the quickest tells what it can do
 _MOODS, _LEAST_MOODS = 31, 5  # batches of any kind that tell a mood
 _FALLBACK_SECONDS = 0.05
 _DOUBTED_AFTER = 512  # batches of a station: a width that did not run among them is hoped to cost half as much
@@ -27,8 +28,11 @@ class CostTable:
     A machine's speed drifts, for all stations alike. So a batch costs its width's *base* times the *mood* of the other
     stations' latest batches, which is how far they were from their first timings. A base is the median of the width's
     first timing and its latest batches, each over the mood it met. Otherwise the widths that ran in good hours would
-    win for ever over those that ran in bad ones and are not run again. Between widths the lower quartile of the same
-    decides: noise only ever adds, so a few slow batches rule none out, and one quick batch brings one back.
+    win for ever over those that ran in bad ones and are not run again.
+
+    Which width is the better is another question: first timings are of warm caches, and how far real batches are from
+    them differs by station. So the quickest of each width's latest few batches decides, as it was, since noise only
+    ever adds. A width whose few are of a bad hour is tried again before long, and one quick batch brings it back.
 
     Args:
         measured: for each station, width -> seconds.
@@ -41,7 +45,7 @@ class CostTable:
         self._opened: dict[tuple[StationKey, int], float] = {}  # the first timing over the mood it met
         self._latest: dict[tuple[StationKey, int], deque[float]] = {}
         self._bases: dict[tuple[StationKey, int], float] = {}  # the medians of these
-        self._bests: dict[tuple[StationKey, int], float] = {}  # their lower quartiles
+        self._quick: dict[tuple[StationKey, int], deque[float]] = {}  # the very latest batches, as they were
         self._ratios: deque[tuple[int, float]] = deque(maxlen=_MOODS)  # of which station, by its key's hash
         self._moods: dict[StationKey, float] = {}
         self._batches: dict[StationKey, int] = {}
@@ -52,7 +56,7 @@ class CostTable:
     def replace(self, key: StationKey, widths: Mapping[int, float]) -> None:
         """Forget what a station cost, since it runs on something else now."""
         for width in self._first.get(key, {}):
-            for known in (self._latest, self._bases, self._bests, self._opened, self._ran):
+            for known in (self._latest, self._bases, self._quick, self._opened, self._ran):
                 known.pop((key, width), None)
         for width, seconds in widths.items():
             self._opened[key, width] = seconds / self._mood(key)
@@ -104,7 +108,7 @@ class CostTable:
         latest.append(seconds / self._mood(key))
         more = [opened] * (_BELIEVED - 1) if len(latest) < _REMEMBERED else []
         self._bases[key, width] = median([*latest, *more])
-        self._bests[key, width] = sorted(latest)[(len(latest) - 1) // 4]
+        self._quick.setdefault((key, width), deque([widths[width]], maxlen=_FEW)).append(seconds)
         self._ratios.append((hash(key), seconds / max(opened, 1e-9)))
         self._moods.clear()
         self._batches[key] = self._ran[key, width] = self._batches.get(key, 0) + 1
@@ -153,9 +157,8 @@ class CostTable:
         if width is None:
             return self.seconds(key, rows)
         missed = self._batches.get(key, 0) - self._ran.get((key, width), 0)
-        best = self._bests.get((key, width))
-        seconds = self._of_width(key, width) if best is None else best * self._mood(key)
-        return seconds / (1 + missed / _DOUBTED_AFTER)
+        quick = self._quick.get((key, width)) or (self._first.get(key, {}).get(width, _FALLBACK_SECONDS * width),)
+        return min(quick) / (1 + missed / _DOUBTED_AFTER)
 
     def _of_width(self, key: StationKey, width: int) -> float:
         base = self._bases.get((key, width))

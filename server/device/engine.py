@@ -206,16 +206,11 @@ class Engine:
         return None
 
     def _finish(self, batch: Batch, done: Done, seconds: float, gap: float) -> None:
-        model = self._models[batch.key.model]
         self._breakers[batch.key.model].succeeded()
         now = time.monotonic()
         if batch.key.kind == "encode":
             for request in {id(p.request): p.request for p in batch.pictures}.values():
                 self._door.send(Encoded(request.work.id, request.text_tokens, request.cut_tokens))
-        widths = compiled_buckets(model.lanes[batch.key.lane], batch.key)
-        # Texts may run one by one within a batch; elsewhere the wider ones have run out of memory.
-        if batch.key.kind != "encode" and widths and max(widths) < max(self._costs.widths(batch.key)):
-            self._costs.narrow(batch.key, max(widths) + 1)
         gone = {ticket.request for ticket in batch.tickets if ticket.request.over}
         self._loop.ended(batch, seconds, now, done.shown, done.rows, gap)
         for ticket, pixels in zip(batch.tickets, done.pixels, strict=bool(done.pixels)):

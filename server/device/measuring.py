@@ -23,8 +23,9 @@ _PATIENCE_SECONDS = 0.25
 def measure_station(lanes: Mapping[str, Backbone], key: StationKey, max_batch: int) -> dict[int, float]:
     """Time a station's batches: rows -> seconds, the least of a few; the first run of each is warm-up.
 
-    With engines: every bucket, all of which have to be warm. Eager: doubling while that pays. Either way no wider
-    than memory allows. Of the teacher's denoiser always two rows, which are one guided picture's.
+    With engines: every bucket, all of which have to be warm, and on from there; eager: doubling while that pays. Either
+    way up to ``max_batch``, and no wider than memory allows. Of the teacher's denoiser always two rows, which are one
+    guided picture's.
 
     Raises:
         torch.OutOfMemoryError: not even the narrowest batch fits.
@@ -35,9 +36,9 @@ def measure_station(lanes: Mapping[str, Backbone], key: StationKey, max_batch: i
         # Root costs make the executor run any batch in the next bucket that holds it, as the scheduler's table has it:
         # what a batch costs is for the scheduler alone to know; what the build recorded may be a busy hour's.
         _live(backbone).learn(COMPONENTS[key.kind], key.size, bucket, bucket**0.5)
-    batches = tuple(2**k for k in range(max_batch.bit_length()) if 2**k <= max_batch)
-    if buckets and (key.kind != "encode" or buckets != (1,)):  # texts one by one still save turns of the scheduler
-        batches = buckets
+    doubling = tuple(2**k for k in range(max_batch.bit_length()) if 2**k <= max_batch)
+    # More than the widest engine holds is several runs of it: these still save turns, and find their weights in cache.
+    batches = buckets + tuple(batch for batch in doubling if batch > max(buckets, default=0))
     if key.kind == "denoise" and key.lane == TEACHER:
         batches = tuple(sorted({*batches, 2}))
     works = {batch: _work(lanes, key, batch) for batch in batches}
