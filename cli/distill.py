@@ -77,6 +77,7 @@ def command(
 ) -> None:
     """Distil a teacher into a few-step cascade. SIGTERM saves and stops; --resume goes on."""
     from training.distill.settings import DistillSettings, parse_assignments
+    from training.runtime.processes import lost_processes
 
     flags: dict[str, Any] = {
         **parse_assignments(settings or []),
@@ -109,12 +110,14 @@ def command(
         config = stored
     chosen = DistillSettings.read(config, flags)
     _print_settings(chosen)
-    _run(
-        chosen, teacher, out, run, backbone or chosen.backbone,
-        PromptSource(prompts, prompt_column, data, max_prompts, prompt_cache or run.parent / ".prompts"),
-        device=device, resume=resume or export_only, change_settings=change_settings, export_only=export_only,
-        share="link" if link else "copy",
-    )  # fmt: skip
+    # Before and after training too: the others wait for the process that encodes prompts or exports.
+    with lost_processes("start all of them again, with --resume once the run holds a checkpoint"):
+        _run(
+            chosen, teacher, out, run, backbone or chosen.backbone,
+            PromptSource(prompts, prompt_column, data, max_prompts, prompt_cache or run.parent / ".prompts"),
+            device=device, resume=resume or export_only, change_settings=change_settings, export_only=export_only,
+            share="link" if link else "copy",
+        )  # fmt: skip
 
 
 def _run(

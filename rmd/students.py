@@ -183,7 +183,7 @@ _SDXL = {
 _PIXART = {
     "pixart-lcm": StepList(
         "pixart", _GRID_4, _sides(1024) * 4, noise_rule="fresh", base="pixart-1024",
-        source="PixArt-alpha/PixArt-LCM-XL-2-1024-MS", files="whole folder", licence="",
+        source="PixArt-alpha/PixArt-LCM-XL-2-1024-MS", files="whole folder", licence="openrail++",
     ),
     "pixart-dmd": StepList(
         "pixart", (400,), _sides(512), base="pixart-512",
@@ -208,7 +208,7 @@ def _sd3(base: str, timesteps: tuple[float, ...], source: str, files: str, **opt
 def _swd_sd3(sigmas: tuple[float, ...], latent_sides: tuple[int, ...]) -> StepList:
     return _sd3(
         "sd3.5-medium", tuple(round(1000 * sigma, 1) for sigma in sigmas),
-        f"yresearch/swd-medium-{len(sigmas)}-steps", "LoRA, as a PEFT folder", licence="Apache-2.0 (code)",
+        f"yresearch/swd-medium-{len(sigmas)}-steps", "LoRA, as a PEFT folder", licence="Apache-2.0",
         sizes=_sides(*(8 * side for side in latent_sides)), noise_rule="fresh", transition_noise_intensity=0.0,
         x0_upsampling="bicubic",
     )  # fmt: skip

@@ -31,6 +31,8 @@ _PARTS = {
     "modulation": r"\.diff_m",  # of Wan's tables, which are parameters outright
 }
 _KEY = re.compile(r"^(?P<module>.+?)(?:" + "|".join(f"(?P<{part}>{rule})" for part, rule in _PARTS.items()) + r")$")
+# peft's initialisations that take what the adapter starts with out of the base's own weights.
+_OF_OTHER_BASES = ("pissa", "olora", "corda", "loftq")
 # What looks like a LoRA and is computed otherwise.
 _OTHER_KINDS = (
     (re.compile(r"dora_scale|lora_magnitude_vector"), "DoRA (its scales renormalise every column of the weight)"),
@@ -55,21 +57,30 @@ class Scaling:
         """Read ``adapter_config.json``'s fields.
 
         Raises:
-            ImportRefused: another method than LoRA, DoRA, or a field that is missing or wrong.
+            ImportRefused: another method than LoRA, DoRA, adapters of a changed base, or a field that is missing or
+                wrong.
         """
         if config.get("peft_type", "LORA") != "LORA":
             raise ImportRefused(f"{source}: peft_type {config['peft_type']!r} is not supported, only LORA is")
         if config.get("use_dora"):
             raise ImportRefused(f"{source}: {_OTHER_KINDS[0][1]} is not supported (use_dora)")
+        start = str(config.get("init_lora_weights")).lower()
+        if start.startswith(_OF_OTHER_BASES):
+            raise ImportRefused(
+                f"{source}: init_lora_weights {start!r} changes the base's own weights, to which this adapter belongs; "
+                f"save it with peft's path_initial_model_for_weight_conversion, which makes a LoRA of the base of it"
+            )
         try:
             field_of(config, "r", integer)
             patterns = mapping(config.get("alpha_pattern") or {})
+            for pattern in patterns:
+                re.compile(pattern)
             return cls(
                 alpha=field_of(config, "lora_alpha", number),
                 alpha_pattern={name: number(value) for name, value in patterns.items()},
                 rank_stabilised=bool(config.get("use_rslora", False)),
             )
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise ImportRefused(f"{source}: {error}") from None
 
     def of(self, module: str, rank: int) -> float:
@@ -137,10 +148,13 @@ class Lora:
         """The factor of a module's ``B @ A``: strength * alpha / rank, from whichever place says it; else strength.
 
         Raises:
-            ImportRefused: its alpha is no finite number.
+            ImportRefused: it has no rank, or its alpha is no finite number.
         """
         parts = self.modules[module]
-        rank = self.files.entries[parts["down"]].shape[0]
+        shape = self.files.entries[parts["down"]].shape
+        rank = shape[0] if shape else 0
+        if not rank:
+            raise ImportRefused(f"{self.path}: {parts['down']!r} has the shape {list(shape)}, which is of no rank")
         if "alpha" in parts:
             values = self.files[parts["alpha"]].flatten().tolist()
             if len(values) != 1 or not math.isfinite(values[0]):

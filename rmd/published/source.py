@@ -90,6 +90,8 @@ def licence_of(files: WeightFiles | None = None, folder: Path | None = None) -> 
         return None
     text = readme.read_text(encoding="utf-8", errors="replace")
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    found = re.findall(r"^(license(?:_name)?):\s*(\S.*?)\s*$", front[1] if front else "", re.MULTILINE)
+    # On the field's own line, or the first of a list below it; never the next field.
+    rule = r"^(license(?:_name)?):[ \t]*(?:\n[ \t]*-[ \t]+)?(\S.*?)[ \t]*$"
+    found = re.findall(rule, front[1] if front else "", re.MULTILINE)
     named = {key: value.strip("\"'") for key, value in found}
     return named.get("license_name") or named.get("license")

@@ -29,7 +29,7 @@ from training.distill.prompts import encode_prompts
 from training.distill.roles import merged_network
 from training.distill.run import Distillation
 from training.distill.settings import DistillSettings
-from training.distill.teacher import Teacher, exported_cascades, training_cascade
+from training.distill.teacher import Teacher, backbone_of, exported_cascades, training_cascade
 from training.runtime.checkpoints import save_checkpoint
 from training.runtime.files import load_tensors
 
@@ -50,6 +50,14 @@ def distillation(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     built = Distillation.build(teacher, prompts, settings, run)
     assert built.trainer.train()
     return built
+
+
+def test_an_index_that_does_not_tell_the_backbone_is_named(tmp_path: Path) -> None:
+    index = tmp_path / "model_index.json"
+    for content, why in (("{", "not valid JSON"), ("[]", "must hold an object"), ("{}", "does not tell the backbone")):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=rf"model_index\.json.*{why}"):
+            backbone_of(tmp_path)
 
 
 def test_an_export_replaces_nothing_but_a_former_export(

@@ -189,6 +189,14 @@ def test_prompts_are_read_from_text_json_lines_and_parquet(tmp_path: Path) -> No
         read_prompt_file(tmp_path / "broken.parquet")
 
 
+def test_a_byte_order_mark_and_other_line_ends_are_no_part_of_the_prompts(tmp_path: Path) -> None:
+    """As spreadsheets write files, and captions from the web hold them: U+2028 is plain text in JSON."""
+    (tmp_path / "p.txt").write_bytes("\ufeff# a comment\r\na dog\r\na\u2028cat\r\n".encode())
+    assert read_prompt_file(tmp_path / "p.txt") == ["a dog", "a\u2028cat"]
+    (tmp_path / "p.jsonl").write_bytes('\ufeff{"prompt": "a\u2028dog"}\r\n"a\x85cat"\r\n'.encode())
+    assert read_prompt_file(tmp_path / "p.jsonl") == ["a\u2028dog", "a\x85cat"]
+
+
 def test_prompt_files_that_cannot_be_read_name_the_line_and_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +211,8 @@ def test_prompt_files_that_cannot_be_read_name_the_line_and_the_way_out(
     latin.write_bytes("ein Gr\xfc\xdf".encode("latin-1"))
     with pytest.raises(ValueError, match="is not a UTF-8 text file"):
         read_prompt_file(latin)
+    with pytest.raises(FileNotFoundError, match="is no file; --prompts takes"):
+        read_prompt_file(tmp_path)
     (tmp_path / "p.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="parquet needs pyarrow"):

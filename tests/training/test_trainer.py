@@ -431,6 +431,9 @@ def test_settings_come_from_file_flags_and_method(tmp_path: Path, monkeypatch: p
     broken.write_text("betas: [0, 0.95")
     with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
         DistillSettings.read(broken)
+    broken.write_bytes("method: rmd # gr\xfc\xdfe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
+        DistillSettings.read(broken)
 
 
 def test_a_file_of_another_methods_is_refused_and_departures_are_named(tmp_path: Path) -> None:

@@ -26,30 +26,31 @@ def read_prompt_file(path: Path, column: str = "prompt") -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist; --prompts takes a text file with one prompt a line, .jsonl or .parquet"
+            f"{path} is no file; --prompts takes a text file with one prompt a line, .jsonl or .parquet"
         )
     if path.suffix == ".parquet":
         prompts = _parquet(path, column)
     elif path.suffix == ".jsonl":
         prompts = _json_lines(path, column)
     else:
-        prompts = [line for line in map(str.strip, _text(path).splitlines()) if not line.startswith("#")]
+        prompts = [line for line in map(str.strip, _lines(path)) if not line.startswith("#")]
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
 
 
-def _text(path: Path) -> str:
+def _lines(path: Path) -> list[str]:
+    """By line feeds alone: captions and JSON strings may hold the other line ends that `splitlines` knows."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a UTF-8 text file; --prompts takes one prompt a line") from None
 
 
 def _json_lines(path: Path, column: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -77,8 +78,8 @@ def _parquet(path: Path, column: str) -> list[str]:
         if not (types.is_string(kind) or types.is_large_string(kind)):
             raise ValueError(f"{path}: column {column!r} holds {kind}, no text; name another with --prompt-column")
         values: list[str | None] = parquet.read_table(path, columns=[column])[column].to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"{path} is no parquet file: {error}") from None
+    except (ArrowException, OSError) as error:  # damaged pages are the latter
+        raise ValueError(f"{path} is no parquet file, or a damaged one: {error}") from None
     return [value for value in values if value is not None]
 
 

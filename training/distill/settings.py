@@ -246,7 +246,7 @@ class DistillSettings(BaseSettings):
         if file is not None:
             try:
                 loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise ValueError(f"{file} is not valid YAML: {error}") from None
             if not isinstance(loaded, dict):
                 raise ValueError(f"{file} must hold a mapping of settings")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from rmd.backbones.base import Backbone
 from rmd.backbones.configs import published_config
 from rmd.backbones.family import DiffusersBackbone
-from rmd.backbones.folder import DiffusersFolder
+from rmd.backbones.folder import DiffusersFolder, read_object
 from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
@@ -100,12 +99,13 @@ def backbone_of(folder: Path) -> str:
     """The backbone that a folder's pipeline class stands for.
 
     Raises:
-        ValueError: it is missing or stands for none or several.
+        ValueError: the index is no JSON object, or its pipeline stands for none or several.
+        FileNotFoundError: there is no such index.
     """
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{index} does not exist; --teacher must be a diffusers folder")
-    pipeline = str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+    pipeline = str(read_object(index).get("_class_name"))
     for name in BACKBONES:
         if pipeline.lower().startswith(name):
             return name

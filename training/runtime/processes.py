@@ -20,7 +20,7 @@ _LONGEST_WAIT = timedelta(hours=6)
 """The first process encodes the prompts, draws sheets and writes checkpoints while the others wait."""
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(ConnectionError):
     """Another process of the run has ended; the message says what to do."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from rmd.backbones.folder import DiffusersFolder
 from rmd.checkpoint import CheckpointFolder
 from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.place import whole_folder
+from rmd.published.source import licence_of
 from tests.rmd.published.conftest import TinyFolder, kohya, random_lora, save, weights
 
 Import = Callable[..., Any]
@@ -156,6 +158,47 @@ def test_dora_by_its_settings(base: TinyFolder, imported: Import, tmp_path: Path
     (tmp_path / "dora" / "adapter_config.json").unlink()
     with pytest.raises(ImportRefused, match=r"has no adapter_config\.json"):
         imported("wan-1.3b", loras=((tmp_path / "dora", 1.0),))
+
+
+def test_peft_settings_that_cannot_be_computed_with(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    import peft
+
+    model = WanTransformer3DModel.from_pretrained(base("wan-1.3b") / "transformer")
+    settings = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="pissa_niter_2")
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "pissa")
+    with pytest.raises(ImportRefused, match=r"adapter_config\.json: init_lora_weights 'pissa_niter_2' changes"):
+        imported("wan-1.3b", loras=((tmp_path / "pissa", 1.0),))
+    file = tmp_path / "pissa" / "adapter_config.json"
+    plain = {**json.loads(file.read_text()), "init_lora_weights": True}
+    file.write_text(json.dumps({**plain, "alpha_pattern": {"blocks.(0": 4}}))
+    with pytest.raises(ImportRefused, match=r"adapter_config\.json: .*unterminated subpattern"):
+        imported("wan-1.3b", loras=((tmp_path / "pissa", 1.0),))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 24)])
+def test_a_factor_of_no_rank(imported: Import, tmp_path: Path, lora: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+    query = "transformer.blocks.0.attn1.to_q"
+    state = {**lora, f"{query}.lora_A.weight": torch.zeros(shape), f"{query}.alpha": torch.tensor(4.0)}
+    file = save(tmp_path / "x.safetensors", state)
+    with pytest.raises(ImportRefused, match=r"x\.safetensors: '.*to_q\.lora_A\.weight' has the shape .* of no rank"):
+        imported("wan-1.3b", loras=((file, 1.0),))
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("license: openrail++", "openrail++"),
+        ("license: other\nlicense_name: stabilityai-ai-community", "stabilityai-ai-community"),
+        ("license:\n- apache-2.0\n- mit", "apache-2.0"),
+        ("license:\nlanguage:\n- en", None),
+        ("license: \ntags:\n- lora", None),
+    ],
+)
+def test_a_cards_licence_is_its_own_field_and_never_the_next_one(
+    tmp_path: Path, front: str, licence: str | None
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
+    assert licence_of(folder=tmp_path) == licence
 
 
 def test_no_match_half_a_match_and_half_a_pair(
