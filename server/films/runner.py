@@ -154,8 +154,9 @@ class JobRunner:
 
     def _check_room(self, found: Queue) -> None:
         most, may = self._limits.queue, max(int(self._limits.share * self._limits.queue), 1)
+        code: str | None = None
         if found.all >= most:
-            surplus, code = found.all - most + 1, None
+            surplus = found.all - most + 1
             text = f"{found.all} films wait or are being made, and {most} may"
         elif found.own >= may:
             surplus, code = found.own - may + 1, "key_share_used"
