@@ -31,13 +31,6 @@ RUN --mount=type=cache,target=/var/cache/pip /opt/rmd/bin/pip install --no-build
     && /opt/rmd/bin/pip check
 
 FROM ${PYTHON}
-ARG VERSION=0.1.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="rmd" \
-      org.opencontainers.image.description="Few-step image and film cascades behind OpenAI-compatible HTTP" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 # Engines are compiled where they run, at the first start: AOTInductor and Triton call a C++ compiler.
 # Its version is the base image's own release; pinned here it would be gone with Debian's next point release.
 # hadolint ignore=DL3008
@@ -62,6 +55,15 @@ ENV PATH=/opt/rmd/bin:$PATH \
     RMD_ENGINES=/var/lib/rmd/engines \
     RMD_VIDEOS=/var/lib/rmd/videos
 RUN install --directory --owner=rmd --group=rmd --mode=700 /var/lib/rmd/engines /var/lib/rmd/videos
+# At the end, since they change with every commit: docker build --build-arg RMD_COMMIT=$(git rev-parse HEAD)
+ARG VERSION=0.1.0
+ARG RMD_COMMIT=unknown
+LABEL org.opencontainers.image.title="rmd" \
+      org.opencontainers.image.description="Few-step image and film cascades behind OpenAI-compatible HTTP" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${RMD_COMMIT}"
+ENV RMD_COMMIT=${RMD_COMMIT}
 USER 10001:10001
 VOLUME /var/lib/rmd
 EXPOSE 8000

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from bisect import bisect_right, insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 
 from server.core.faults import Fault, RequestError
-
-_REMEMBERED = 32  # departures that the drain rate is taken over
-_CAUTION = 1.15  # times the expected time: whoever comes too early is refused again
-LONGEST_RETRY = 120
-"""Seconds; the official client does not come back after longer ones."""
+from server.core.promises import Promises
 
 
 class Permit:
@@ -44,10 +38,7 @@ class Permit:
 
 
 class Admission:
-    """Counts what is admitted and refuses what does not fit.
-
-    Whoever is refused is told a time of its own at which there will be room: a crowd that is told one time comes back
-    as a crowd, and all but the first few are refused again.
+    """Counts what is admitted and refuses what does not fit, each until a time of its own.
 
     Args:
         max_items: pictures at once.
@@ -66,17 +57,13 @@ class Admission:
     ) -> None:
         self.max_items = max_items
         self.max_pixels = max_pixels
-        self._seconds_per_item = seconds_per_item
-        self._clock = clock
+        self._promises = Promises(seconds_per_item, clock)
         self._share = share
         self._lock = threading.Lock()
         self._items = 0
         self._pixels = 0
         self._requests = 0
         self._held: Counter[str] = Counter()
-        self._promised: list[float] = []  # when a picture was told to come back, sorted
-        self._last_finish = clock()
-        self._finishes: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # seconds since the one before, pictures
         self._idle = threading.Event()
         self._idle.set()
 
@@ -92,7 +79,7 @@ class Admission:
 
     def expect(self, seconds_per_item: float) -> None:
         """Replace the first guess of the drain rate, once latencies are known."""
-        self._seconds_per_item = max(seconds_per_item, 1e-4)
+        self._promises.expect(seconds_per_item)
 
     def acquire(self, items: int, pixels: int, account: str = "") -> Permit:
         """Return a permit for ``items`` pictures of ``pixels`` pixels in all.
@@ -120,7 +107,7 @@ class Admission:
                     retry_after=self._promise(items, pixels),
                 )
             if self._items == 0:
-                self._last_finish = self._clock()
+                self._promises.begin()
             self._items += items
             self._pixels += pixels
             self._requests += 1
@@ -143,30 +130,16 @@ class Admission:
             return self._promise(items, pixels, least)
 
     def _promise(self, items: int, pixels: int, least: float = 0.0) -> int:
-        """Whole seconds until enough places are free, and those are who were promised places before."""
-        now = self._clock()
-        del self._promised[: bisect_right(self._promised, now)]
         mean_pixels = max(self._pixels / max(self._items, 1), 1.0)
         excess = max(
             self._items + items - self.max_items,
             (self._pixels + pixels - self.max_pixels) / mean_pixels,
             1,
         )
-        seconds = max(math.ceil(least), 1)
-        while seconds < LONGEST_RETRY:  # later means behind more of those who were told a time
-            before = bisect_right(self._promised, now + seconds)
-            needed = math.ceil((excess + before) * self._seconds_per_item * _CAUTION)
-            if needed <= seconds:
-                break
-            seconds = needed
-        seconds = min(seconds, LONGEST_RETRY)
-        for _ in range(items):
-            insort(self._promised, now + seconds)
-        return seconds
+        return self._promises.make(excess, items, least)
 
     def _release(self, account: str, items: int, pixels: int, last: bool, finished: bool) -> None:
         with self._lock:
-            now = self._clock()
             self._items -= items
             self._pixels -= pixels
             self._requests -= last
@@ -174,10 +147,6 @@ class Admission:
             if self._held[account] <= 0:
                 del self._held[account]
             if finished:
-                # A sum over many: pictures leave in batches, several at one moment and then none for a while.
-                self._finishes.append((now - self._last_finish, items))
-                seconds, made = (sum(column) for column in zip(*self._finishes, strict=True))
-                self._seconds_per_item = max(seconds / made, 1e-4)
-                self._last_finish = now
+                self._promises.finished(items)
             if self._items == 0:
                 self._idle.set()

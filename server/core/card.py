@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -159,7 +159,7 @@ def step_costs(
             station's first timings.
     """
     rows = 1 if cascade.guidance_scale == 1.0 else 2
-    seconds = {"seconds": costs.seconds, "shared": costs.shared, "first": costs.first}[how]
+    seconds = _measure(costs, how)
     shown = partial_steps(cascade, partial_images)
     left = [seconds(StationKey("decode", size=cascade.full_size, model=model), 1)]
     for index in reversed(range(cascade.num_steps)):
@@ -169,6 +169,15 @@ def step_costs(
             more += seconds(StationKey("decode", size=size, model=model), 1)
         left.append(left[-1] + more)
     return tuple(reversed(left))
+
+
+def text_cost(costs: CostTable, *, model: str = "", how: str = "seconds") -> float:
+    """Return the expected seconds of a request's text, however many pictures it is for."""
+    return _measure(costs, how)(StationKey("encode", model=model), 1)
+
+
+def _measure(costs: CostTable, how: str) -> Callable[[StationKey, int], float]:
+    return {"seconds": costs.seconds, "shared": costs.shared, "first": costs.first}[how]
 
 
 def partial_steps(cascade: Cascade, wanted: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ _LACKS = {
     errno.ENOSPC: "disk space",
     errno.EDQUOT: "disk space",
     errno.ENOMEM: "memory",
+    errno.EAGAIN: "memory",  # or processes: a thread could not be begun
 }
 
 

@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from server.core.faults import Fault, RequestError
+from server.core.promises import in_a_while
 from server.films.schema import VERSION_TABLE, SchemaError, bring_up_to_date
 
 log = logging.getLogger("rmd.server")
@@ -65,7 +66,7 @@ class DatabaseError(RequestError):
             Fault.NOT_READY,
             f"The server's database cannot be used now: {reason}. Try again after the seconds in Retry-After.",
             code="database_unavailable",
-            retry_after=5,
+            retry_after=in_a_while(5),
         )
         self.reason = reason
 

@@ -17,6 +17,7 @@ class JobLimits:
 
     Attributes:
         queue: jobs that may wait or be worked on at once.
+        share: of them, that may be one account's.
         together: jobs given to the executor at once, which batches them by stage.
         seconds: how long a finished film is kept, and a job waits to be begun at most.
         bytes: of all films of the served models; the oldest leave first.
@@ -26,6 +27,7 @@ class JobLimits:
     together: int
     seconds: float
     bytes: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from server.core.admission import LONGEST_RETRY
 from server.core.faults import COMPLETED, Fault, RequestError, deadline_error
+from server.core.promises import Promises
 from server.films.database import DatabaseError
 from server.films.maker import FilmMaker, JobLimits
 from server.films.shelf import FilmShelf
-from server.films.store import CANCELLED, JobStore, Line
+from server.films.store import CANCELLED, JobStore, Line, Queue
 from server.films.tables import VideoJob
 from server.films.tidying import Tidying
 from server.films.writer import FilmWriter, Kept
@@ -81,6 +81,7 @@ class JobRunner:
         self._models = models
         self._limits = limits
         self.seconds_per_film = seconds_per_film
+        self._promises = Promises(seconds_per_film)
         self._worker = uuid.uuid4().hex
         self._admitting = threading.Lock()
         # None: there may be a new job
@@ -135,24 +136,39 @@ class JobRunner:
             ``job``, or the one that a request with its idempotency key made meanwhile.
 
         Raises:
-            RequestError: 429 where too many wait, 409 where that other request had another body.
+            RequestError: 429 where too many wait, or too many of one account, 409 where that other request had another
+                body.
         """
         job.begin_by = job.created_at + self._limits.seconds
         with self._admitting:
-            waiting = self.store.count_open(self._models)
-            if waiting >= self._limits.queue:
-                surplus = waiting - self._limits.queue + 1
-                raise RequestError(
-                    Fault.QUEUE_FULL,
-                    f"{waiting} films wait or are being made, and {self._limits.queue} may; "
-                    "try again after the seconds in Retry-After.",
-                    retry_after=min(max(math.ceil(surplus * self.seconds_per_film), 1), LONGEST_RETRY),
-                )
+            found = self.store.queue(self._models, job.account)
+            if not found.all:
+                self._promises.begin()
+            self._check_room(found)
+            job.turn = found.turn
             kept = self.store.add(job, time.time())
         if kept.body_digest != job.body_digest:
             raise key_reused()
         self._events.put(None)
         return kept
+
+    def _check_room(self, found: Queue) -> None:
+        most, may = self._limits.queue, max(int(self._limits.share * self._limits.queue), 1)
+        code: str | None = None
+        if found.all >= most:
+            surplus = found.all - most + 1
+            text = f"{found.all} films wait or are being made, and {most} may"
+        elif found.own >= may:
+            surplus, code = found.own - may + 1, "key_share_used"
+            text = f"This API key has {found.own} films in line, and may have {may}"
+        else:
+            return
+        raise RequestError(
+            Fault.QUEUE_FULL,
+            f"{text}; try again after the seconds in Retry-After.",
+            code=code,
+            retry_after=self._promises.make(surplus, 1),
+        )
 
     def remove(self, job: VideoJob) -> None:
         """Cancel an unfinished job, which then reads as failed; forget a finished one and its film.
@@ -306,6 +322,7 @@ class JobRunner:
         now = time.time()
         report = self._maker.report(generation, kept.film)
         if self.store.complete(job.id, self._worker, now, now + self._limits.seconds, kept.size, report):
+            self._promises.finished(1)
             self._maker.ended(job, COMPLETED)
             self._writer.aside(self._tidying.let_go)
         else:

@@ -40,6 +40,21 @@ class Line:
     unserved: int
 
 
+@dataclass(frozen=True)
+class Queue:
+    """The jobs that wait or are worked on, as one account finds them.
+
+    Attributes:
+        all, own: how many, and how many of them are the account's.
+        turn: of its next one: behind its own, and level with who is served now. So accounts are served one by one,
+            however much each has sent (start-time fair queueing; Goyal, Vin and Cheng, 1996).
+    """
+
+    all: int
+    own: int
+    turn: int
+
+
 class JobStore:
     """All reads and writes of the table. Used from any thread.
 
@@ -119,11 +134,20 @@ class JobStore:
         ended = [VideoJob.id == job_id, VideoJob.status.not_in(OPEN)]
         self._change(ended, account=_DELETED, idempotency_key=None, request={}, report=None, bytes=0)
 
-    def count_open(self, models: Collection[str]) -> int:
-        """Return how many jobs of these models wait or are worked on."""
-        query = select(func.count()).where(VideoJob.status.in_(OPEN), VideoJob.model.in_(models))
+    def queue(self, models: Collection[str], account: str) -> Queue:
+        """Return what an account that sends another job of these models finds there."""
+        mine, waits = VideoJob.account == account, VideoJob.worker.is_(None)
+        query = select(
+            func.count(),
+            func.count(case((mine, 1))),
+            func.max(case((mine, VideoJob.turn))),
+            func.min(case((waits, VideoJob.turn))),
+            func.max(case((~waits, VideoJob.turn))),
+        ).where(VideoJob.status.in_(OPEN), VideoJob.model.in_(models))
         with self._begin() as session:
-            return session.scalar(query) or 0
+            everything, own, last, next_one, begun = session.execute(query).one()
+        now = next((turn for turn in (next_one, begun) if turn is not None), 0)
+        return Queue(everything, own, now if last is None else max(now, last + 1))
 
     def counts(self, models: Collection[str]) -> dict[str, int]:
         """Return the number of these models' jobs by status."""
@@ -149,14 +173,14 @@ class JobStore:
     # -- the worker --------------------------------------------------------------------------------------------------
 
     def claim(self, models: Collection[str], worker: str, seconds: float) -> VideoJob | None:
-        """Take the oldest job of these models that nobody holds, for so long; None where there is none."""
+        """Take the next job of these models that nobody holds, for so long; None where there is none."""
         free = (VideoJob.model.in_(models), VideoJob.status.in_(OPEN), VideoJob.lease_until <= Clock())
-        oldest = select(VideoJob.number).where(*free).order_by(VideoJob.number).limit(1)
+        first = select(VideoJob.number).where(*free).order_by(VideoJob.turn, VideoJob.number).limit(1)
         if self._skips_locked:  # else all that claim at once would wait for the same row; SQLite has one writer anyway
-            oldest = oldest.with_for_update(skip_locked=True)
+            first = first.with_for_update(skip_locked=True)
         # Had it been begun before, it waits again: what was done of it is gone.
         mine = {"worker": worker, "lease_until": seconds_from_now(seconds), "status": "queued", "progress": 0}
-        taken = update(VideoJob).where(VideoJob.number == oldest.scalar_subquery()).values(**mine)
+        taken = update(VideoJob).where(VideoJob.number == first.scalar_subquery()).values(**mine)
         with self._begin() as session:
             return session.scalar(taken.returning(VideoJob))
 

@@ -53,6 +53,7 @@ class VideoJob(Base):
         request: the validated request, with its seed drawn: what the film is made from, whenever it is made.
         seconds, size: as replied, such as "5" and "832x480".
         idempotency_key, body_digest: of the request that made it, where it had a key.
+        turn: those of lower ones are made first; its place among those of other accounts.
         begin_by: it is given up where nobody has taken it by then; absent in jobs of before this column.
         worker, lease_until: who works on it, and until when nobody else may, by the database's clock.
         attempts: how often a worker began it, this one included. Only a first step begins a job.
@@ -74,6 +75,7 @@ class VideoJob(Base):
     remixed_from: Mapped[str | None] = mapped_column(String(64), default=None)
     idempotency_key: Mapped[str | None] = mapped_column(String(256), default=None)
     body_digest: Mapped[str | None] = mapped_column(String(64), default=None)
+    turn: Mapped[int] = mapped_column(default=0, server_default="0")
     begin_by: Mapped[float | None] = mapped_column(default=None)
     id: Mapped[str] = mapped_column(
         String(64), unique=True, default_factory=lambda: f"video_{secrets.token_hex(16)}", init=False

@@ -107,6 +107,7 @@ class LinkedPictures:
         Raises:
             StoreError: the store failed; the rest is still there.
         """
+        before = self._bytes
         found = self.objects.under(_FOLDER)
         total = sum(kept.size for kept in found)
         newest = _stamp(found[-1]) if found else ""
@@ -116,7 +117,8 @@ class LinkedPictures:
                 break
             self.objects.remove(kept.name)
             total -= kept.size
-        self._bytes = total
+        with self._lock:
+            self._bytes += total - before  # what was put since then may not be in the list: it is not lost
 
     def _seconds_left(self, name: str) -> float:
         found = _NAME.fullmatch(name)

@@ -40,6 +40,7 @@ from server.core.messages import (
     Submit,
     Unable,
 )
+from server.core.promises import in_a_while
 from server.front.engine import EngineLink
 from server.front.generation import FinishedPicture, Generation
 from server.front.ledger import Ledger
@@ -391,9 +392,8 @@ class Fleet:
         self._on_failed(reason)
 
     def _end_error(self) -> RequestError:
-        if self._given_up:
-            return RequestError(Fault.NOT_READY, "The server's device failed.", retry_after=1)
-        return RequestError(Fault.DRAINING, "The server is stopping.", retry_after=1)
+        text = "The server's device failed." if self._given_up else "The server is stopping."
+        return RequestError(Fault.NOT_READY if self._given_up else Fault.DRAINING, text, retry_after=in_a_while(1))
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # then enough has been written to wake it

@@ -14,6 +14,7 @@ import msgspec
 from server.core.card import ModelCard
 from server.core.faults import Fault, RequestError, deadline_error, machine_lacks
 from server.core.messages import Began, Encoded, Ended, Lost, Pixels
+from server.core.promises import in_a_while
 from server.core.stations import StationKey
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, PartialPicture, Place
 from server.front.packaging import Packager
@@ -244,7 +245,7 @@ class Ledger:
                     return
                 if lacking is not None:
                     text = f"The server has too little {lacking} just now; try again after the seconds in Retry-After."
-                    self.settle(generation, RequestError(Fault.LACKING, text, retry_after=5))
+                    self.settle(generation, RequestError(Fault.LACKING, text, retry_after=in_a_while(5)))
                 else:
                     self.fail(generation, f"{type(result).__name__}: {result}")
                 return

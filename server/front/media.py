@@ -68,24 +68,32 @@ def encode_film(pixels: Pixels, frames_per_second: int) -> bytes:
 
     Returns:
         The MP4 file's bytes.
+
+    Raises:
+        MemoryError, OSError: the machine has too little memory, too few descriptors or no room for a temporary file.
     """
     import av
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "film.mp4"  # moving the index to the front needs a file with a name
-        with av.open(str(path), mode="w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(frames_per_second), options=_H264)
-            stream.height, stream.width = pixels.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            # Said in the file: players guess by the height otherwise, and would shift the colours of large films.
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = _BT709
-            context.color_range = _LIMITED_RANGE
-            for frame in pixels:
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode(None))
+        try:
+            with av.open(str(path), mode="w", format="mp4", options={"movflags": "faststart"}) as container:
+                stream = container.add_stream("libx264", rate=Fraction(frames_per_second), options=_H264)
+                stream.height, stream.width = pixels.shape[1:3]
+                stream.pix_fmt = "yuv420p"
+                # Said in the file: players guess by the height otherwise, and would shift the colours of large films.
+                context = stream.codec_context
+                context.colorspace = context.color_primaries = context.color_trc = _BT709
+                context.color_range = _LIMITED_RANGE
+                for frame in pixels:
+                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                    picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                    container.mux(stream.encode(picture))
+                container.mux(stream.encode(None))
+        except (
+            av.error.ExternalError
+        ) as error:  # x264 says no more; to what it is given here it objects for no other reason
+            raise MemoryError("x264 found no memory") from error
         return path.read_bytes()
 
 

@@ -12,8 +12,8 @@ from limits import RateLimitItem, parse_many
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from server.core.admission import LONGEST_RETRY
 from server.core.faults import Fault, RequestError
+from server.core.promises import Promises
 from server.front.auth import Caller
 
 
@@ -43,6 +43,7 @@ class Quotas:
         self._limiter = MovingWindowRateLimiter(MemoryStorage()) if self._rates else None
         self._together = together
         self._open: Counter[str] = Counter()
+        self._promises: dict[tuple[str, str], Promises] = {}  # by caller, and by what it has no more of
 
     @contextmanager
     def request(self, caller: Caller) -> Iterator[None]:
@@ -58,13 +59,16 @@ class Quotas:
                 f"This API key has {self._open[who]} requests under way, and may have {self._together}; "
                 "wait for one of them to end.",
                 code="key_busy",
-                retry_after=1,
+                retry_after=self._promised(who, "together").make(1, 1),
             )
         self._spend(who)
+        if not self._open[who]:
+            self._promised(who, "together").begin()
         self._open[who] += 1
         try:
             yield
         finally:
+            self._promised(who, "together").finished(1)
             self._open[who] -= 1
             if not self._open[who]:
                 del self._open[who]
@@ -79,7 +83,10 @@ class Quotas:
                     Fault.QUEUE_FULL,
                     f"This API key may send {rate}; try again after the seconds in Retry-After.",
                     code="rate_limit_exceeded",
-                    retry_after=min(max(wait, 1), LONGEST_RETRY),
+                    retry_after=self._promised(who, str(rate), rate.get_expiry() / rate.amount).make(1, 1, wait),
                 )
         for rate in self._rates:
             self._limiter.hit(rate, who)
+
+    def _promised(self, who: str, what: str, seconds: float = 1.0) -> Promises:
+        return self._promises.setdefault((who, what), Promises(seconds))

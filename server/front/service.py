@@ -14,9 +14,10 @@ from enum import Enum
 from statistics import fmean
 
 from server.core.admission import Admission
-from server.core.card import ModelCard, step_costs
+from server.core.card import ModelCard, step_costs, text_cost
 from server.core.costs import CostTable
 from server.core.faults import Fault, RequestError
+from server.core.promises import in_a_while
 from server.core.work import Work
 from server.films.database import Database
 from server.films.replies import ReplyStore
@@ -105,8 +106,7 @@ class Service:
         self.metrics.registry.register(
             MachineCollector({"engines": settings.engines, "videos": settings.videos}, self._backends)
         )
-        share = settings.key_share if len(settings.api_keys) > 1 else 1.0
-        self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6), share=share)
+        self.admission = Admission(settings.queue_items, int(settings.queue_megapixels * 1e6), share=settings.share)
         self.progress = Progress()
         self.failure: str | None = None
         self._loaded = False
@@ -193,7 +193,7 @@ class Service:
         """
         if not self._loaded:
             what = "could not load its model" if self.failure else f"is still loading ({self.progress.text})"
-            raise RequestError(Fault.NOT_READY, f"The server {what}; see /health/ready.", retry_after=5)
+            raise RequestError(Fault.NOT_READY, f"The server {what}; see /health/ready.", retry_after=in_a_while(5))
         return tuple(self.fleet.cards.values())
 
     def card(self, place: str) -> ModelCard:
@@ -221,10 +221,12 @@ class Service:
         """Raise 503 where the server is not taking requests."""
         if self.state is State.DRAINING:
             text = "The server is finishing its last requests before it stops."
-            raise RequestError(Fault.DRAINING, text, retry_after=5)
+            raise RequestError(Fault.DRAINING, text, retry_after=in_a_while(5))
         if self.state is not State.READY or not self.alive:
             _ = self.cards
-            raise RequestError(Fault.NOT_READY, "The server has no engine left; see /health/ready.", retry_after=5)
+            raise RequestError(
+                Fault.NOT_READY, "The server has no engine left; see /health/ready.", retry_after=in_a_while(5)
+            )
 
     @property
     def jobs(self) -> JobRunner:
@@ -256,7 +258,7 @@ class Service:
         if not spec.film:  # films are bounded by videos_together, and wait as long as it takes
             pixels = count * spec.cascade.full_size.pixels
             self.check_possible(spec)
-            self._check_backlog(count, pixels, costs[0], self._costs(spec, "shared")[0])
+            self._check_backlog(spec, pixels, costs[0])
         permit = self.admission.acquire(count, pixels, account)
         try:
             now = time.monotonic()
@@ -291,7 +293,7 @@ class Service:
         """
         limit = self.settings.video_deadline_seconds if spec.film else self.settings.deadline_seconds
         count = len(spec.seeds)
-        work = count * self._costs(spec, "first")[0]
+        work = text_cost(self.costs, model=spec.model, how="first") + count * self._costs(spec, "first")[0]
         if work > limit:
             what = "a film" if spec.film else f"{count} picture(s)"
             raise RequestError(
@@ -306,18 +308,20 @@ class Service:
         told = {"model": spec.model, "how": how}
         return step_costs(self.costs, spec.cascade, spec.lane, partial_images=spec.partial_images, **told)
 
-    def _check_backlog(self, count: int, pixels: int, alone: float, shared: float) -> None:
+    def _check_backlog(self, spec: GenerationSpec, pixels: int, alone: float) -> None:
         """Refuse a request that would not be ready in time behind those that are here.
 
         Args:
-            count, pixels: its pictures, and their pixels in all.
-            alone, shared: one picture's work (seconds) in batches of its own, and in the best company.
+            pixels: of its pictures in all.
+            alone: one picture's work (seconds) in batches of its own.
 
         Raises:
             RequestError: 429, with the seconds that are lacking.
         """
+        count, shared = len(spec.seeds), self._costs(spec, "shared")[0]
         before = self.fleet.backlog(alone) * shared / max(alone, 1e-9)
-        late = before + count * shared - self.settings.deadline_seconds
+        text = text_cost(self.costs, model=spec.model, how="shared")
+        late = before + text + count * shared - self.settings.deadline_seconds
         if late > 0 and before > 0:  # in an empty house even what looks too slow is tried: costs are learnt from it
             raise RequestError(
                 Fault.QUEUE_FULL,

@@ -1,8 +1,11 @@
-"""How many connections are held, and for how long a silent one.
+"""How many connections are held, for how long a silent one, and how much for who does not read.
 
 Every connection takes a descriptor, and so does every file, pipe and encoder: connections are bounded far below the
 limit, so that whoever opens many of them cannot stop the rest. Where all places are taken, a newcomer takes that of
 whoever has been silent longest; where all are at work, it is let in for a probe alone.
+
+A reply lies in memory until its client has read it, long after its places in the queue were given to others. So a
+client must keep a pace, and where too much is unread, whoever has been behind longest is given up.
 """
 
 from __future__ import annotations
@@ -16,15 +19,21 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.core.faults import Fault, RequestError
+from server.front.channel import Held
 from server.http.errors import error_response
 from server.http.incoming import CLIENT_PATIENCE_SECONDS
 from server.http.origins import CROWDED
+from server.http.streaming import HELD
 
 _MOST_DESCRIPTORS = 65_536
 _MOST_CONNECTIONS = 4096
 _LONGEST_BACKLOG = 2048
 _PROBES = 16
 """Connections beyond the bound, kept for probes."""
+_LEAST_PACE = 16_384
+"""Bytes a second that a client must read, with ``CLIENT_PATIENCE_SECONDS`` a reply on top."""
+_MOST_UNREAD = 256 * 1024 * 1024
+"""Bytes of replies, of all clients, that were not read yet."""
 
 
 def raise_descriptor_limit() -> int:
@@ -52,6 +61,7 @@ class Doorway:
         self._most = most
         self._open: set[BoundedProtocol] = set()
         self._silent: dict[BoundedProtocol, None] = {}
+        self._behind: dict[BoundedProtocol, None] = {}  # in the order in which they fell behind
 
     def enter(self, newcomer: BoundedProtocol) -> bool:
         """Let one in, if need be in place of another; False where it is let in for a probe alone, or not at all."""
@@ -73,10 +83,24 @@ class Doorway:
         elif connection in self._open:
             self._silent.setdefault(connection)
 
+    def fell_behind(self, connection: BoundedProtocol) -> None:
+        """Note that a client does not read as fast as it is written to."""
+        self._behind.setdefault(connection)
+        unread = sum(each.unread for each in self._behind)
+        while unread > _MOST_UNREAD:
+            longest = next(iter(self._behind))
+            unread -= longest.unread
+            self._turn_out(longest)
+
+    def caught_up(self, connection: BoundedProtocol) -> None:
+        """Note that a client has read all that was written."""
+        self._behind.pop(connection, None)
+
     def leave(self, connection: BoundedProtocol) -> None:
         """Forget a connection that is closed."""
         self._open.discard(connection)
         self._silent.pop(connection, None)
+        self._behind.pop(connection, None)
 
     def _turn_out(self, connection: BoundedProtocol) -> None:
         self.leave(connection)
@@ -84,18 +108,28 @@ class Doorway:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, within a :class:`Doorway`, with a time limit on heads and one shape of errors."""
+    """uvicorn's HTTP/1.1, within a :class:`Doorway`, with time limits on heads and replies and one shape of errors."""
 
     def __init__(self, *args: Any, doorway: Doorway, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._doorway = doorway
         self._head_timer: asyncio.TimerHandle | None = None
+        self._held = Held()
+        self._patience = CLIENT_PATIENCE_SECONDS
+        self._due = 0.0  # when, by the loop's clock, a client in pace will have read what was written
+        self._pace_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def unread(self) -> int:
+        """Bytes that the client is still to read, those in the system's own buffers left out."""
+        return self.transport.get_write_buffer_size() + self._held.bytes
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Let the client in."""
         super().connection_made(transport)
-        if not self._doorway.enter(self):
-            self.app_state = {**self.app_state, CROWDED: True}
+        transport.set_write_buffer_limits(high=0)  # so that it is told here whenever the system takes no more
+        crowded = not self._doorway.enter(self)
+        self.app_state = {**self.app_state, HELD: self._held, CROWDED: crowded}
         self._doorway.heard(self, silent=True)
         self._expect_head()
 
@@ -103,7 +137,22 @@ class BoundedProtocol(H11Protocol):
         """Forget the client."""
         self._doorway.leave(self)
         self._forget_timer()
+        self._keep_pace(None)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for a client that reads too slowly, for a while."""
+        super().pause_writing()
+        self._due = self.loop.time() + self.transport.get_write_buffer_size() / _LEAST_PACE
+        self._keep_pace(self.loop.call_at(self._due + self._patience, self.transport.abort))
+        self._doorway.fell_behind(self)
+
+    def resume_writing(self) -> None:
+        """Go on with a client that has read what was written."""
+        super().resume_writing()
+        self._doorway.caught_up(self)
+        self._keep_pace(None)
+        self._patience -= max(self.loop.time() - self._due, 0.0)
 
     def handle_events(self) -> None:
         """Read what has come."""
@@ -112,6 +161,7 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
+        self._patience = CLIENT_PATIENCE_SECONDS
         super().on_response_complete()
         self._look()
 
@@ -136,6 +186,11 @@ class BoundedProtocol(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _keep_pace(self, timer: asyncio.TimerHandle | None) -> None:
+        if self._pace_timer is not None:
+            self._pace_timer.cancel()
+        self._pace_timer = timer
 
     def _no_head(self) -> None:
         if self.transport.is_closing():

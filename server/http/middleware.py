@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.core.admission import Admission
 from server.core.faults import Fault, RequestError
+from server.core.promises import in_a_while
 from server.front.auth import Caller
 from server.http.errors import error_response, outcome_of_status
 from server.http.incoming import discard
@@ -81,7 +82,7 @@ class Accounting:
         except asyncio.CancelledError:  # the server stops and waits no longer
             state[OUTCOME] = Fault.DRAINING.value.outcome
             if not status:
-                stopping = RequestError(Fault.DRAINING, "The server is stopping.", retry_after=5)
+                stopping = RequestError(Fault.DRAINING, "The server is stopping.", retry_after=in_a_while(5))
                 await error_response(stopping)(scope, receive, watched_send)
             raise
         except Exception:

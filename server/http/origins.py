@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.core.faults import Fault, RequestError
+from server.core.promises import in_a_while
 from server.http.errors import error_response
 from server.http.incoming import discard
 from server.http.paths import PROBES, route_path
@@ -56,7 +57,7 @@ class CheckDoor:
         path = route_path(scope)
         if scope.get("state", {}).get(CROWDED) and path not in PROBES:
             text = "The server has as many connections as it can hold."
-            raise RequestError(Fault.NOT_READY, text, retry_after=5, headers={"Connection": "close"})
+            raise RequestError(Fault.NOT_READY, text, retry_after=in_a_while(5), headers={"Connection": "close"})
         if "transfer-encoding" in headers and "content-length" in headers:
             # RFC 9112, 6.1: two servers in a row may disagree where such a request ends, and the next one begins.
             text = "A request may have a Content-Length or a Transfer-Encoding, not both."

@@ -16,13 +16,13 @@ from server.front.generation import FinishedPicture, Generation, PartialPicture
 from server.front.service import Service
 from server.http.bodies import json_bytes
 from server.http.errors import error_body
-from server.http.incoming import CLIENT_PATIENCE_SECONDS
 from server.http.middleware import OUTCOME
 from server.http.replies import completed_event, partial_event
 from server.http.schemas import ImageRequest
 
+HELD = "held"
+"""In a request's state: what its client has not read yet (:class:`Held`)."""
 _HEARTBEAT_SECONDS = 10.0
-_PIECE_BYTES = 64 * 1024
 
 
 def client_gone() -> RequestError:
@@ -57,12 +57,10 @@ class ImageEventStream(Response):
         """Run the stream."""
         state: dict[str, Any] = scope.setdefault("state", {})
         gone = asyncio.ensure_future(until_disconnected(receive))
-        sending = asyncio.ensure_future(self._send_events(_impatient(send)))
+        sending = asyncio.ensure_future(self._send_events(send))
         try:
             await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
             state[OUTCOME] = sending.result() if sending.done() else Fault.CLIENT_GONE.value.outcome
-        except TimeoutError:  # it does not read: its connection is closed, and its pictures are let go
-            state[OUTCOME] = Fault.CLIENT_GONE.value.outcome
         finally:
             gone.cancel()
             sending.cancel()
@@ -93,25 +91,6 @@ class ImageEventStream(Response):
         await send(_chunk(b"data: [DONE]\n\n"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return outcome
-
-
-def _impatient(send: Send) -> Send:
-    """Return a send that raises TimeoutError where the client does not take a piece of a message in time.
-
-    In pieces, since each waits for the one before to leave: a slow client has that long for 64 KiB, not for a picture.
-    """
-
-    async def bounded(message: Message) -> None:
-        body, more = message.get("body", b""), message.get("more_body", False)
-        for start in range(0, max(len(body), 1), _PIECE_BYTES):
-            piece = message
-            if len(body) > _PIECE_BYTES:
-                end = start + _PIECE_BYTES
-                piece = {**message, "body": body[start:end], "more_body": more or end < len(body)}
-            async with asyncio.timeout(CLIENT_PATIENCE_SECONDS):
-                await send(piece)
-
-    return bounded
 
 
 def _event(payload: Mapping[str, Any], name: str | None = None) -> Message:

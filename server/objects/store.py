@@ -22,6 +22,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionErr
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from server.core.faults import Fault, RequestError
+from server.core.promises import in_a_while
 from server.objects.folder import open_folder, write_durably
 from server.objects.place import open_bucket
 
@@ -40,7 +41,7 @@ class StoreError(RequestError):
             f"The server's store of films and pictures cannot be used now: {reason}. "
             "Try again after the seconds in Retry-After.",
             code="storage_unavailable",
-            retry_after=5,
+            retry_after=in_a_while(5),
         )
         self.reason = reason
 

@@ -80,6 +80,7 @@ def open_jobs(service: Service, cards: Sequence[ModelCard]) -> JobRunner:
             together=settings.videos_together,
             seconds=settings.video_seconds,
             bytes=int(settings.video_gigabytes * 1e9),
+            share=settings.share,
         ),
         step_costs(service.costs, default.cascade, default.lane, model=card.place)[0],
     )

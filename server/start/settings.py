@@ -96,7 +96,7 @@ class ServerSettings(BaseSettings):
     max_images: int = Field(10, ge=1, le=10)
     queue_items: int = Field(64, ge=1, description="pictures admitted at once, waiting or running")
     queue_megapixels: float = Field(256.0, gt=0, description="their pixels at full size, in millions")
-    key_share: float = Field(0.75, gt=0, le=1, description="of the queue, that one of several API keys may hold")
+    key_share: float = Field(0.75, gt=0, le=1, description="of each queue, that one of several API keys may hold")
     deadline_seconds: float = Field(120.0, gt=0, description="from admission to reply, checked at every step")
     videos: Path = Field(Path("videos"), description="the folder of the jobs' database, and of objects")
     objects: str | None = Field(
@@ -255,6 +255,11 @@ class ServerSettings(BaseSettings):
         """Of the pages that may use the API, beside those that have the request's own host."""
         own = urlsplit(self.public_url or "")
         return (*self.allowed_origins, *([f"{own.scheme}://{own.netloc}".lower()] if own.netloc else []))
+
+    @property
+    def share(self) -> float:
+        """Of the queues, that one account may hold: of all, where there is no other."""
+        return self.key_share if len(KeyRing(self.api_keys).names) > 1 else 1.0
 
     @property
     def engine_devices(self) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from server.telemetry.machine import COMMIT_VARIABLE
+
 ROOT = Path(__file__).parents[2]
 LOCKS = {name: ROOT / f"deploy/image/{name}.txt" for name in ("requirements", "torch-cpu", "torch-cuda")}
 PINNED = re.compile(r"^([\w.-]+)==(\S+)(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
@@ -51,6 +53,16 @@ def test_the_image_is_given_all_that_it_copies() -> None:
     for source in sources:
         assert any(source == name or source.startswith(f"{name}/") for name in let_in), source
         assert list(ROOT.glob(source)), source
+
+
+def test_the_image_tells_the_commit_that_it_was_built_from() -> None:
+    """It is no checkout, so the server could only say "unknown"."""
+    final = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    given = final.index(f"ARG {COMMIT_VARIABLE}=")
+    assert final.index(f"ENV {COMMIT_VARIABLE}=${{{COMMIT_VARIABLE}}}") > given
+    assert f'revision="${{{COMMIT_VARIABLE}}}"' in final[given:]
+    server = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["rmd"]
+    assert server["build"]["args"][COMMIT_VARIABLE] == "${RMD_COMMIT:-unknown}"
 
 
 def run(*command: str) -> str:

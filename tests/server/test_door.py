@@ -286,12 +286,13 @@ def test_one_key_has_so_many_requests_under_way(keyed_house: House) -> None:
     keyed_house.gate.close()
     first = keyed_house.in_background(lambda: draw(OTHER))
     keyed_house.until_waiting(1)
-    again = draw(OTHER)
+    again, more = draw(OTHER), [draw(OTHER) for _ in range(5)]
     other = keyed_house.in_background(lambda: draw(ALICE))
     keyed_house.until_waiting(2)
     keyed_house.gate.open()
     refused(again, 429, "key_busy")
-    assert again.headers["retry-after"] == "1"
+    told = [int(reply.headers["retry-after"]) for reply in (again, *more)]
+    assert told[0] in (1, 2) and len(set(told)) > 2, "not all come back at once"
     assert first.result().status_code == other.result().status_code == 200
     assert draw(OTHER).status_code == 200
 
@@ -302,7 +303,9 @@ def test_one_key_may_send_so_many_in_a_time(checkpoint: Path, loaded: DeviceMode
         drawn = [house.client.post(URL, json={"prompt": "a"}, headers=one) for _ in range(3)]
         assert [reply.status_code for reply in drawn] == [200, 200, 429]
         refused(drawn[2], 429, "rate_limit_exceeded")
-        assert drawn[2].headers["retry-after"] == "120" and "2 per 1 hour" in drawn[2].json()["error"]["message"]
+        assert (
+            60 <= int(drawn[2].headers["retry-after"]) <= 120 and "2 per 1 hour" in drawn[2].json()["error"]["message"]
+        )
         assert house.client.get("/v1/models", headers=one).status_code == 200, "looking is free"
         assert house.client.post(URL, json={"prompt": "a"}, headers=two).status_code == 200
     with pytest.raises(ValidationError, match="'often' is no rate"):

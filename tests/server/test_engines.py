@@ -109,7 +109,10 @@ def test_a_device_that_is_never_well_again_is_given_up(house: House) -> None:
     assert house.service.admission.items == 0
 
 
-def test_a_picture_that_is_decoded_when_the_stop_comes_still_arrives(house: House) -> None:
+def test_a_picture_that_is_decoded_when_the_stop_comes_still_arrives(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.front.service.LAST_BATCH_SECONDS", 30.0)  # however busy the machine is
     decoding, go = threading.Event(), threading.Event()
 
     def hold(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:

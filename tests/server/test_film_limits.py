@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import resource
+import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from server.core.costs import CostTable
+from server.core.faults import machine_lacks
 from server.device.model import DeviceModel
-from server.films import runner
-from server.front import packaging
-from server.front.media import Pixels, encode_film
+from server.films import database, runner
+from server.front.media import encode_film
 from server.start.settings import ServerSettings
 from tests.server.house import serving
 from tests.server.test_videos import URL, ended, post
@@ -107,17 +114,67 @@ def test_a_film_that_fails_is_counted(film_model: DeviceModel, film_settings: Se
         house.until(lambda: 'rmd_videos_total{outcome="engine_failed"} 1.0' in house.client.get("/metrics").text, "it")
 
 
-def test_a_film_that_the_machine_could_not_encode_just_then_is_made_again(
-    film_model: DeviceModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def few_descriptors(_folder: Path) -> Iterator[None]:
+    """None that is free may be used."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Where temporary files lie."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder], check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=False)
+
+
+@pytest.mark.parametrize(("lack", "named"), [(few_descriptors, "file descriptors"), (full_disk, "disk space")])
+def test_a_film_that_the_machine_could_not_encode_for_a_while_is_made_again(
+    film_model: DeviceModel,
+    film_settings: ServerSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lack: Callable[[Path], AbstractContextManager[None]],
+    named: str,
 ) -> None:
-    faults: list[BaseException] = [MemoryError(), OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
-
-    def crowded(pixels: Pixels, frames_per_second: int) -> bytes:
-        if faults:
-            raise faults.pop()
-        return encode_film(pixels, frames_per_second)
-
+    """40 of 40 failed for good."""
     monkeypatch.setattr(runner, "_TICK_SECONDS", 0.05)
+    monkeypatch.setattr(database, "_RETRY_SECONDS", 0.1)
+    small = tmp_path / "small"
+    small.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
     with serving(film_model, film_settings) as house:
-        monkeypatch.setattr(packaging, "encode_film", crowded)
-        assert ended(house, post(house))["status"] == "completed" and not faults
+        house.gate.close()
+        jobs = [post(house, seed=seed) for seed in range(3)]
+        house.until(lambda: house.service.admission.items == 3, "all at the device")
+        with lack(small):
+            house.gate.open()
+            house.until(lambda: house.service.admission.items < 3, "one of them to be given up")
+        assert [ended(house, job)["status"] for job in jobs] == ["completed"] * 3
+        assert f"goes back in line: The server has too little {named}" in caplog.text
+        assert house.metric("rmd_videos_total") == house.metric("rmd_videos_total", outcome="completed") == 3
+
+
+def test_an_encoder_without_memory_is_the_machines_lack_and_not_the_films_fault() -> None:
+    """x264 calls it an error of its own, and such films failed for good."""
+    film = np.random.default_rng(0).integers(0, 255, (2, 1080, 1920, 3), np.uint8)
+    encode_film(film[:1, :16, :16], 8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (16 << 20), hard))
+    try:
+        with pytest.raises((MemoryError, OSError)) as lacking:
+            encode_film(film, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert machine_lacks(lacking.value) == "memory"

@@ -50,7 +50,7 @@ async def test_live_at_once_and_ready_only_when_loaded(checkpoint: Path, model: 
     async with asgi(service) as client:
         assert (await client.get("/health/live")).status_code == 200
         waiting = await client.get("/health/ready")
-        assert waiting.status_code == 503 and waiting.headers["retry-after"] == "5"
+        assert waiting.status_code == 503 and 5 <= int(waiting.headers["retry-after"]) <= 10
         assert waiting.json()["progress"] == {"done": 3, "total": 12, "text": "loading engines"}
         early = await client.post("/v1/images/generations", json={"prompt": "a"})
         assert early.status_code == 503 and early.json()["error"]["code"] == "not_ready"

@@ -53,6 +53,28 @@ def test_the_oldest_job_is_claimed_first_and_by_one_worker_only(store: JobStore)
     assert [found and found.id for found in claimed] == [first.id, second.id, None]
 
 
+def test_accounts_are_served_in_turn_however_much_each_has_sent(store: JobStore) -> None:
+    """One key's films stood in front of everybody's until all of them were made."""
+
+    def send(account: str) -> VideoJob:
+        sent = job(account=account)
+        sent.turn = store.queue(["m"], account).turn
+        return store.add(sent)
+
+    def make() -> str:
+        taken = store.claim(["m"], "w", 60)
+        assert taken is not None and store.complete(taken.id, "w", NOW, LATER, 1, {})
+        return taken.account
+
+    for account in "aaaaaabbc":
+        send(account)
+    assert [make() for _ in range(5)] == list("abcab")
+    send("d")
+    send("b")
+    assert [make() for _ in range(6)] == list("adbaaa"), "who was served does not wait for it; nobody saves turns up"
+    assert store.claim(["m"], "w", 60) is None and store.queue(["m"], "a").all == 0
+
+
 def test_a_lapsed_lease_is_anybodys_and_its_holder_can_change_nothing_more(store: JobStore) -> None:
     added = store.add(job())
     assert store.claim(["m"], "a", 60)
@@ -192,8 +214,14 @@ class Desk:
     def until_status(self, job: VideoJob, status: str) -> None:
         self.until(lambda: self.status(job) == status)
 
-    def accept(self) -> VideoJob:
-        return self.runner.accept(job(created_at=time.time()))
+    def accept(self, account: str = "") -> VideoJob:
+        return self.runner.accept(job(account=account, created_at=time.time()))
+
+    def refused(self, account: str = "") -> RequestError:
+        with pytest.raises(RequestError) as full:
+            self.accept(account)
+        assert full.value.fault is Fault.QUEUE_FULL
+        return full.value
 
 
 @pytest.fixture
@@ -223,6 +251,30 @@ def test_jobs_run_together_up_to_the_bound_and_the_rest_stay_in_line(desks: Call
     desk.maker.tell(jobs[0].id, FILM)
     desk.until_status(jobs[0], "completed 100")
     desk.until(lambda: jobs[2].id in desk.maker.taken)
+
+
+def test_a_crowd_that_finds_the_line_full_is_told_times_at_which_there_is_room_for_each(
+    desks: Callable[..., Desk],
+) -> None:
+    """All were told one time."""
+    desk = desks(queue=4)
+    for _ in range(4):
+        desk.accept()
+    told = [desk.refused().retry_after for _ in range(20)]
+    assert told == sorted(set(told)) and told[0] == 2 and 20 <= (told[-1] or 0) <= 24, (
+        "a film a second, and some caution"
+    )
+
+
+def test_one_key_may_not_fill_the_line(desks: Callable[..., Desk]) -> None:
+    """64 films of one key: all others got 429."""
+    desk = desks(queue=4, share=0.75)
+    for _ in range(3):
+        desk.accept("greedy")
+    error = desk.refused("greedy")
+    assert error.code == "key_share_used" and "has 3 films in line, and may have 3" in error.message
+    desk.accept("modest")
+    assert desk.refused("modest").code == "queue_full"
 
 
 def test_a_full_scheduler_leaves_jobs_in_line_and_a_hopeless_request_fails(desks: Callable[..., Desk]) -> None:

@@ -45,6 +45,12 @@ def test_what_no_wait_could_help_says_so(checkpoint: Path, model: DeviceModel) -
     assert "may take 1 s; ask for less" in reply.json()["error"]["message"]
 
 
+def test_the_text_counts_too(checkpoint: Path, model: DeviceModel) -> None:
+    model.costs = CostTable({key: {1: 2.0 if key.kind == "encode" else 0.001} for key in model.card.stations()})
+    with serving(model, make_settings(checkpoint, deadline_seconds=1)) as house:
+        assert house.draw().json()["error"]["code"] == "takes_too_long"
+
+
 def test_a_machine_in_a_bad_mood_refuses_for_now_and_not_for_good(checkpoint: Path, model: DeviceModel) -> None:
     """After nine slow batches the same request got 400 and x-should-retry: false."""
     with serving(model, make_settings(checkpoint, deadline_seconds=5)) as house:

@@ -1,40 +1,15 @@
-"""A slow client, a taken port, the progress bar: each alone."""
+"""A taken port, the progress bar: each alone."""
 
 from __future__ import annotations
 
-import asyncio
 import socket
 
 import pytest
-from starlette.types import Message
 
 from server.front.service import Progress, Service
-from server.http import streaming
 from server.start.progress import ProgressLine
 from server.start.run import make_server
 from server.start.settings import ServerSettings
-
-
-def test_a_slow_client_is_waited_for_as_long_as_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "CLIENT_PATIENCE_SECONDS", 0.2)
-    body, taken = bytes(range(256)) * 2560, list[Message]()
-
-    async def slow(message: Message) -> None:
-        await asyncio.sleep(0.03)
-        taken.append(message)
-
-    async def stuck(_message: Message) -> None:
-        await asyncio.sleep(60)
-
-    async def scenario() -> None:
-        await streaming._impatient(slow)({"type": "http.response.body", "body": body, "more_body": False})
-        with pytest.raises(TimeoutError):
-            await streaming._impatient(stuck)({"type": "http.response.body", "body": b"x", "more_body": True})
-
-    asyncio.run(scenario())
-    assert len(taken) == 10, "together longer than the patience for one"
-    assert b"".join(message["body"] for message in taken) == body
-    assert [message["more_body"] for message in taken] == [True] * 9 + [False]
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded() -> None:

@@ -290,6 +290,20 @@ def test_keys_see_their_own_jobs_only(film_model: DeviceModel, film_settings: Se
         assert house.client.get(URL, headers=others).json()["data"] == []
 
 
+def test_one_of_several_keys_may_not_fill_the_line(film_model: DeviceModel, film_settings: ServerSettings) -> None:
+    keys = {"api_keys": ("one", "two"), "video_queue": 4}
+    with serving(film_model, ServerSettings.model_validate({**film_settings.model_dump(), **keys})) as house:
+        house.gate.close()
+
+        def send(key: str) -> httpx.Response:
+            return house.client.post(URL, json={"prompt": PROMPT}, headers={"Authorization": f"Bearer {key}"})
+
+        replies = [send("one") for _ in range(4)]
+        assert [reply.status_code for reply in replies] == [200] * 3 + [429]
+        assert error_of(replies[3])[2] == "key_share_used" and int(replies[3].headers["Retry-After"]) >= 1
+        assert [send("two").status_code for _ in range(2)] == [200, 429]
+
+
 def test_jobs_outlast_a_restart(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     with serving(film_model, film_settings) as house:
         done = ended(house, post(house, seed=1))

@@ -21,7 +21,7 @@ from server.http.middleware import REQUEST_ID
 from server.http.replies import image_reply
 from server.http.resolve import choose_model, resolve
 from server.http.schemas import ErrorReply, ImageReply, ImageRequest
-from server.http.streaming import ImageEventStream, client_gone, until_disconnected
+from server.http.streaming import HELD, ImageEventStream, client_gone, until_disconnected
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -49,7 +49,7 @@ async def create_image(body: ImageRequest, request: Request) -> Response:
                 "Idempotency-Key is not kept for streams; leave out one of the two.",
                 param="Idempotency-Key",
             )
-        channel = EventChannel()
+        channel = EventChannel(request.scope["state"].get(HELD))
         return ImageEventStream(service, body, service.submit(spec, channel.send, request_id, account), channel)
     base_url = service.settings.public_url or str(request.base_url)
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.core.card import ModelCard, Schedule, step_costs
+from server.core.card import ModelCard, Schedule, step_costs, text_cost
 from server.core.costs import CostTable
-from server.core.stations import StationKey
 from server.front.service import Service
 from server.http.resolve import film_seconds, plane, unknown_model
 from server.http.schemas import ErrorReply, ModelEntry, ModelList
@@ -47,8 +46,7 @@ def _entry(model: ModelCard, costs: CostTable, name: str) -> ModelEntry:
 
 def _expected_seconds(schedule: Schedule, costs: CostTable, place: str) -> float:
     """Return the work on one picture or film in an empty house, by what batches cost here now; packaging left out."""
-    encode = costs.seconds(StationKey("encode", model=place), 1)
-    return encode + step_costs(costs, schedule.cascade, schedule.lane, model=place)[0]
+    return text_cost(costs, model=place) + step_costs(costs, schedule.cascade, schedule.lane, model=place)[0]
 
 
 def _film_facts(model: ModelCard) -> dict[str, Any]:
