@@ -37,7 +37,8 @@ def measure_station(lanes: Mapping[str, Backbone], key: StationKey, max_batch: i
         # what a batch costs is for the scheduler alone to know; what the build recorded may be a busy hour's.
         _live(backbone).learn(COMPONENTS[key.kind], key.size, bucket, bucket**0.5)
     doubling = tuple(2**k for k in range(max_batch.bit_length()) if 2**k <= max_batch)
-    # More than the widest engine holds is several runs of it: these still save turns, and find their weights in cache.
+    # More than the widest engine holds is several runs of it. Where they are short these still save turns, and all but
+    # the first find their weights in cache.
     batches = buckets + tuple(batch for batch in doubling if batch > max(buckets, default=0))
     if key.kind == "denoise" and key.lane == TEACHER:
         batches = tuple(sorted({*batches, 2}))
@@ -45,6 +46,8 @@ def measure_station(lanes: Mapping[str, Backbone], key: StationKey, max_batch: i
     measured: dict[int, float] = {}
     best_rate = 0.0
     for batch, work in works.items():
+        if batch > max(buckets, default=batch) and 2 * max(measured.values()) > _PATIENCE_SECONDS:
+            break
         try:
             timed(work, backbone.device)
             measured[batch] = timed(work, backbone.device)

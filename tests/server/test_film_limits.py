@@ -115,7 +115,7 @@ def test_a_film_that_fails_is_counted(film_model: DeviceModel, film_settings: Se
 
 
 @contextmanager
-def few_descriptors(_folder: Path) -> Iterator[None]:
+def few_descriptors(_folder: Path, _request: pytest.FixtureRequest) -> Iterator[None]:
     """None that is free may be used."""
     lowest = os.dup(0)
     os.close(lowest)
@@ -128,14 +128,13 @@ def few_descriptors(_folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """Where temporary files lie."""
+def full_disk(folder: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where temporary files lie. It has room again afterwards, and is gone after the test."""
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder], check=False).returncode:
         pytest.skip("no disk can be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=False)
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", folder], check=True))
+    yield
+    subprocess.run(["mount", "-o", "remount,size=16m", folder], check=True)
 
 
 @pytest.mark.parametrize(("lack", "named"), [(few_descriptors, "file descriptors"), (full_disk, "disk space")])
@@ -145,7 +144,8 @@ def test_a_film_that_the_machine_could_not_encode_for_a_while_is_made_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    lack: Callable[[Path], AbstractContextManager[None]],
+    request: pytest.FixtureRequest,
+    lack: Callable[[Path, pytest.FixtureRequest], AbstractContextManager[None]],
     named: str,
 ) -> None:
     """40 of 40 failed for good."""
@@ -158,7 +158,7 @@ def test_a_film_that_the_machine_could_not_encode_for_a_while_is_made_again(
         house.gate.close()
         jobs = [post(house, seed=seed) for seed in range(3)]
         house.until(lambda: house.service.admission.items == 3, "all at the device")
-        with lack(small):
+        with lack(small, request):
             house.gate.open()
             house.until(lambda: house.service.admission.items < 3, "one of them to be given up")
         assert [ended(house, job)["status"] for job in jobs] == ["completed"] * 3
