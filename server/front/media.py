@@ -90,9 +90,8 @@ def encode_film(pixels: Pixels, frames_per_second: int) -> bytes:
                     picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
                     container.mux(stream.encode(picture))
                 container.mux(stream.encode(None))
-        except (
-            av.error.ExternalError
-        ) as error:  # x264 says no more; to what it is given here it objects for no other reason
+        except av.error.ExternalError as error:
+            # x264 says no more than that; to what it is given here it objects for no other reason
             raise MemoryError("x264 found no memory") from error
         return path.read_bytes()
 
