@@ -136,7 +136,7 @@ def test_a_decoder_of_other_latents_is_named(folder: Path, tmp_path: Path) -> No
     [
         ([], "give either one prompt"),
         (["fox", "--prompts", "x.txt"], "give either one prompt"),
-        (["--prompts", "absent.txt"], "absent.txt does not exist"),
+        (["--prompts", "absent.txt"], "absent.txt is no file"),
         (["fox", "--schedule", "9+9"], r"schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
         (["fox", "--dtype", "int8"], "dtype 'int8': use auto, bfloat16"),
         (["fox", "--backend", "inductor"], "needs --engines FOLDER"),

@@ -15,13 +15,11 @@ from engines.compilers.engine import Engine
 from engines.compilers.inductor.settings import own_kernels
 from engines.errors import BackendUnavailable, EngineAccuracyError, EngineError, EngineInputError
 from engines.manifest import Manifest
-from engines.plan.checkpoint import CheckpointPlan, load_backbone
-from engines.plan.options import EngineOptions
 from engines.run.accuracy import _exact_convolutions, relative_l2
 from engines.store import EngineStore
 from engines.weights.bank import WeightBank
-from rmd.backbones.tiny import write_tiny_folder
 from tests.engines.conftest import Net, net_inputs, net_request, net_spec
+from tests.engines.rows import check_rows
 
 
 def load(root: Path, manifest: Manifest, net: nn.Module) -> tuple[Engine, WeightBank]:
@@ -62,27 +60,9 @@ def test_own_matrix_kernels_are_for_tiles_or_for_no_bf16_instructions_at_all() -
     assert own_kernels("float32", epyc)
 
 
-@pytest.mark.parametrize(("component", "own"), [("denoiser", True), ("denoiser", False), ("decoder", True)])
-def test_the_batch_does_not_change_a_bit_of_a_row(
-    tmp_path: Path, component: str, own: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("engines.compilers.inductor.settings.own_kernels", lambda dtype, cpu: own)
-    folder = write_tiny_folder("embedded", tmp_path / "embedded")
-    plan = CheckpointPlan.read(folder, EngineOptions.resolve("inductor", dtype="bfloat16", buckets=(1, 2, 3))[0])
-    plan = CheckpointPlan(plan.checkpoint, plan.options, load_backbone(plan.checkpoint, plan.options))
-    module, store = plan.modules[component], EngineStore(tmp_path / "store")
-    full = max(plan.sizes)
-    inputs = plan.typical_inputs(component, full, 3)
-    outputs: list[Tensor] = []
-    for batch in (1, 3):
-        manifest = build_engine(plan.compiler, store, module, plan.spec(component, full, batch))
-        if component == "denoiser":
-            assert manifest.weights_mode == "packed" and not manifest.note
-            assert any(recipe["layout"] == "vnni" for recipe in manifest.constants.values()) <= own
-        engine = plan.compiler.load(manifest, store.folder(manifest.key), WeightBank(module))
-        rows = [{name: value[i : i + batch] for name, value in inputs.items()} for i in range(0, 3, batch)]
-        outputs.append(torch.cat([engine.run(row) for row in rows]))
-    assert torch.equal(*outputs)
+def test_the_batch_does_not_change_a_bit_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other components and kernels: tests_slow/test_rows.py."""
+    check_rows(tmp_path, "denoiser", True, monkeypatch)
 
 
 @pytest.mark.parametrize(
