@@ -63,8 +63,8 @@ class Loaded:
 
     def __post_init__(self) -> None:
         """Have all models learn in one table: they share one device and one scheduler."""
-        self.costs = CostTable({})
-        for model in self.models:
+        self.costs = self.models[0].costs
+        for model in self.models[1:]:
             for key, widths in model.costs.table().items():
                 self.costs.replace(key, widths)
             model.costs = self.costs

@@ -106,7 +106,16 @@ class House:
             time.sleep(0.005)
 
     def until_waiting(self, items: int) -> None:
-        self.until(lambda: self.service.admission.items == items, f"{items} pictures admitted")
+        """Wait until so many pictures are admitted, and engines told of all."""
+        fleet = self.service.fleet
+
+        def told() -> bool:
+            with fleet._lock:
+                places = [place for generation in fleet._ledger.all() for place in generation.places]
+                known = sum(not place.left for place in places) == self.service.admission.items == items
+                return known and not fleet._outbox
+
+        self.until(told, f"{items} pictures admitted")
 
     def until_idle(self) -> None:
         self.until(lambda: self.service.admission.items == 0, "an empty queue")
