@@ -89,10 +89,7 @@ def model(loaded: DeviceModel) -> DeviceModel:
     wide, narrow = {1: 0.010, 2: 0.011, 4: 0.012, 8: 0.0125}, {1: 0.010, 2: 0.020, 4: 0.040}
     full = max(loaded.card.sizes)
     costs = FixedCosts(
-        {
-            key: narrow if key.kind == "denoise" and key.size == full else wide
-            for key in loaded.card.stations()
-        }
+        {key: narrow if key.kind == "denoise" and key.size == full else wide for key in loaded.card.stations()}
     )
     return steady(loaded, costs)
 
