@@ -19,7 +19,7 @@ from bench.serving.measures import bootstrap, percentile
 from bench.serving.outcomes import Outcome, whole_rate
 from bench.serving.servers import OURS, ROOT, Server, free_port, plain, start_ours
 from bench.serving.traces import make_trace
-from server.front.engine import thread_policy
+from server.front.engine import memory_policy, thread_policy
 
 THEIRS = "litserve"
 
@@ -33,6 +33,7 @@ class RivalSettings:
         loads: shares of the rival's saturation.
         rounds: each with a trace of its own, both servers in random order.
         clients: of the closed loop that saturation is measured with.
+        warm: requests to a server that has stood still, before it is measured: a machine takes memory away meanwhile.
         packages: folder that the rival's package is imported from, where it is not installed.
     """
 
@@ -49,6 +50,7 @@ class RivalSettings:
     count: int = 120
     saturated: int = 160
     clients: int = 32
+    warm: int = 96
     packages: Path | None = None
 
 
@@ -99,6 +101,7 @@ def _rounds(
             for server in order:
                 say(f"round {number + 1} of {settings.rounds}, {load}, {server.name}")
                 server.go_on()
+                server.play(make_trace(settings.mix, 1.0, settings.warm, 998), settings.clients)
                 if isinstance(load, float):
                     outcomes = server.play(make_trace(settings.mix, load * top, settings.count, number))
                     figures = _figures(outcomes)
@@ -170,7 +173,7 @@ def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
 
 def _environment(settings: RivalSettings) -> dict[str, str]:
     """Threads of both behave in the same way."""
-    found = {**thread_policy(os.environ), **os.environ}
+    found = {**thread_policy(os.environ), **memory_policy(os.environ, "cpu"), **os.environ}
     paths = [str(ROOT), *([str(settings.packages)] if settings.packages else [])]
     found["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     return found

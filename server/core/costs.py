@@ -37,7 +37,7 @@ class CostTable:
     Args:
         measured: for each station, width -> seconds.
 
-    Not thread-safe.
+    One thread learns; others may ask meanwhile.
     """
 
     def __init__(self, measured: Mapping[StationKey, Mapping[int, float]]) -> None:
@@ -171,7 +171,8 @@ class CostTable:
         mood = self._moods.get(key)
         if mood is None:
             own = hash(key)
-            others = [ratio for station, ratio in self._ratios if station != own]
+            # A copy: the front's other threads ask while one learns, and a deque that changes cannot be walked through.
+            others = [ratio for station, ratio in tuple(self._ratios) if station != own]
             mood = self._moods[key] = median(others) if len(others) >= _LEAST_MOODS else 1.0
         return mood
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -37,7 +41,7 @@ from server.device.model import DeviceModel
 from server.device.prompts import EncodedText, PromptCache
 from server.device.steps import StageRunner
 from server.front import member as member_module
-from server.front.engine import Doorway, thread_policy
+from server.front.engine import Doorway, memory_policy, thread_policy
 from server.front.member import Health, Member, WatchLimits
 from tests.server.house import Clock, House
 
@@ -216,6 +220,32 @@ def test_what_the_user_has_to_mend_is_not_tried_again(clock: Clock) -> None:
 def test_threads_wait_for_each_other_without_spinning_for_long_unless_told() -> None:
     assert set(thread_policy({})) == {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "TOKENIZERS_PARALLELISM"}
     assert set(thread_policy({"OMP_WAIT_POLICY": "active"})) == {"TOKENIZERS_PARALLELISM"}
+
+
+_STEPS = """
+import resource, torch
+def step():
+    for rows in (8, 4, 8, 1):
+        buffers = [torch.ones(rows, 1 << 20) for _ in range(3)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other ways")
+def test_memory_that_a_step_has_freed_is_not_mapped_again_for_the_next() -> None:
+    def faults(policy: dict[str, str]) -> int:
+        plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+        done = subprocess.run([sys.executable, "-c", _STEPS], env={**plain, **policy}, capture_output=True, check=True)
+        return int(done.stdout)
+
+    assert faults({}) > 10_000, "glibc's own way: a fault for each page of each buffer"
+    assert faults(memory_policy({}, "cpu")) < 100
+    assert memory_policy({}, "cuda") == {} == memory_policy({"MALLOC_ARENA_MAX": "2"}, "cpu")
 
 
 def test_a_dead_engine_takes_no_command_and_holds_nobody_up() -> None:
