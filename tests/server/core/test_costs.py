@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
-
 import pytest
 
 from server.core.costs import CostTable
@@ -155,24 +152,3 @@ def test_a_width_that_was_timed_in_a_good_moment_is_dropped_again() -> None:
     """Even where there is always company, so that a picture is never alone by chance."""
     counts = _count_widths(CostTable({LOW: {1: 0.1, 2: 0.11}}), {1: 0.1, 2: 0.5}, 600)
     assert counts[:3] == [2] * 3 and counts[4:63] == [1] * 59
-
-
-def test_others_may_ask_while_one_learns() -> None:
-    """The front's estimates raised "deque mutated during iteration", and a client got 500."""
-    costs = CostTable({LOW: {1: 0.01, 2: 0.02}, HIGH: {1: 0.01}})
-    over = threading.Event()
-
-    def learn() -> None:
-        while not over.is_set():
-            costs.observe(HIGH, 1, 0.01)
-
-    interval, learner = sys.getswitchinterval(), threading.Thread(target=learn)
-    sys.setswitchinterval(1e-6)
-    learner.start()
-    try:
-        for _ in range(3000):
-            assert costs.seconds(LOW, 2) > 0
-    finally:
-        over.set()
-        learner.join()
-        sys.setswitchinterval(interval)
