@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from server.device.loading import load_model
 from server.device.model import DeviceModel
 from server.front.engine import engine_settings
 from server.start.settings import ServerSettings
+from tests.server.film_desk import Desk
 from tests.server.house import House, serving
 from tests.server.postgresql import PostgreSQL, started
 from tests.server.weed import S3Server
@@ -148,3 +150,17 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'jobs.sqlite3'}"
     server: PostgreSQL = request.getfixturevalue("postgresql")
     return server.new_database()
+
+
+@pytest.fixture
+def desks(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
+    opened: list[Desk] = []
+
+    def open_desk(**limits: Any) -> Desk:
+        opened.append(Desk(tmp_path, **limits))
+        return opened[-1]
+
+    yield open_desk
+    for desk in opened:
+        desk.runner.stop()
+        desk.database.close()
