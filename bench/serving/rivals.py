@@ -158,7 +158,7 @@ def _start_ours(settings: RivalSettings) -> Server:
     }
     if settings.threads is not None:
         told["threads"] = str(settings.threads)
-    return start_ours(settings.checkpoint, settings.engines, _environment(settings), **told)
+    return start_ours(settings.checkpoint, settings.engines, os.environ, **told)
 
 
 def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
@@ -172,7 +172,7 @@ def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
 
 
 def _environment(settings: RivalSettings) -> dict[str, str]:
-    """Threads of both behave in the same way."""
+    """Return the rival's: its threads and its memory behave as our engine's do."""
     found = {**thread_policy(os.environ), **memory_policy(os.environ, "cpu"), **os.environ}
     paths = [str(ROOT), *([str(settings.packages)] if settings.packages else [])]
     found["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])

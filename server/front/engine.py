@@ -216,7 +216,7 @@ def memory_policy(environment: Mapping[str, str], device: str) -> dict[str, str]
     """Return how glibc is to keep memory that a step has freed, unless the environment names an allocator or its ways.
 
     Of itself it gives the larger buffers back at once and maps them again for the next step, page by page: batches of
-    different widths and sizes in turn spent a fifth of their time on that. Kept, and in huge pages where they may be
+    different widths and sizes in turn spent an eighth of their time on that. Kept, and in huge pages where they may be
     had, they cost nothing again. A GPU's steps need no such memory, and its host's is wanted back after loading.
     """
     if device != "cpu" or any(name in {"GLIBC_TUNABLES", "LD_PRELOAD"} or "MALLOC" in name for name in environment):
