@@ -98,7 +98,6 @@ class EngineExecutor(BucketExecutor):
         Args:
             foreign: those weights are not the checkpoint's own.
         """
-        command = plan.command(store.root)
         loader = EngineLoader(plan, store, foreign=foreign, cuda_graphs=cuda_graphs)
         manifests: list[Manifest] = []
         missing: list[EngineSpec] = []
@@ -109,7 +108,7 @@ class EngineExecutor(BucketExecutor):
             else:
                 manifests.append(manifest)
         if missing:
-            raise EngineMissing(_missing_message(missing, store, plan, command))
+            raise EngineMissing(missing_message(missing, store, plan))
         loader.check(manifests)
         for component in {manifest.spec.component for manifest in manifests if manifest.weights_mode.inside}:
             loader.make_room(component)
@@ -190,7 +189,9 @@ def _digest(folder: CheckpointFolder, component: str) -> str | None:
         return None
 
 
-def _missing_message(missing: list[EngineSpec], store: EngineStore, plan: CheckpointPlan, command: str) -> str:
+def missing_message(missing: Sequence[EngineSpec], store: EngineStore, plan: CheckpointPlan) -> str:
+    """Say which of a plan's engines are not in the store, what builds them, and what those there were built for."""
+    command = plan.command(store.root)
     count = f"{len(missing)} of {len(plan.engines)}"
     message = f"{count} engines are not in {store.root} ({missing[0].title}, ...). Build them: {command}"
     wanted = {(spec.title, spec.backend): spec for spec in missing}

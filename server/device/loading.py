@@ -15,10 +15,11 @@ import torch
 
 from engines.compilers import get_compiler
 from engines.errors import EngineError
-from engines.plan.checkpoint import CheckpointPlan
+from engines.plan.checkpoint import CheckpointPlan, missing_engines
 from engines.plan.options import EngineOptions
 from engines.run.buckets import place_of
 from engines.run.choice import loadable_ladder
+from engines.run.executor import missing_message
 from engines.run.live import LiveExecutor
 from engines.store import EngineStore
 from rmd.backbones.base import Backbone
@@ -192,6 +193,9 @@ def _attach(
     store = EngineStore(settings.engines)
     for lane, backbone in lanes.items():
         plan, *below = [CheckpointPlan(checkpoint, options, backbone) for options in ladder]
+        lacking = [engine.spec for engine in missing_engines(plan, store)] if lane == STUDENT else []
+        if lacking:  # also where a builder runs: engines for other threads, or versions, lie there and help nobody
+            log.info("%s. What has no engine runs eager", missing_message(lacking, store, plan))
         kept = timed and lane == list(lanes)[-1] and _bytes(backbone, "denoiser") <= _KEPT_BYTES
         wanted = None
         if lane == TEACHER and checkpoint.teacher_cascade is not None:  # its texts and decoding are the student's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,13 +56,15 @@ def test_every_station_is_timed_and_the_start_says_how_far_it_is(checkpoint: Pat
 
 
 def test_engines_that_are_built_meanwhile_are_taken_over_and_found_at_the_next_start(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Through the engine layer's reference compiler, which needs no compiler of the machine."""
     options = EngineOptions("eager", "cpu", "float32", (1, 2))
     monkeypatch.setattr(loading, "_choose_engines", lambda settings, folder: [options])
     settings = make_settings(checkpoint, engines=tmp_path / "store", build_missing=False)
+    caplog.set_level(logging.INFO, "rmd.server")
     model = load_on_cpu(settings)
+    assert "engines are not in" in caplog.text and "Build them: rmd build" in caplog.text
     assert not any(model.card.compiled.values()) and {each.kind for each in model.baselines()} == {"eager"}
     stations = (*model.card.stations(), *model.card.preview_stations())
     low = StationKey("denoise", size=min(model.card.schedules["2+2"].cascade.sizes))
@@ -92,13 +95,20 @@ def test_engines_that_are_built_meanwhile_are_taken_over_and_found_at_the_next_s
     for mine, reference in zip(compiled["data"], eager["data"], strict=True):
         difference = np.abs(pixels(mine["b64_json"]) - pixels(reference["b64_json"]))
         assert difference.mean() <= 1 and difference.max() <= 8
+    caplog.clear()
     again = load_on_cpu(settings)
+    assert "engines are not in" not in caplog.text
     assert set(again.card.compiled) == {key.label for key in stations} and all(again.card.compiled.values())
     assert again.costs.widths(low) == (1, 2, 4, 8) and {each.kind for each in again.baselines()} == {
         "eager",
         "compiled",
     }
     assert again.card.compiled["encode"] == (1,) and max(again.costs.widths(StationKey("encode"))) > 1, "by turns"
+
+    monkeypatch.setattr(loading, "_choose_engines", lambda *_: [EngineOptions("eager", "cpu", "bfloat16", (1, 2))])
+    other = load_on_cpu(settings.model_copy(update={"dtype": "bfloat16"}))
+    assert not any(other.card.compiled.values())
+    assert "Engines there were built for" in caplog.text and "bfloat16" in caplog.text, "it ran eager without a word"
 
 
 def test_the_baseline_is_the_guided_teacher(loaded: DeviceModel) -> None:
