@@ -71,10 +71,7 @@ def test_a_machine_in_a_bad_mood_refuses_for_now_and_not_for_good(checkpoint: Pa
 
 
 def test_a_crowd_of_official_clients_is_served_with_their_default_retries(checkpoint: Path, model: DeviceModel) -> None:
-    """All 200 were told one second, and 116 of them ended in RateLimitError.
-
-    Clients and server share one process here, so on a busy machine a few come late; `rmd bench crowd` counts every one.
-    """
+    """All 200 were told one second, and 116 of them ended in RateLimitError."""
     with serving(model, make_settings(checkpoint, max_batch=2)) as house:
         limits = httpx.Limits(max_connections=CROWD)
         with httpx.Client(timeout=120, limits=limits) as shared, ThreadPoolExecutor(CROWD) as pool:
@@ -89,6 +86,5 @@ def test_a_crowd_of_official_clients_is_served_with_their_default_retries(checkp
                     return str(error.status_code)
                 return "done"
 
-            ended = Counter(pool.map(draw, clients))
-        assert ended["done"] >= 0.95 * CROWD and set(ended) <= {"done", "429"}, ended
+            assert Counter(pool.map(draw, clients)) == {"done": CROWD}
         assert house.metric("rmd_requests_total", outcome="queue_full") > 50, "they did not all fit at once"
