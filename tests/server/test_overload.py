@@ -72,6 +72,7 @@ def test_a_machine_in_a_bad_mood_refuses_for_now_and_not_for_good(checkpoint: Pa
 
 def test_a_crowd_of_official_clients_is_served_with_their_default_retries(checkpoint: Path, model: DeviceModel) -> None:
     """All 200 were told one second, and 116 of them ended in RateLimitError."""
+    model.costs = CostTable(model.costs.table())  # which learns: a promise is worth what the estimates are
     with serving(model, make_settings(checkpoint, max_batch=2)) as house:
         limits = httpx.Limits(max_connections=CROWD)
         with httpx.Client(timeout=120, limits=limits) as shared, ThreadPoolExecutor(CROWD) as pool:
