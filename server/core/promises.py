@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 LONGEST_RETRY = 120
 """Seconds; the official client does not come back after longer ones."""
-_REMEMBERED = 32  # departures that the drain rate is taken over
+_REMEMBERED = 32  # departures that the drain rate is taken over; those not yet seen are as the first guess has them
 _CAUTION = 1.15  # times the expected time: whoever comes too early is refused again
 
 
@@ -31,7 +31,7 @@ class Promises:
         self._clock = clock
         self._lock = threading.Lock()
         self._promised: list[float] = []  # when an item was told to come back, sorted
-        self._last_finish = clock()
+        self._last_finish: float | None = None  # nothing is under way
         self._finishes: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)  # seconds since the one before, items
 
     def expect(self, seconds_per_item: float) -> None:
@@ -47,10 +47,7 @@ class Promises:
         """Note that so many were made."""
         with self._lock:
             now = self._clock()
-            # A sum over many: items leave in batches, several at one moment and then none for a while.
-            self._finishes.append((now - self._last_finish, items))
-            seconds, made = (sum(column) for column in zip(*self._finishes, strict=True))
-            self._seconds_per_item = max(seconds / made, 1e-4)
+            self._finishes.append((self._waited(now), items))
             self._last_finish = now
 
     def make(self, excess: float, items: int, least: float = 0.0) -> int:
@@ -66,10 +63,11 @@ class Promises:
         with self._lock:
             now = self._clock()
             del self._promised[: bisect_right(self._promised, now)]
+            seconds_per_item = self._drain(now)
             seconds = max(math.ceil(least), 1)
             while seconds <= LONGEST_RETRY:  # later means behind more of those who were told a time
                 before = bisect_right(self._promised, now + seconds)
-                needed = math.ceil((excess + before) * self._seconds_per_item * _CAUTION)
+                needed = math.ceil((excess + before) * seconds_per_item * _CAUTION)
                 if needed <= seconds:
                     break
                 seconds = needed
@@ -78,6 +76,20 @@ class Promises:
             for _ in range(items):
                 insort(self._promised, now + seconds)
             return seconds
+
+    def _drain(self, now: float) -> float:
+        """Seconds an item, by the latest departures and the one that is being waited for.
+
+        A sum over many: items leave in batches, several at one moment and then none for a while. And the first of all
+        comes late, since it has every stage before it, which says little of those behind it.
+        """
+        made = sum(items for _, items in self._finishes)
+        guessed = max(_REMEMBERED - made, 0)
+        seconds = sum(seconds for seconds, _ in self._finishes) + guessed * self._seconds_per_item
+        return max((seconds + self._waited(now)) / (made + guessed), 1e-4)
+
+    def _waited(self, now: float) -> float:
+        return 0.0 if self._last_finish is None else now - self._last_finish
 
 
 def in_a_while(seconds: int) -> int:

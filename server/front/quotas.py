@@ -67,8 +67,8 @@ class Quotas:
         self._open[who] += 1
         try:
             yield
+            self._promised(who, "together").finished(1)  # one that was refused tells nothing
         finally:
-            self._promised(who, "together").finished(1)
             self._open[who] -= 1
             if not self._open[who]:
                 del self._open[who]
