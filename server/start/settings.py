@@ -91,7 +91,7 @@ class ServerSettings(BaseSettings):
     log_format: LogFormat = Field("text", description="json: an object a line")
     tracing: bool = Field(False, description="send OpenTelemetry traces, as OTEL_* variables say")
 
-    max_body_bytes: int = Field(64 * 1024, ge=1024)
+    max_body_bytes: int = Field(112 * 1024, ge=1024)  # two of the longest prompts, all emoji, escaped (\ud83d\ude00)
     max_prompt_characters: int = Field(4000, ge=1)
     max_images: int = Field(10, ge=1, le=10)
     queue_items: int = Field(64, ge=1, description="pictures admitted at once, waiting or running")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_broken_bodies(open_house: House, content: bytes) -> None:
 
 def test_a_body_of_another_type(open_house: House) -> None:
     check_error(open_house.client.post(URL, data={"prompt": "a"}), 400, None)
+
+
+def test_the_longest_prompts_in_their_longest_writing_are_taken(open_house: House) -> None:
+    """Each character as two escapes of six bytes, as Python's json writes it: got 413."""
+    longest = "\U0001f680" * 4000
+    content = json.dumps({"prompt": longest, "negative_prompt": longest, "schedule": "teacher"})
+    reply = open_house.client.post(URL, content=content, headers={"Content-Type": "application/json"})
+    assert len(content) > 96_000 and reply.status_code == 200, reply.text
 
 
 def test_a_ten_megabyte_prompt(open_house: House) -> None:
