@@ -16,6 +16,7 @@ from typing import Any
 
 _LEAD = 0.2  # seconds between the call and the trace's start
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Fate = tuple[float, float, int]
 
 
@@ -30,7 +31,7 @@ class Client:
     def __init__(self, host: str, port: int, path: str, timeout: float = 300.0, fresh: bool = False) -> None:
         self._host, self._port, self._path, self._timeout = host, port, path, timeout
         self._fresh = fresh
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._free: list[Connection] = []
 
     async def post(self, body: bytes) -> int:
         """Send one request and return its status; 0 where there was no reply."""
@@ -39,8 +40,17 @@ class Client:
         except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError, IndexError):
             return 0
 
+    def _kept(self) -> Connection | None:
+        """A free connection that its server has not closed meanwhile, as uvicorn does after 5 silent seconds."""
+        while self._free:
+            reader, writer = self._free.pop()
+            if not reader.at_eof() and not writer.is_closing():
+                return reader, writer
+            writer.close()
+        return None
+
     async def _post(self, body: bytes) -> int:
-        connection = self._free.pop() if self._free else await asyncio.open_connection(self._host, self._port)
+        connection = self._kept() or await asyncio.open_connection(self._host, self._port)
         reader, writer = connection
         head = (
             f"POST {self._path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
