@@ -72,7 +72,8 @@ def compiled(component: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Callab
 
 def measure(checkpoint: Path, engines: Path) -> dict[str, Any]:
     """Time all of them, interleaved."""
-    backbone = checkpoint_subject(checkpoint, torch.float32, torch.device("cpu")).backbone
+    subject = checkpoint_subject(checkpoint, torch.float32, torch.device("cpu"))
+    backbone = subject.small or subject.backbone  # with the decoder that the engines are of
     modules = backbone.component_modules()
     ours = EngineExecutor.open(checkpoint, engines, dtype="float32")
     eager = EagerExecutor(modules)
@@ -118,8 +119,8 @@ def markdown(content: Mapping[str, Any]) -> str:
             "# OpenVINO beside our engines",
             "",
             "Written by `python scripts/measure_openvino.py models/embedded engines-cache OUT` on "
-            f"{device['name']}, {device['threads']} CPU threads: OpenVINO {content['openvino']}, float32, static "
-            f"shapes. Medians of up to {REPEATS} interleaved repeats in ms; above 1 x OpenVINO is faster.",
+            f"{device['name']}, {device['threads']} CPU threads: OpenVINO {content['openvino'].partition('-')[0]}, "
+            f"float32, static shapes. Medians of up to {REPEATS} interleaved repeats, ms; above 1 x it is faster.",
             "",
             "| component | size | batch | eager | ours | OpenVINO | OpenVINO over ours | made in, s | relative L2 |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|",
