@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -169,11 +169,15 @@ def serve(
             sizes=whole_numbers("--sizes", sizes),
             rounds=rounds,
             count=requests,
+            saturated=saturated,
             packages=packages,
         )
+
+        def keep(content: dict[str, Any]) -> None:
+            write_report(content, rivals_markdown(content), out, "rivals")
+
         with console.status("starting") as status:
-            content = run_rivals(beside, lambda what: status.update(what))
-        write_report(content, rivals_markdown(content), out, "rivals")
+            content = run_rivals(beside, lambda what: status.update(what), keep)
         console.print(rivals_markdown(content), markup=False, soft_wrap=True)
         return
     settings = LiveSettings(

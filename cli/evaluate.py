@@ -16,7 +16,7 @@ from cli.options import DecoderOption
 from cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from rmd.backbones.base import Executor
+    from rmd.backbones.executor import Executor
 
 
 app = typer.Typer(cls=DefaultCommand, add_completion=False, rich_markup_mode=None)

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rmd.backbones.base import Backbone, BackboneError, Executor, usable_device
+from rmd.backbones.base import Backbone, BackboneError, usable_device
+from rmd.backbones.executor import Executor
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade, Step
 from rmd.checkpoint import CheckpointFolder

@@ -25,7 +25,7 @@ from bench.report import environment
 from bench.subjects import checkpoint_subject
 from bench.timing import Interleaved, time_interleaved
 from engines.run.executor import EngineExecutor
-from rmd.backbones.base import EagerExecutor
+from rmd.backbones.executor import EagerExecutor
 from rmd.size import Size
 
 REPEATS = 31

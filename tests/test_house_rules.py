@@ -119,7 +119,7 @@ def test_the_front_and_the_scheduler_start_without_torch() -> None:
         assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0, modules
 
 
-@pytest.mark.parametrize("package", ["engines", "server", "bench"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_modules_are_small(package: str) -> None:
     lengths = {module.relative_to(ROOT): len(module.read_text().splitlines()) for module in modules_of(package)}
     assert {module: length for module, length in lengths.items() if length > 400} == {}

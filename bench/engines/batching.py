@@ -23,7 +23,7 @@ from bench.timing import Interleaved, Timing, time_interleaved
 from engines.manifest import Manifest
 from engines.plan.options import DEFAULT_BUCKETS
 from engines.run.executor import EngineExecutor
-from rmd.backbones.base import EagerExecutor
+from rmd.backbones.executor import EagerExecutor
 from rmd.cascade import Cascade
 from rmd.dtypes import dtype_name, parse_dtype
 from rmd.size import Size

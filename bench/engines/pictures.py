@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.subjects import Subject
-from rmd.backbones.base import Backbone, EagerExecutor
+from rmd.backbones.base import Backbone
+from rmd.backbones.executor import EagerExecutor
 from rmd.cascade import Cascade
 from rmd.sampler import sample
 

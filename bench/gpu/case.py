@@ -17,7 +17,8 @@ from bench.gpu.cases import find
 from bench.speedup.executors import GraphReplay
 from bench.subjects import Subject, random_subject
 from bench.timing import time_interleaved
-from rmd.backbones.base import EagerExecutor, usable_device
+from rmd.backbones.base import usable_device
+from rmd.backbones.executor import EagerExecutor
 from rmd.dtypes import parse_dtype
 
 Row = dict[str, Any]

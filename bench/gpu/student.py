@@ -10,7 +10,8 @@ import torch
 from bench.gpu.case import Context, Row
 from bench.speedup.executors import GraphReplay, TorchCompiled
 from bench.subjects import Runner
-from rmd.backbones.base import Backbone, EagerExecutor
+from rmd.backbones.base import Backbone
+from rmd.backbones.executor import EagerExecutor
 
 
 def student(context: Context) -> Iterator[Row]:

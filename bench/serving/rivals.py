@@ -23,6 +23,9 @@ from server.front.engine import memory_policy, thread_policy
 
 THEIRS = "litserve"
 
+Rounds = dict[str, dict[str, list[dict[str, float]]]]
+"""Each round's figures, by load and server."""
+
 
 @dataclass(frozen=True)
 class RivalSettings:
@@ -50,19 +53,34 @@ class RivalSettings:
     count: int = 120
     saturated: int = 160
     clients: int = 32
-    warm: int = 96
+    warm: int = 48
     packages: Path | None = None
 
 
-def run_rivals(settings: RivalSettings, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Measure both; see :func:`bench.serving.report.rivals_markdown`."""
+def run_rivals(
+    settings: RivalSettings,
+    say: Callable[[str], None] = lambda _: None,
+    on_round: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure both; see :func:`bench.serving.report.rivals_markdown`.
+
+    Args:
+        on_round: told what has been found after each round, as it is returned in the end.
+    """
+
+    def content(rounds: Rounds, best: str) -> dict[str, Any]:
+        told = {**plain(settings), "rounds": len(rounds["saturated"][OURS])}
+        del told["packages"]
+        loads = _compared(rounds)
+        return {"format": 1, "kind": "rivals", "settings": told, "sweep": sweep, "rival": best, "loads": loads}
+
     say("starting rmd serve")
     ours = _start_ours(settings)
     theirs: Server | None = None
+    sweep: dict[str, float] = {}
     try:
         ours.wait_until_ready()
         ours.stand_still()
-        sweep: dict[str, float] = {}
         for size in settings.sizes:
             for window in settings.windows:
                 say(f"litserve at {size}, {window:g} s")
@@ -80,37 +98,41 @@ def run_rivals(settings: RivalSettings, say: Callable[[str], None] = lambda _: N
         theirs = _start_theirs(settings, int(best_size), float(best_window))
         theirs.wait_until_ready()
         theirs.stand_still()
-        rounds = _rounds(settings, ours, theirs, sweep[best], say)
+        rounds: Rounds = {}
+        for number in range(settings.rounds):
+            _play_round(number, rounds, settings, (ours, theirs), sweep[best], say)
+            on_round(content(rounds, best))
     finally:
         ours.end()
         if theirs is not None:
             theirs.end()
-    told = plain(settings)
-    del told["packages"]
-    return {"format": 1, "kind": "rivals", "settings": told, "sweep": sweep, "rival": best, "loads": _compared(rounds)}
+    return content(rounds, best)
 
 
-def _rounds(
-    settings: RivalSettings, ours: Server, theirs: Server, top: float, say: Callable[[str], None]
-) -> dict[str, dict[str, list[dict[str, float]]]]:
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for number in range(settings.rounds):
-        for load in ("saturated", *settings.loads):
-            order = [ours, theirs]
-            random.Random(f"{number} {load}").shuffle(order)
-            for server in order:
-                say(f"round {number + 1} of {settings.rounds}, {load}, {server.name}")
-                server.go_on()
-                server.play(make_trace(settings.mix, 1.0, settings.warm, 998), settings.clients)
-                if isinstance(load, float):
-                    outcomes = server.play(make_trace(settings.mix, load * top, settings.count, number))
-                    figures = _figures(outcomes)
-                else:
-                    figures = {"rate": _saturated(server, settings, number)}
-                server.stand_still()
-                name = load if isinstance(load, str) else f"{load:g}"
-                found.setdefault(name, {}).setdefault(server.name, []).append(figures)
-    return found
+def _play_round(
+    number: int,
+    found: Rounds,
+    settings: RivalSettings,
+    servers: Sequence[Server],
+    top: float,
+    say: Callable[[str], None],
+) -> None:
+    """Measure every server once at every load, and add it to ``found``."""
+    for load in ("saturated", *settings.loads):
+        order = list(servers)
+        random.Random(f"{number} {load}").shuffle(order)
+        for server in order:
+            say(f"round {number + 1} of {settings.rounds}, {load}, {server.name}")
+            server.go_on()
+            server.play(make_trace(settings.mix, 1.0, settings.warm, 998), settings.clients)
+            if isinstance(load, float):
+                outcomes = server.play(make_trace(settings.mix, load * top, settings.count, number))
+                figures = _figures(outcomes)
+            else:
+                figures = {"rate": _saturated(server, settings, number)}
+            server.stand_still()
+            name = load if isinstance(load, str) else f"{load:g}"
+            found.setdefault(name, {}).setdefault(server.name, []).append(figures)
 
 
 def _saturated(server: Server, settings: RivalSettings, seed: int) -> float:

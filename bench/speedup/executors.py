@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone, EagerExecutor
+from rmd.backbones.base import Backbone
+from rmd.backbones.executor import EagerExecutor
 from rmd.size import Size
 
 
@@ -22,7 +23,7 @@ class TorchCompiled:
         self._compiled = {name: torch.compile(module, dynamic=False) for name, module in modules.items()}
 
     def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See :class:`rmd.backbones.base.Executor`."""
+        """See :class:`rmd.backbones.executor.Executor`."""
         with torch.inference_mode():
             # Strides are guarded on: an expanded input would be compiled for again when a graph records its copy.
             output: Tensor = self._compiled[component](**{name: value.contiguous() for name, value in inputs.items()})
@@ -37,7 +38,7 @@ class GraphReplay:
         self._recorded: dict[Any, tuple[Any, dict[str, Tensor], Tensor]] = {}
 
     def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See :class:`rmd.backbones.base.Executor`."""
+        """See :class:`rmd.backbones.executor.Executor`."""
         key = (component, size, tuple((name, tuple(value.shape), value.dtype) for name, value in inputs.items()))
         if key not in self._recorded:
             self._recorded[key] = self._record(component, size, inputs)
@@ -82,7 +83,7 @@ class EnginesOnDemand:
         self._banks: list[Any] = []
 
     def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See :class:`rmd.backbones.base.Executor`."""
+        """See :class:`rmd.backbones.executor.Executor`."""
         key = (component, str(size), next(iter(inputs.values())).shape[0])
         if key not in self._engines:
             self._engines[key] = self._build(component, size, inputs)

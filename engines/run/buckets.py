@@ -29,7 +29,7 @@ def place_of(component: str, size: Size | None) -> Place:
 
 
 class BucketExecutor:
-    """An :class:`~rmd.backbones.base.Executor` over loaded engines. One thread at a time.
+    """An :class:`~rmd.backbones.executor.Executor` over loaded engines. One thread at a time.
 
     Args:
         engines: by place and batch.

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineExecutor(BucketExecutor):
-    """An :class:`~rmd.backbones.base.Executor` over all engines of a checkpoint, loaded at once.
+    """An :class:`~rmd.backbones.executor.Executor` over all engines of a checkpoint, loaded at once.
 
     Attributes:
         kind: the backend, such as "inductor"; "eager" when nothing is compiled.

@@ -19,7 +19,7 @@ from engines.run.exhaustion import free_memory
 from engines.run.loader import EngineLoader
 from engines.spec import WeightsMode
 from engines.store import EngineStore
-from rmd.backbones.base import EagerExecutor
+from rmd.backbones.executor import EagerExecutor
 from rmd.size import Size
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class _Candidate:
 
 
 class LiveExecutor(BucketExecutor):
-    """An :class:`~rmd.backbones.base.Executor` that runs eager what has no engine yet. One thread at a time.
+    """An :class:`~rmd.backbones.executor.Executor` that runs eager what has no engine yet. One thread at a time.
 
     Packed constants and eager weights coexist until all engines of a component are in service; then the weights that
     none of them reads are dropped. A batch at a place takes the engine of the best backend that has one.

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from rmd.backbones.executor import EagerExecutor, Executor
 from rmd.noise_schedule import NoiseSchedule, VariancePreserving
 from rmd.size import Size
 
@@ -25,33 +26,6 @@ Conditioning = dict[str, Tensor]
 
 ComponentConfigs = Mapping[str, Mapping[str, Any]]
 """Component name as in ``model_index.json`` -> the content of its ``config.json``."""
-
-
-class Executor(Protocol):
-    """Runs one component of a backbone at one size: eagerly, or as a compiled engine."""
-
-    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The component's output; ``size`` is None for components whose shapes do not depend on it (text encoders)."""
-        ...
-
-
-class EagerExecutor:
-    """The reference executor: calls the component modules as they are, without gradients."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = dict(modules)
-
-    def run(self, component: str, size: Size | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Calls ``modules[component](**inputs)``.
-
-        Raises:
-            KeyError: there is no such component.
-        """
-        if component not in self.modules:
-            raise KeyError(f"no component {component!r}; this backbone has {', '.join(sorted(self.modules))}")
-        with torch.inference_mode():
-            output: Tensor = self.modules[component](**inputs)
-        return output
 
 
 class BackboneError(ValueError):

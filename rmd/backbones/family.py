@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from rmd.backbones.base import (
-    Backbone,
-    BackboneError,
-    ComponentConfigs,
-    Conditioning,
-    EagerExecutor,
-    usable_device,
-)
+from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Conditioning, usable_device
 from rmd.backbones.decoders import TINY, TinyDecoder, read_small_decoder
+from rmd.backbones.executor import EagerExecutor
 from rmd.backbones.folder import DiffusersFolder, load_network
 from rmd.backbones.random_weights import build_random
 from rmd.backbones.wrappers import ImageEncoder

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from rmd.backbones.base import Backbone, EagerExecutor
+from rmd.backbones.base import Backbone
+from rmd.backbones.executor import EagerExecutor
 from rmd.size import Size
 from server.core.card import COMPILED_TEACHER, EAGER_TEACHER, TeacherBaseline
 from server.core.costs import CostTable

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rmd.backbones.base import Executor
+from rmd.backbones.executor import Executor
 from rmd.size import Size
 from server.device.model import DeviceModel
 from server.front.service import Service, State

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rmd.backbones.base import EagerExecutor
+from rmd.backbones.executor import EagerExecutor
 from rmd.size import Size
 from server.core.stations import StationKey
 from server.core.tickets import Ticket

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from rmd.backbones.base import Backbone, Conditioning, EagerExecutor
+from rmd.backbones.base import Backbone, Conditioning
+from rmd.backbones.executor import EagerExecutor
 from rmd.cascade import Cascade
 from rmd.sampler import sample
 from rmd.size import Size

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rmd.backbones.base import BackboneError, EagerExecutor
+from rmd.backbones.base import BackboneError
+from rmd.backbones.executor import EagerExecutor
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import BACKBONES, get_backbone, load_checkpoint
 from rmd.backbones.tiny import TINY_BACKBONES, tiny_config, tiny_sizes, write_tiny_folder

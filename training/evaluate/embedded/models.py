@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from rmd.backbones.base import Backbone, Executor
+from rmd.backbones.base import Backbone
+from rmd.backbones.executor import Executor
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, FULL_DECODER, CheckpointFolder, TeacherSpec
