@@ -28,7 +28,8 @@ def command(
         int | None, typer.Option(min=1, help="Of the factors; 64 where --error does not choose it.")
     ] = None,
     error: Annotated[
-        float | None, typer.Option(min=0, max=1, help="The smallest rank with at most this relative error.")
+        float | None,
+        typer.Option(min=0, max=1, help="The smallest rank whose layers have at most this relative error."),
     ] = None,
     format: Annotated[
         Format | None, typer.Option(help="diffusers, kohya (ComfyUI too) or peft; by default what diffusers reads.")
@@ -43,12 +44,16 @@ def command(
     A run with lora_rank keeps its adapters in the checkpoint: without --base, --rank and --error they are written as
     they are. The relative error of every layer, of all weights and of pictures is printed.
     """
+    from rmd.backbones.base import usable_device
     from rmd.checkpoint import CheckpointFolder
     from rmd.dtypes import parse_dtype
     from rmd.published.exporting import ADAPTERS, export_adapters
 
     if rank is not None and error is not None:
         raise ValueError("give --rank or --error, not both")
+    if any(not text.strip() for text in prompt or ()):
+        raise ValueError("--prompt is empty; leave it out, or say what to draw")
+    usable_device(device)
     folder = CheckpointFolder.read(checkpoint)
     stored = None if dtype is None else parse_dtype(dtype, device)
     if base is None and rank is None and error is None and (folder.path / ADAPTERS).is_file():
@@ -64,7 +69,8 @@ def command(
     if written.left_out:
         typer.echo(f"left at the base's: {len(written.left_out)} biases, norms and tables, which a LoRA cannot hold")
     used = next(iter(written.modules.values())).rank
-    typer.echo(f"{written.path}: rank {used}, {len(written.modules)} layers, relative error {written.error:.4f}")
+    errors = f"relative error {written.layers_error:.4f}, of all parameters {written.error:.4f}"
+    typer.echo(f"{written.path}: rank {used}, {len(written.modules)} layers, {errors}")
     if not no_pictures:
         from rmd.published.lora_pictures import picture_error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, FORMAT, TeacherSpec
-from rmd.weight_files import loaded_digests
+from rmd.weight_files import decoder_digests, loaded_digests
 
 
 def write_cascade_json(
@@ -43,6 +43,7 @@ def write_cascade_json(
     }
     if decoder is not None:
         data["decoder"] = decoder
+        data["decoder_weights"] = decoder_digests(Path(folder) / decoder)
     path = Path(folder) / CASCADE_FILE
     content = json.dumps(data, indent=2, allow_nan=False) + "\n"
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, prefix=".cascade-", delete=False) as file:

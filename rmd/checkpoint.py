@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rmd.cascade import Cascade
-from rmd.fields import field_of, integer, mapping, number, read_json, text
+from rmd.fields import GUIDANCE_RULE, LARGEST_FACTOR, SHIFT_RULE, field_of, integer, mapping, number, read_json, text
 from rmd.timesteps import uniform_teacher_timesteps
-from rmd.weight_files import check_weights, file_digest, folder_digest
+from rmd.weight_files import check_weights, file_digest, folder_digest, loaded_digests
 
 FORMAT = 1
 CASCADE_FILE = "cascade.json"
@@ -22,6 +22,7 @@ TEACHER_SCHEDULE = "teacher"
 # Where diffusers keeps what the backbones call by role.
 _FOLDERS_BY_ROLE = {"denoiser": ("transformer", "unet"), "decoder": ("vae",)}
 _MOST_TEACHER_STEPS = 1000
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class TeacherSpec:
         """
         return cls(
             steps=field_of(data, "steps", _teacher_steps, "teacher."),
-            guidance_scale=field_of(data, "guidance_scale", _not_negative, "teacher."),
-            flow_shift=field_of(data, "flow_shift", _positive, "teacher.") if "flow_shift" in data else 1.0,
+            guidance_scale=field_of(data, "guidance_scale", _guidance, "teacher."),
+            flow_shift=field_of(data, "flow_shift", _shift, "teacher.") if "flow_shift" in data else 1.0,
             folder=None if data.get("folder") is None else field_of(data, "folder", text, "teacher."),
         )
 
@@ -62,6 +63,7 @@ class CheckpointFolder:
         decoder: folder of the small decoder that all schedules are decoded with, relative to `path` (or absolute);
             None for the checkpoint's own autoencoder.
         chosen_decoder: what :meth:`with_decoder` was given in the place of what the checkpoint names, if anything.
+        decoder_weights: sha256 of the small decoder's files, by name, where they are recorded.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class CheckpointFolder:
     distillation: dict[str, Any] = field(default_factory=dict)
     decoder: str | None = None
     chosen_decoder: str | None = None
+    decoder_weights: dict[str, str] = field(default_factory=dict)
 
     @property
     def decoder_path(self) -> Path | None:
@@ -86,9 +89,12 @@ class CheckpointFolder:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: its weights are pickled or broken, or there are none.
+            ValueError: its weights are pickled or broken, or there are none; or, where it is left as it is, they are
+                not those that are recorded.
         """
         if choice is None:
+            if self.decoder_path is not None and self.decoder_path.is_dir():
+                _check_digests(self.decoder_path, self.decoder_weights, "decoder_weights")
             return self
         if str(choice) == FULL_DECODER:
             return replace(self, decoder=None, chosen_decoder=FULL_DECODER)
@@ -109,6 +115,16 @@ class CheckpointFolder:
         if self.teacher is None or self.teacher.folder is None:
             return None
         return self.path / self.teacher.folder
+
+    def check_teacher(self) -> None:
+        """Check that the teacher's files are those that its own `cascade.json` records, where it has one.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`read`.
+        """
+        path = self.teacher_path
+        if path is not None and (path / CASCADE_FILE).is_file():
+            CheckpointFolder.read(path)
 
     @property
     def teacher_cascade(self) -> Cascade | None:
@@ -139,7 +155,9 @@ class CheckpointFolder:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder; give the path of a checkpoint folder")
+            raise FileNotFoundError(
+                f"{folder} is not a folder; give the path of a checkpoint folder, or owner/name@revision of the hub"
+            )
         check_weights(folder)
         path = folder / CASCADE_FILE
         if not path.is_file():
@@ -159,7 +177,8 @@ class CheckpointFolder:
             _ = checkpoint.teacher_cascade  # so many steps may round to the same timestep
         except ValueError as error:
             raise ValueError(f"{path}: field 'teacher': {error}") from None
-        _check_digests(folder, recorded)
+        _check_digests(folder, recorded, "weights")
+        _check_nothing_added(folder, recorded)
         return checkpoint
 
     def digest(self, component: str) -> str:
@@ -180,15 +199,33 @@ class CheckpointFolder:
         raise FileNotFoundError(f"{self.path} holds no safetensors weights of component {component!r}")
 
 
-def _check_digests(folder: Path, recorded: Mapping[str, Any]) -> None:
+def _check_digests(folder: Path, recorded: Mapping[str, Any], where: str) -> None:
     for name, digest in recorded.items():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is recorded in {CASCADE_FILE} and is not there; copy it again")
+        try:
+            there = (folder / name).is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            there = False
+        if not there:
+            shown = folder / name if len(name) < _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+            raise FileNotFoundError(f"{shown} is recorded in {CASCADE_FILE} and is not there; copy it again")
         if file_digest(folder / name) != digest:
             raise ValueError(
-                f"{folder / name} is not the file that {CASCADE_FILE} records (field 'weights'): it was altered or "
+                f"{folder / name} is not the file that {CASCADE_FILE} records (field '{where}'): it was altered or "
                 f"damaged; copy it again, or, if you changed it yourself, remove that field"
             )
+
+
+def _check_nothing_added(folder: Path, recorded: Mapping[str, Any]) -> None:
+    """Refuse a file beside recorded ones that loading would read too: a tokenizer's settings, say."""
+    if all(name.endswith(".safetensors") for name in recorded):  # as older versions recorded
+        return
+    places = {Path(name).parent for name in recorded}
+    added = [name for name in loaded_digests(folder) if name not in recorded and Path(name).parent in places]
+    if added:
+        raise ValueError(
+            f"{folder / added[0]} is not recorded in {CASCADE_FILE} (field 'weights') and would be read with the files "
+            f"that are; remove it, or, if you added it yourself, remove that field"
+        )
 
 
 def _teacher_steps(value: Any) -> int:
@@ -197,15 +234,15 @@ def _teacher_steps(value: Any) -> int:
     return int(value)
 
 
-def _positive(value: Any) -> float:
-    if number(value) <= 0:
-        raise ValueError(f"must be above 0, not {value}")
+def _shift(value: Any) -> float:
+    if not 1 / LARGEST_FACTOR <= number(value) <= LARGEST_FACTOR:
+        raise ValueError(f"{SHIFT_RULE}, not {value}")
     return float(value)
 
 
-def _not_negative(value: Any) -> float:
-    if number(value) < 0:
-        raise ValueError(f"must not be negative, but is {value}")
+def _guidance(value: Any) -> float:
+    if not 0 <= number(value) <= LARGEST_FACTOR:
+        raise ValueError(f"{GUIDANCE_RULE}, but is {value}")
     return float(value)
 
 
@@ -247,4 +284,5 @@ def _parse(data: Any) -> dict[str, Any]:
         "teacher": None if teacher is None else TeacherSpec.from_dict(field_of(top, "teacher", mapping)),
         "distillation": {} if distillation is None else field_of(top, "distillation", mapping),
         "decoder": None if top.get("decoder") in (None, FULL_DECODER) else field_of(top, "decoder", text),
+        "decoder_weights": field_of(top, "decoder_weights", mapping) if "decoder_weights" in top else {},
     }

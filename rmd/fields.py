@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 NOISE_UPSAMPLINGS = ("bilinear", "renormalised", "nearest_block")
 X0_UPSAMPLINGS = ("bilinear", "bicubic")
 
+LARGEST_FACTOR = 1000.0
+"""Of guidance, shift and noise: far beyond what anybody samples with, far below what overflows in a network."""
+_FACTOR = f"must be above 0, and at most {LARGEST_FACTOR:g}"
+SHIFT_RULE = f"must be above 0, between {1 / LARGEST_FACTOR:g} and {LARGEST_FACTOR:g}"
+GUIDANCE_RULE = f"must not be negative, nor above {LARGEST_FACTOR:g}"
+
 _REQUIRED = ("name", "schedule_name", "steps", "full_size")
 
 
@@ -33,6 +39,8 @@ def field_of(data: Mapping[str, Any], key: str, read: Callable[[Any], Any], wher
         return read(data[key])
     except (TypeError, ValueError) as error:
         raise ValueError(f"field '{name}': {error}") from None
+    except OverflowError:
+        raise ValueError(f"field '{name}': the number is too large") from None
 
 
 def integer(value: Any) -> int:
@@ -169,15 +177,15 @@ def check_cascade(cascade: Cascade) -> None:
     require(cascade.resolution_map in RESOLUTION_MAPS, "resolution_map", f"must be one of {RESOLUTION_MAPS}")
     require(cascade.noise_upsampling in NOISE_UPSAMPLINGS, "noise_upsampling", f"must be one of {NOISE_UPSAMPLINGS}")
     require(cascade.x0_upsampling in X0_UPSAMPLINGS, "x0_upsampling", f"must be one of {X0_UPSAMPLINGS}")
-    require(cascade.initial_noise_scale > 0, "initial_noise_scale", "must be above 0")
+    require(0 < cascade.initial_noise_scale <= LARGEST_FACTOR, "initial_noise_scale", _FACTOR)
     final = cascade.final_timestep
     require(
         final is None or 0 <= final < steps[-1].timestep,
         "final_timestep",
         f"must be null, or from 0 to below the last step's timestep, {steps[-1].timestep}",
     )
-    require(cascade.flow_shift > 0, "flow_shift", "must be above 0")
-    require(cascade.guidance_scale >= 0, "guidance_scale", "must not be negative")
+    require(1 / LARGEST_FACTOR <= cascade.flow_shift <= LARGEST_FACTOR, "flow_shift", SHIFT_RULE)
+    require(0 <= cascade.guidance_scale <= LARGEST_FACTOR, "guidance_scale", GUIDANCE_RULE)
     for name in (
         "transition_noise_intensity",
         "score_noise_intensity",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from PIL import Image
@@ -19,7 +18,9 @@ from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade, Step
 from rmd.checkpoint import CheckpointFolder
 from rmd.dtypes import dtype_name, parse_dtype
+from rmd.pipeline_arguments import count_of, latents_of, refuse_others, seeds_of, texts_of
 from rmd.pixels import to_pixels
+from rmd.published.hub import checkpoint_folder
 from rmd.sampler import sample
 
 TEACHER = "teacher"
@@ -29,14 +30,6 @@ EXECUTORS = "rmd.executors"
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["CascadePipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
-
-_ELSEWHERE = {
-    "num_inference_steps": "a cascade's steps are its schedule's: schedule=...",
-    "guidance_scale": "it is part of the schedule: schedule='teacher' is guided, a student needs none",
-    "height": "the sizes are the schedule's: schedule=...",
-    "width": "the sizes are the schedule's: schedule=...",
-    "negative_prompt": "a student is not guided, so nothing could act on it",
-}
 
 
 @dataclass
@@ -86,6 +79,7 @@ class CascadePipeline:
         """Reads a checkpoint folder: a diffusers folder with a ``cascade.json``.
 
         Args:
+            checkpoint: the folder, or a hub's repository as ``owner/name@revision``, fetched once.
             torch_dtype: of the networks; "auto" is what the device is fast in.
             device: "cpu", "cuda" or "cuda:N".
             engines: run in the engines of this folder, as ``rmd build`` made them, instead of eagerly.
@@ -96,7 +90,13 @@ class CascadePipeline:
             FileNotFoundError: the folder or a file of it is missing.
             ValueError: the checkpoint is damaged, or its backbone unknown; of engines, they are missing or do not fit.
         """
-        folder = CheckpointFolder.read(checkpoint).with_decoder(decoder)
+        if engines is None and (backend != "auto" or buckets is not None):
+            raise ValueError("backend and buckets say which engines are meant: give engines=FOLDER too")
+        if isinstance(buckets, str) or (buckets is not None and not list(buckets)):
+            raise ValueError(f"buckets must be batch sizes, such as [1, 2, 4], not {buckets!r}")
+        buckets = None if buckets is None else [count_of("buckets", bucket) for bucket in buckets]
+        folder = CheckpointFolder.read(checkpoint_folder(checkpoint)).with_decoder(decoder)
+        device = str(_place(device))
         dtype = parse_dtype(torch_dtype, device) if isinstance(torch_dtype, str) else torch_dtype
         options = {"dtype": dtype, "device": device, "engines": engines, "backend": backend, "buckets": buckets}
         options["decoder"] = decoder
@@ -141,15 +141,18 @@ class CascadePipeline:
 
         Raises:
             TypeError: a dtype was given; networks are read in one.
-            ValueError: engines are of the device that they were built on.
+            ValueError: there is no such device, or engines are of the one that they were built on.
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"the networks are read in one dtype: from_pretrained(..., torch_dtype={device})")
         if self._options["engines"] is not None:
             raise ValueError("engines run on the device that they were built for: from_pretrained(..., device=...)")
+        place = _place(device)
         for backbone in filter(None, (self.backbone, self._teacher)):
-            backbone.to(device)
-        self._options["device"] = str(device)
+            if self._offloaded:
+                _forget_offload(backbone)
+            backbone.to(place)
+        self._options["device"], self._offloaded = str(place), False
         return self
 
     def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
@@ -158,16 +161,13 @@ class CascadePipeline:
         Raises:
             ValueError: engines hold their weights where they run.
         """
-        from accelerate import cpu_offload_with_hook
-
         if self._options["engines"] is not None:
             raise ValueError("engines hold their weights where they run: leave engines out to offload")
-        place = usable_device(device)
+        place = _place(device)
         for backbone in filter(None, (self.backbone, self._teacher)):
-            hook = None
-            for module in backbone.component_modules().values():
-                _, hook = cpu_offload_with_hook(module, place, prev_module_hook=hook)
-            backbone.device = place
+            if self._offloaded:
+                _forget_offload(backbone)
+            _offload(backbone, place)
         self._options["device"], self._offloaded = str(place), True
 
     # ---- drawing ----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class CascadePipeline:
         """Draws.
 
         Args:
-            prompt: one text or several.
+            prompt: one text or several, none empty.
             schedule: one of :attr:`schedules`; the checkpoint's default when None.
             seed: of the first picture, the next ones count up; or one a picture. Random when None.
             generator: instead of seeds: each picture's seed is drawn from it (or from its own, of a list).
@@ -208,17 +208,15 @@ class CascadePipeline:
             ValueError: an empty prompt, no such schedule, or counts that do not match.
             TypeError: an argument that a cascade does not have; the message says where it went.
         """
-        for name in others:
-            hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
-            raise TypeError(f"{type(self).__name__} takes no {name!r}{hint}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or any(not text.strip() for text in prompts):
-            raise ValueError("the prompt is empty")
-        texts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        seeds = _seeds(len(texts), seed, generator)
+        refuse_others(type(self).__name__, others)
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type {output_type!r} is not pil, np, pt or latent")
+        each = count_of("num_images_per_prompt", num_images_per_prompt)
+        texts = [text for text in texts_of(prompt) for _ in range(each)]
+        seeds = seeds_of(len(texts), seed, generator)
         cascade = self.cascade(schedule)
         backbone = self._load_teacher() if schedule == TEACHER else self.backbone
-        size = batch_size or len(texts)
+        size = len(texts) if batch_size is None else count_of("batch_size", batch_size)
         drawn: list[Any] = []
         for at in range(0, len(texts), size):
             part = slice(at, at + size)
@@ -247,7 +245,7 @@ class CascadePipeline:
         def tell(index: int, step: Step, latents: Tensor) -> Tensor | None:
             assert callback is not None
             state = {"latents": latents, "pred_original_sample": predictions[0]}
-            return (callback(self, index, float(step.timestep), state) or {}).get("latents")
+            return latents_of(callback(self, index, float(step.timestep), state), latents)
 
         hooks = {} if callback is None else {"on_step": keep, "on_state": tell}
         with torch.inference_mode():
@@ -261,17 +259,18 @@ class CascadePipeline:
             return [_images(pixels) for pixels in to_pixels(decoded)]
         if output_type == "np":
             return list(decoded.movedim(1, -1).cpu())
-        if output_type == "pt":
-            return list((decoded if decoded.ndim == 4 else decoded.transpose(1, 2)).cpu())
-        raise ValueError(f"output_type {output_type!r} is not pil, np, pt or latent")
+        return list((decoded if decoded.ndim == 4 else decoded.transpose(1, 2)).cpu())
 
     def _load_teacher(self) -> Backbone:
         if self._teacher is None:
             folder = self.checkpoint.teacher_path
             assert folder is not None
-            self._teacher = _load(self.checkpoint, folder, self._options)
-            if self._offloaded:
-                self.enable_model_cpu_offload(self._options["device"])
+            self.checkpoint.check_teacher()
+            if self._offloaded:  # it is never whole on the device
+                self._teacher = _load(self.checkpoint, folder, {**self._options, "device": "cpu"})
+                _offload(self._teacher, torch.device(self._options["device"]))
+            else:
+                self._teacher = _load(self.checkpoint, folder, self._options)
         return self._teacher
 
 
@@ -312,29 +311,29 @@ def _images(pixels: Any) -> Image.Image | list[Image.Image]:
     return Image.fromarray(pixels) if pixels.ndim == 3 else [Image.fromarray(frame) for frame in pixels]
 
 
-def _seeds(
-    count: int, seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> list[int]:
-    """One a picture.
+def _place(device: torch.device | str) -> torch.device:
+    """The device, if networks can run there.
 
     Raises:
-        ValueError: seeds and generators both, one below zero, or another number of them.
+        BackboneError: it is none, or holds shapes alone.
     """
-    if seed is not None and generator is not None:
-        raise ValueError("give seed or generator, not both")
-    if isinstance(generator, torch.Generator):
-        return [_draw_seed(generator) for _ in range(count)]
-    if generator is not None:
-        seed = [_draw_seed(one) for one in generator]
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    seeds = [seed + number for number in range(count)] if isinstance(seed, int) else [int(one) for one in seed]
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds or generators for {count} pictures: give one a picture, or one in all")
-    if min(seeds) < 0:
-        raise ValueError(f"seed {min(seeds)} is below 0")
-    return seeds
+    place = usable_device(device)
+    if place.type == "meta":
+        raise BackboneError("device 'meta' holds no weights; use cpu or cuda")
+    return place
 
 
-def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**32, (1,), generator=generator, device=generator.device))
+def _offload(backbone: Backbone, place: torch.device) -> None:
+    from accelerate import cpu_offload_with_hook
+
+    hook = None
+    for module in backbone.component_modules().values():
+        _, hook = cpu_offload_with_hook(module, place, prev_module_hook=hook)
+    backbone.device = place
+
+
+def _forget_offload(backbone: Backbone) -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in backbone.component_modules().values():
+        remove_hook_from_module(module)

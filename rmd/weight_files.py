@@ -129,6 +129,13 @@ def loaded_digests(folder: Path) -> dict[str, str]:
     }
 
 
+def decoder_digests(folder: Path) -> dict[str, str]:
+    """sha256 of what is read of a small decoder's folder, by name; empty where it is not there yet."""
+    return {
+        path.name: file_digest(path) for path in (*folder.glob("config.json"), *sorted(folder.glob("*.safetensors")))
+    }
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file, computed once a process for each (path, size, time of change)."""
     stat = path.stat()

@@ -84,6 +84,7 @@ class ExportedLora:
         path: the file or the PEFT folder.
         modules: the factors as stored, by the denoiser's own module names.
         errors: of each, what the factors lack of the layer's change, relative (Frobenius); empty of adapters.
+        layers_error: the same of those layers together.
         error: the same of all parameters together, with those that a LoRA cannot hold.
         left_out: changed parameters that a LoRA cannot hold: biases, norms, tables.
         base: what the LoRA is to be added to; None of adapters.
@@ -92,6 +93,7 @@ class ExportedLora:
     path: Path
     modules: Mapping[str, Factors]
     errors: Mapping[str, float] = field(default_factory=dict)
+    layers_error: float = 0.0
     error: float = 0.0
     left_out: Sequence[str] = ()
     base: Base | None = None
@@ -115,6 +117,7 @@ def export_adapters(
         down, up = (lora.files[parts[part]] for part in ("down", "up"))
         factors = Factors(down, lora.scale(name) * up)
         modules[name.removeprefix(f"{denoiser.component}.")] = factors if dtype is None else factors.to(dtype)
+    check_target(out, layout or default_format(denoiser.family), denoiser.family, checkpoint.path)
     origin = {key: value for key, value in lora.files.metadata.items() if key.startswith(("rmd.", "modelspec."))}
     return ExportedLora(write_lora(out, modules, denoiser, layout, describe(checkpoint) | origin), modules)
 
@@ -159,8 +162,9 @@ def export_difference(
     """
     denoiser = Denoiser.of(checkpoint.backbone_name, checkpoint.path)
     layout = layout or default_format(denoiser.family)
-    check_target(out, layout, denoiser.family)
+    check_target(out, layout, denoiser.family, checkpoint.path)
     opened = open_base(str(base), None, (denoiser.component,))
+    check_target(out, layout, denoiser.family, opened.folder.path)
     changes = Changes.between(checkpoint.path, opened, denoiser.component, torch.device(device))
     report = progress or (lambda _what, _done, _total: None)
     if error is not None:
@@ -188,7 +192,7 @@ def export_difference(
     origin = describe_base(opened.name, changes.base, _licence(opened.folder.path))
     written = write_lora(out, modules, denoiser, layout, origin | describe(checkpoint))
     total = math.sqrt((lost + beyond) / (whole + beyond))
-    return ExportedLora(written, modules, errors, total, tuple(others), opened)
+    return ExportedLora(written, modules, errors, math.sqrt(lost / whole), total, tuple(others), opened)
 
 
 def _square(tensor: Tensor) -> float:
@@ -263,22 +267,39 @@ def _licence(folder: Path) -> str | None:
 # ---- the file ---------------------------------------------------------------------------------------------------
 
 
-def check_target(out: Path, layout: LoraFormat, family: str) -> None:
-    """Refuse a name that does not fit the format, before any work.
+def check_target(out: Path, layout: LoraFormat, family: str, model: Path | None = None) -> None:
+    """Refuse a name that does not fit the format, or would cost something else than a former LoRA, before any work.
+
+    Args:
+        model: a folder that nothing is to be written into.
 
     Raises:
-        ValueError: it does not, or something else than a former PEFT folder would be lost, or nobody reads the format.
+        ValueError: it does not fit, or something else would be lost, or nobody reads the format.
     """
     check_format(layout, family)
+    if model is not None and out.resolve().is_relative_to(model.resolve()):
+        raise ValueError(f"--lora {out} lies in {model}, whose own files it could replace; give another folder")
     if layout == "peft":
         if out.suffix == ".safetensors":
             raise ValueError(f"--lora {out}: the peft format is a folder; give a name without .safetensors")
         if out.exists() and not (out / PEFT_CONFIG).is_file():
             raise ValueError(f"--lora {out} exists and is no PEFT folder: it would be lost; give another name")
+        foreign = sorted({path.name for path in out.glob("*")} - {PEFT_CONFIG, PEFT_WEIGHTS, "README.md"})
+        if foreign:
+            raise ValueError(f"--lora {out} holds {foreign[0]} too, which would be lost; give another name")
     elif out.suffix != ".safetensors":
         raise ValueError(f"--lora {out}: the {layout} format is one file; give a name that ends in .safetensors")
     elif out.is_dir():
         raise ValueError(f"--lora {out} is a folder; give another name")
+    elif out.exists() and not _is_lora(out):
+        raise ValueError(f"--lora {out} exists and is no LoRA: it would be lost; give another name")
+
+
+def _is_lora(path: Path) -> bool:
+    try:
+        return bool(Lora.open(path).modules)
+    except (OSError, ValueError):
+        return False
 
 
 def write_lora(

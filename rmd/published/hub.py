@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 from rmd.checkpoint import CASCADE_FILE
+from rmd.fields import mapping, read_json
+from rmd.weight_files import PICKLE_SUFFIXES
 
 HUB_PREFIX = "hub:"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@[\w./-]+$")
@@ -62,7 +64,31 @@ def checkpoint_folder(source: Path | str) -> Path:
             f"{source} holds no {CASCADE_FILE}, so it is no checkpoint of this project; `rmd import --base {name}@"
             f"{revision or 'REVISION'} --preset NAME --out FOLDER` makes one of a public student"
         )
+    _refuse_pickles_alone(folder, name, revision)
     return folder
+
+
+def _refuse_pickles_alone(folder: Path, name: str, revision: str) -> None:
+    """Say so where a recorded file is not there because its repository has it pickled: that one is never fetched.
+
+    Raises:
+        HubError: that is how it is.
+    """
+    recorded = mapping(read_json(folder / CASCADE_FILE)).get("weights")
+    absent = [each for each in mapping(recorded or {}) if not (folder / each).is_file()]
+    if not absent:
+        return
+    try:
+        listed: list[str] = import_module("huggingface_hub").list_repo_files(name, revision=revision or None)
+    except Exception:  # then what is absent is told by whoever reads the folder
+        return
+    pickled = [each for each in listed if each.endswith(PICKLE_SUFFIXES)]
+    if pickled and absent[0] not in listed:
+        raise HubError(
+            f"{name} holds {pickled[0]}, a pickled file, which can run code when it is loaded, and not {absent[0]}; "
+            f"only safetensors are read: download it elsewhere and convert it (save_pretrained with "
+            f"safe_serialization=True)"
+        )
 
 
 def fetch_snapshot(repository: str, revision: str | None, patterns: Sequence[str], ignored: str | None = None) -> Path:

@@ -148,6 +148,7 @@ def _load_teacher(settings: EngineSettings, checkpoint: CheckpointFolder, dtype:
     if not path.is_dir():
         log.warning("the teacher's folder %s is not here: schedule '%s' is not offered", path.name, TEACHER_SCHEDULE)
         return None
+    checkpoint.check_teacher()
     return _load(checkpoint, path, dtype, settings.device)
 
 

@@ -100,6 +100,11 @@ def test_a_failed_write_leaves_the_old_file(folder: Path) -> None:
         (lambda d: d["teacher"].update(steps=900, flow_shift=9.0), "'teacher': 900 steps under flow shift 9.0 do not"),
         (lambda d: d["teacher"].update(flow_shift=0), "'teacher.flow_shift': must be above 0"),
         (lambda d: d["teacher"].update(guidance_scale=-1), "'teacher.guidance_scale': must not be negative"),
+        (lambda d: d["teacher"].update(flow_shift=1e-320), "'teacher.flow_shift': must be above 0"),
+        (lambda d: d["teacher"].update(guidance_scale=1e308), "'teacher.guidance_scale': must not be .* above 1000"),
+        (lambda d: d["teacher"].update(guidance_scale=10**400), "'teacher.guidance_scale': the number is too large"),
+        (lambda d: d["schedules"]["2+2"].update(initial_noise_scale=1e300), "'initial_noise_scale': .* at most 1000"),
+        (lambda d: d["schedules"]["2+2"].update(flow_shift=10**400), "'flow_shift': the number is too large"),
         (
             lambda d: d["schedules"].update({"\ud800": d["schedules"]["1+3"]}),
             "'schedules': the name .* not valid Unicode",
@@ -201,6 +206,9 @@ def test_altered_weights_are_refused_by_their_digest(folder: Path) -> None:
         FileNotFoundError, match=r"unet/model\.safetensors is recorded in cascade\.json and is not there"
     ):
         CheckpointFolder.read(folder)
+    edit(folder, lambda data: data.update(weights={"w" * 5000: "0"}))
+    with pytest.raises(FileNotFoundError, match=r"^w{200}\.\.\. is recorded"):
+        CheckpointFolder.read(folder)
 
 
 def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
@@ -231,6 +239,42 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
     (whole / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(BackboneError, match=r"tokenizer has no vocabulary \(tokenizer\.json, "):
         load_checkpoint(whole, dtype=torch.float32)
+
+
+def test_a_file_that_was_added_beside_recorded_ones_is_refused(tmp_path: Path) -> None:
+    """A tokenizer's further settings change what is drawn as a changed file does."""
+    whole = write_tiny_folder("embedded", tmp_path / "whole")
+    (whole / "tokenizer" / "special_tokens_map.json").write_text('{"pad_token": "a"}')
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json is not recorded in cascade\.json"):
+        CheckpointFolder.read(whole)
+    edit(whole, lambda data: data.pop("weights"))
+    CheckpointFolder.read(whole)
+
+
+def test_the_named_decoder_is_the_recorded_one(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_text("{}")
+    save_file({"weight": torch.zeros(2)}, small / "diffusion_pytorch_model.safetensors")
+    folder = write_tiny_folder("embedded", tmp_path / "whole")
+    named = {"backbone": "embedded", "cascades": {"2+2": preset("embedded")}, "default": "2+2"}
+    write_cascade_json(folder, **named, decoder="../small")  # type: ignore[arg-type]
+    assert CheckpointFolder.read(folder).with_decoder(None).decoder_path == folder / "../small"
+    (small / "config.json").write_text('{"act_fn": "gelu"}')
+    with pytest.raises(ValueError, match=r"config\.json is not the file that .* \(field 'decoder_weights'\)"):
+        CheckpointFolder.read(folder).with_decoder(None)
+    assert CheckpointFolder.read(folder).with_decoder("full").decoder_path is None
+
+
+def test_a_teacher_is_whole_or_refused(tmp_path: Path) -> None:
+    teacher = write_tiny_folder("embedded", tmp_path / "teacher")
+    folder = write_tiny_folder("embedded", tmp_path / "student")
+    edit(folder, lambda data: data["teacher"].update(folder="../teacher"))
+    CheckpointFolder.read(folder).check_teacher()
+    path = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ValueError, match=r"teacher/vae/.* altered or damaged"):
+        CheckpointFolder.read(folder).check_teacher()
 
 
 def test_missing_weights_are_refused(folder: Path) -> None:

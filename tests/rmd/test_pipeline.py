@@ -153,7 +153,26 @@ def test_offloading_and_moving_change_no_picture(folder: Path, pipe: CascadePipe
         ({"prompt": []}, ValueError, "the prompt is empty"),
         ({"schedule": "9+9"}, ValueError, r"schedule '9\+9' is not in .*: 2\+2, 0\+4, teacher"),
         ({"seed": [1, 2]}, ValueError, "2 seeds or generators for 1 pictures"),
-        ({"seed": -1}, ValueError, "seed -1 is below 0"),
+        ({"seed": -1}, ValueError, "seed -1 is no whole number from 0"),
+        ({"seed": 2**63}, ValueError, "is no whole number from 0"),
+        ({"seed": [1.5]}, ValueError, "seed 1.5 is no whole number"),
+        ({"seed": "12"}, ValueError, "seed '12' is no whole number"),
+        ({"seed": True}, ValueError, "seed True is no whole number"),
+        ({"batch_size": -1}, ValueError, "batch_size must be a whole number of at least 1, not -1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1, not 0"),
+        ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be a whole number of at least 1"),
+        ({"prompt": None}, TypeError, "prompt must be a text or a list of texts; it holds NoneType"),
+        ({"prompt": [b"a fox"]}, TypeError, "it holds bytes"),
+        ({"prompt": "a \ud800"}, ValueError, "not valid Unicode"),
+        (
+            {"negative_prompt": "rain"},
+            TypeError,
+            "the teacher is guided against the empty text",
+        ),
+        ({"num_videos_per_prompt": 2}, TypeError, "num_images_per_prompt counts films too"),
+        ({"callback_on_step_end": lambda *_: torch.zeros(1)}, TypeError, "must return None or a mapping, not Tensor"),
+        ({"callback_on_step_end": lambda *_: {"latents": [1]}}, TypeError, "'latents' must be a tensor, not list"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, ValueError, "must keep their shape"),
         ({"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
         ({"output_type": "gif"}, ValueError, "is not pil, np, pt or latent"),
         ({"num_inference_steps": 4}, TypeError, "a cascade's steps are its schedule's"),
@@ -163,6 +182,49 @@ def test_offloading_and_moving_change_no_picture(folder: Path, pipe: CascadePipe
 def test_bad_input(pipe: CascadePipeline, named: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pipe(**{"prompt": "a fox", **named})
+
+
+def test_what_is_refused_is_refused_before_any_step(pipe: CascadePipeline) -> None:
+    with pytest.raises(ValueError, match="output_type 'PIL'"):
+        pipe("a fox", output_type="PIL", callback_on_step_end=lambda *_: pytest.fail("a step was taken"))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_seeds_and_what_is_none_says_nothing(pipe: CascadePipeline) -> None:
+    expected = drawn(pipe, ["a fox", "a ship"], seed=[3, 4], output_type="pt")
+    given = drawn(pipe, ["a fox", "a ship"], seed=np.array([3, 4]), output_type="pt", negative_prompt=None)
+    assert given.seeds == drawn(pipe, ["a fox"] * 2, seed=np.int64(3)).seeds == [3, 4]
+    assert torch.equal(given.images, expected.images)
+    assert drawn(pipe, "a fox", num_images_per_prompt=2, seed=2**63 - 1).seeds == [2**63 - 1, 0]  # as the server's
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"device": "gpu"}, "unknown device 'gpu'; use cpu or cuda"),
+        ({"device": "meta"}, "device 'meta' holds no weights"),
+        ({"backend": "inductor"}, "give engines=FOLDER too"),
+        ({"buckets": [1]}, "give engines=FOLDER too"),
+        ({"engines": "somewhere", "buckets": "1,2"}, "buckets must be batch sizes"),
+        ({"engines": "somewhere", "buckets": [0]}, "buckets must be a whole number of at least 1"),
+    ],
+)
+def test_where_it_cannot_run(folder: Path, named: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CascadePipeline.from_pretrained(folder, **named)
+
+
+def test_moving_ends_offloading(folder: Path) -> None:
+    pipe = CascadePipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="holds no weights"):
+        pipe.to("meta")
+    expected = drawn(pipe, "a fox", seed=5, output_type="pt").images
+    pipe.enable_model_cpu_offload("cpu")
+    drawn(pipe, "a fox", seed=5, schedule="teacher")
+    pipe.enable_model_cpu_offload("cpu")
+    assert torch.equal(drawn(pipe.to("cpu"), "a fox", seed=5, output_type="pt").images, expected)
+    assert pipe._teacher is not None
+    for backbone in (pipe.backbone, pipe._teacher):
+        assert not any(hasattr(module, "_hf_hook") for module in backbone.component_modules().values())
 
 
 def test_importing_it_pulls_in_no_server_and_no_compiler() -> None:

@@ -362,3 +362,6 @@ def test_adapters_of_a_public_student_are_trained_exported_and_given_back(teache
     assert result.exit_code == 0, result.output
     said = result.output.splitlines()
     assert f"{file}: rank 8, " in said[-2] and said[-1].startswith("pictures differ by 0.0")
+    for wrong, message in ((["--device", "gpu"], "unknown device 'gpu'"), (["--prompt", " "], "--prompt is empty")):
+        refused = runner.invoke(app, ["export", "--checkpoint", str(out), "--lora", str(file), "--rank", "8", *wrong])
+        assert refused.exit_code and message in f"{refused.output} {refused.exception}"

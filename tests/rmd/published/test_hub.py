@@ -30,7 +30,11 @@ def hub(model: Path, tmp_path: Path) -> Iterator[Hub]:
     (pickled / "training_state.pt").write_bytes(b"\x80\x02}")
     plain = tmp_path / "plain"
     shutil.copytree(model, plain, ignore=shutil.ignore_patterns("cascade.json"))
-    with serving({"me/tiny": model, "me/pickled": pickled, "me/plain": plain}) as running:
+    alone = tmp_path / "alone"
+    shutil.copytree(model, alone)
+    (alone / "transformer" / "diffusion_pytorch_model.safetensors").rename(alone / "transformer" / "model.bin")
+    folders = {"me/tiny": model, "me/pickled": pickled, "me/plain": plain, "me/alone": alone}
+    with serving(folders) as running:
         running.gated.add("me/secret")
         yield running
 
@@ -101,5 +105,7 @@ def test_gated_absent_and_no_such_revision(hub: Hub, tmp_path: Path) -> None:
 def test_pickles_are_not_fetched_and_plain_models_are_no_checkpoints(hub: Hub, model: Path, tmp_path: Path) -> None:
     assert same(fetch(hub, tmp_path / "home", "me/pickled@main"), model)
     assert not [line for line in hub.asked if "training_state" in line]
+    said = fetch(hub, tmp_path / "home", "me/alone@main")
+    assert said.startswith("HubError: me/alone holds transformer/model.bin, a pickled file") and "convert it" in said
     said = fetch(hub, tmp_path / "home", "me/plain@main")
     assert said.startswith("FileNotFoundError: me/plain@main holds no cascade.json") and "rmd import --base" in said

@@ -201,7 +201,7 @@ def test_the_rank_is_the_smallest_within_the_error(student: Student, base: TinyF
     ]
     whole = sum(float(values.sum()) for values in spectra)
     lost = [math.sqrt(sum(float(values[cut:].sum()) for values in spectra) / whole) for cut in (rank - 1, rank)]
-    assert lost[0] > 0.4 >= lost[1]
+    assert lost[0] > 0.4 >= lost[1] and done.layers_error == pytest.approx(lost[1], abs=1e-4)
     with pytest.raises(ValueError, match="needs the full rank"):
         export_difference(checkpoint, out, base("sd3"), error=0.0)
 
@@ -256,6 +256,34 @@ def test_what_does_not_fit_is_refused(student: Student, base: TinyFolder, tmp_pa
         export_difference(CheckpointFolder.read(base("pixart")), tmp_path / "x", base("pixart"), rank=2)
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
     assert (checkpoint.path / ADAPTERS).is_file()
+
+
+def test_an_export_replaces_nothing_but_a_lora(student: Student, base: TinyFolder, tmp_path: Path) -> None:
+    """Weights above all: the checkpoint's, its base's, or anybody's."""
+    checkpoint = student("sd3", ["attention"])
+    own = checkpoint.path / "transformer" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "link").symlink_to(checkpoint.path)
+    elsewhere = Path(shutil.copy(own, tmp_path / "theirs.safetensors"))
+    kept = {path: path.read_bytes() for path in (own, elsewhere)}
+    within = base("sd3") / "transformer" / "lora.safetensors"
+    for out in (own, tmp_path / "link" / "new.safetensors", elsewhere):
+        for write in (export_adapters, lambda c, o: export_difference(c, o, base("sd3"), rank=2)):
+            with pytest.raises(ValueError, match=r"lies in .* could replace|is no LoRA: it would be lost"):
+                write(checkpoint, out)
+    with pytest.raises(ValueError, match="lies in"):
+        export_difference(checkpoint, within, base("sd3"), rank=2)
+    assert {path: path.read_bytes() for path in kept} == kept and not within.exists()
+    peft_folder = tmp_path / "peft"
+    export_adapters(checkpoint, peft_folder, "peft")
+    export_adapters(checkpoint, peft_folder, "peft")
+    (peft_folder / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds mine\.txt too, which would be lost"):
+        export_adapters(checkpoint, peft_folder, "peft")
+    file = tmp_path / "lora.safetensors"
+    export_adapters(checkpoint, file)
+    before = file.read_bytes()
+    export_adapters(checkpoint, file, dtype=torch.float16)
+    assert file.read_bytes() != before
 
 
 def test_targets_are_groups_or_the_ends_of_names() -> None:
