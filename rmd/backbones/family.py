@@ -194,8 +194,14 @@ class DiffusersBackbone(Backbone):
         Raises:
             BackboneError: another parametrisation than the family's or x0 itself, or an unknown table of betas.
         """
+        if scheduler.get("num_train_timesteps", 1000) != 1000:
+            raise BackboneError(f"{cls.name}: the scheduler has {scheduler['num_train_timesteps']} timesteps, not 1000")
         if cls.prediction == "velocity":
             return RectifiedFlow()
+        if str(scheduler.get("_class_name", "")).startswith("EDM"):
+            raise BackboneError(f"{cls.name}: {scheduler['_class_name']} scales its network otherwise: not supported")
+        if scheduler.get("trained_betas") is not None:
+            raise BackboneError(f"{cls.name}: a scheduler with a table of its own (trained_betas) is not supported")
         if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "sample"):
             raise BackboneError(f"{cls.name} predicts noise; the scheduler says {scheduler['prediction_type']!r}")
         kind = scheduler.get("beta_schedule", "linear")

@@ -40,11 +40,13 @@ class FolderFacts:
 
 def _sdxl_base(config: Config) -> str | None:
     widths = {2048: "sdxl", 1280: "sdxl-refiner", 1024: "sd2", 768: "sd1"}
-    return widths.get(config.get("cross_attention_dim", 0))
+    width = config.get("cross_attention_dim")
+    return widths.get(width) if isinstance(width, int) else None
 
 
 def _pixart_base(config: Config) -> str | None:
-    return {128: "pixart-1024", 64: "pixart-512"}.get(config.get("sample_size", 0))
+    side = config.get("sample_size")
+    return {128: "pixart-1024", 64: "pixart-512"}.get(side) if isinstance(side, int) else None
 
 
 def _sd3_base(config: Config) -> str | None:
@@ -55,8 +57,10 @@ def _sd3_base(config: Config) -> str | None:
 
 
 def _wan_base(config: Config) -> str | None:
-    width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)
-    return {1536: "wan-1.3b", 5120: "wan-14b"}.get(width)
+    heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return None
+    return {1536: "wan-1.3b", 5120: "wan-14b"}.get(heads * width)
 
 
 BASES: Mapping[str, Callable[[Config], str | None]] = {
@@ -68,8 +72,8 @@ BASES: Mapping[str, Callable[[Config], str | None]] = {
 }
 """Backbone -> which published base a denoiser's configuration is; None where it is none of them."""
 
-# diffusers loads the one's folders as the other.
-_SAME_CLASS = {"Transformer2DModel": "PixArtTransformer2DModel"}
+SAME_CLASS = {"Transformer2DModel": "PixArtTransformer2DModel"}
+"""diffusers loads the one's folders as the other."""
 
 
 def contradictions(preset: str, facts: FolderFacts) -> list[str]:
@@ -104,7 +108,7 @@ def _other_class(name: str, facts: FolderFacts) -> str | None:
     component = _family(name).denoiser_folder
     wanted = _family(name).components[component].split(":")[1]
     entry = facts.index.get(component) or [None, None]
-    found = _SAME_CLASS.get(str(entry[1]), entry[1])
+    found = SAME_CLASS.get(str(entry[1]), entry[1])
     if not facts.index or found == wanted:
         return None
     return f"it needs a {wanted} ({component}/), and model_index.json names {found or 'none'}"
@@ -112,6 +116,8 @@ def _other_class(name: str, facts: FolderFacts) -> str | None:
 
 def _of_network(name: str, facts: FolderFacts) -> Iterable[str]:
     expected = _family(name).latent_channels
+    if facts.index.get("_class_name") == "PixArtSigmaPipeline":
+        yield "it is PixArt-alpha's, and model_index.json names PixArt-Sigma, which has another autoencoder"
     if (facts.index.get("transformer_2") or [None, None])[1] is not None:
         yield "it needs one transformer, and model_index.json names two (Wan2.2)"
     channels = facts.denoiser.get("in_channels", expected)

@@ -5,6 +5,7 @@ Only safetensors. A pickle runs code when it is read, so the refusal names the w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALED = re.compile(
+    r"(^|\.)(scale_weight|scale_input|weight_scale|weight_scale_inv|input_scale|scaled_fp8|comfy_quant|SCB)(\.|$)"
+)
+"""Keys of quantised files: without these scales their values mean nothing."""
 
 
 class ImportRefused(ValueError):  # noqa: N818 - named for what happened, as the sentence that it carries reads
@@ -159,6 +164,8 @@ def _parts(index: Path) -> tuple[Path, ...]:
         listed = field_of(mapping(read_json(index)), "weight_map", mapping)
     except ValueError as error:
         raise ImportRefused(f"{index}: {error}" if str(index) not in str(error) else str(error)) from None
+    if not listed:
+        raise ImportRefused(f"{index}: field 'weight_map' lists no file; fetch or copy it again")
     return tuple(index.parent / name for name in sorted({str(name) for name in listed.values()}))
 
 

@@ -12,7 +12,7 @@ import torch
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.guidance_fold import GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
-from rmd.backbones.student_fit import FolderFacts, contradictions
+from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, contradictions
 from rmd.cascade import Cascade
 from rmd.fields import read_json
 from rmd.presets import preset, preset_backbone
@@ -20,7 +20,7 @@ from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.lora import Lora
 from rmd.published.merge import Plan, plan_merge
 from rmd.published.naming import Names
-from rmd.published.networks import Expected, Network, is_table, read_network, with_guidance_folded
+from rmd.published.networks import Expected, Network, is_table, read_network, refuse_scaled, with_guidance_folded
 from rmd.published.originals import DENOISER_PREFIX, PARTS
 from rmd.published.source import Base, open_base
 from rmd.published.writing import LARGEST_FILE
@@ -148,9 +148,10 @@ def _take_networks_config(work: Work) -> None:
     except ValueError as error:
         raise ImportRefused(str(error)) from None
     wanted = work.kind.components[work.kind.denoiser_folder].split(":")[1]
-    if not isinstance(config, dict) or config.get("_class_name", wanted) != wanted:
+    named = config.get("_class_name", wanted) if isinstance(config, dict) else None
+    if SAME_CLASS.get(str(named), named) != wanted:
         raise ImportRefused(f"{network / 'config.json'} describes no {wanted}, which the preset's family has")
-    work.configs[work.kind.denoiser_folder] = config
+    work.configs[work.kind.denoiser_folder] = {**config, "_class_name": wanted}
 
 
 def sources(work: Work) -> list[Path]:
@@ -248,6 +249,7 @@ def _read_loras(work: Work) -> None:
     for component in work.plan.changes:
         if component in texts:
             files = texts[component]
+            refuse_scaled(files)
             entries = files.entries
             dtypes = {name: entry.dtype for name, entry in entries.items()}
             work.networks[component] = Network(files, files.shapes, dtypes, (), _renamed={name: name for name in files})

@@ -21,6 +21,7 @@ from rmd.cascade_file import write_cascade_json
 from rmd.published.card import model_card, notice
 from rmd.published.files import WeightFiles, finite, folder_weights, refuse_other_formats
 from rmd.published.gathering import ImportRequest, Work, gather, sources
+from rmd.published.networks import refuse_scaled
 from rmd.published.place import check_out, finished_file, whole_folder
 from rmd.published.record import import_record
 from rmd.published.writing import Progress, stored_dtype, write_network
@@ -167,7 +168,9 @@ def _write_component(work: Work, component: str, scratch: Path, report: Progress
     for file in _files_of(work.base.folder, component):
         if not (folder / file.name).is_file():
             if file.suffix == ".safetensors":
-                for name, tensor in WeightFiles.open(file).items():
+                weights = WeightFiles.open(file)
+                refuse_scaled(weights)
+                for name, tensor in weights.items():
                     finite(tensor, name, file)
             with finished_file(folder / file.name) as partial:
                 shutil.copyfile(file, partial)

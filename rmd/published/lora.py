@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmd.dtypes import dtype_name
 from rmd.fields import field_of, integer, mapping, number, read_json
-from rmd.published.files import ImportRefused, WeightFiles, finite, refuse_other_formats
+from rmd.published.files import SCALED, ImportRefused, WeightFiles, finite, refuse_other_formats
 from rmd.weight_files import PICKLE_SUFFIXES
 
 PEFT_CONFIG = "adapter_config.json"
@@ -32,7 +33,20 @@ _PARTS = {
 }
 _KEY = re.compile(r"^(?P<module>.+?)(?:" + "|".join(f"(?P<{part}>{rule})" for part, rule in _PARTS.items()) + r")$")
 # peft's initialisations that take what the adapter starts with out of the base's own weights.
-_OF_OTHER_BASES = ("pissa", "olora", "corda", "loftq")
+_OF_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# peft's settings under which an adapter adds something else than B A to each layer's weight.
+_OTHER_SUMS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
 # What looks like a LoRA and is computed otherwise.
 _OTHER_KINDS = (
     (re.compile(r"dora_scale|lora_magnitude_vector"), "DoRA (its scales renormalise every column of the weight)"),
@@ -40,7 +54,7 @@ _OTHER_KINDS = (
     (re.compile(r"\.lokr_"), "LoKr (Kronecker products)"),
     (re.compile(r"\.oft_|\.boft_|\.oft_blocks"), "OFT (rotations)"),
     (re.compile(r"\.lora_mid\."), "a LoRA with a third factor (Tucker)"),
-    (re.compile(r"\.(scale_weight|weight_scale|scaled_fp8)$|^scaled_fp8$"), "an fp8 file with scales"),
+    (SCALED, "an fp8 file with scales"),
 )
 
 
@@ -70,6 +84,9 @@ class Scaling:
                 f"{source}: init_lora_weights {start!r} changes the base's own weights, to which this adapter belongs; "
                 f"save it with peft's path_initial_model_for_weight_conversion, which makes a LoRA of the base of it"
             )
+        for name in _OTHER_SUMS:
+            if config.get(name):
+                raise ImportRefused(f"{source}: {name} is not supported: such an adapter is no plain sum with the base")
         try:
             field_of(config, "r", integer)
             patterns = mapping(config.get("alpha_pattern") or {})
@@ -115,14 +132,17 @@ class Lora:
 
     @classmethod
     def open(cls, path: Path, strength: float = 1.0) -> Lora:
-        """Read the headers of a LoRA file or a PEFT folder.
+        """Read the headers of a LoRA file or a PEFT folder; a PEFT folder's weight file stands for its folder.
 
         Raises:
-            ImportRefused: not safetensors, DoRA and other kinds, fp8 with scales, a folder without its settings.
+            ImportRefused: not safetensors, DoRA and other kinds, fp8 with scales, a folder without its settings, or
+                weights that are no floating-point numbers.
             FileNotFoundError: there is no such file.
         """
         if path.is_dir():
             files, scalings = _open_peft(path)
+        elif path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file():
+            files, scalings = _open_peft(path.parent)
         else:
             files = WeightFiles.open(path)
             scalings = _diffusers_scalings(files)
@@ -142,6 +162,11 @@ class Lora:
             if part in parts:
                 raise ImportRefused(f"{path}: {parts[part]!r} and {key!r} name the same weights")
             parts[part] = key
+            if not files.entries[key].dtype.is_floating_point:
+                raise ImportRefused(
+                    f"{path}: {key!r} is of {dtype_name(files.entries[key].dtype)}, which is no weight's dtype: it is "
+                    f"quantised, which is not supported; give a bfloat16 or float16 release"
+                )
         return cls(path, strength, files, modules, tuple(unread), scalings)
 
     def scale(self, module: str) -> float:
@@ -202,7 +227,9 @@ def _open_peft(folder: Path) -> tuple[WeightFiles, dict[str, Scaling]]:
         config = mapping(read_json(settings))
     except ValueError as error:
         raise ImportRefused(f"{settings}: {error}") from None
-    return WeightFiles.open(weights), {"base_model.model.": Scaling.from_config(config, settings)}
+    # Every module is scaled so, whether its name has peft's prefix or was saved without it.
+    scaling = Scaling.from_config(config, settings)
+    return WeightFiles.open(weights), {"base_model.model.": scaling, "": scaling}
 
 
 def _diffusers_scalings(files: WeightFiles) -> dict[str, Scaling]:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from rmd.backbones.guidance_fold import TOUCHED, fold_guidance
 from rmd.backbones.random_weights import build_random
-from rmd.published.files import ImportRefused, WeightFiles
+from rmd.dtypes import dtype_name
+from rmd.published.files import SCALED, ImportRefused, WeightFiles
 from rmd.published.originals import DENOISER_PREFIX, Traced, converter_of, trace
 
 _SHOWN = 8
-_SCALED = re.compile(r"(^|\.)(scale_weight|scale_input|weight_scale|input_scale|scaled_fp8)(\.|$)")
 _VELOCITY_MARKS = ("v_pred", "ztsnr")
 # Tables of schedules and positions that old files carry along; they are no weights, and are made anew.
 _TABLES = re.compile(
@@ -34,11 +34,13 @@ class Expected:
         kind: its class's name.
         shapes: of every parameter and stored buffer.
         ties: name -> other names of the same parameter.
+        floating: names of those that hold floating-point numbers.
     """
 
     kind: str
     shapes: Mapping[str, tuple[int, ...]]
     ties: Mapping[str, frozenset[str]]
+    floating: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, target: str, config: Mapping[str, Any]) -> Expected:
@@ -52,6 +54,7 @@ class Expected:
             kind=target.split(":")[1],
             shapes={name: tuple(value.shape) for name, value in state.items()},
             ties={name: frozenset(by_id[id(value)] - {name}) for name, value in state.items()},
+            floating=frozenset(name for name, value in state.items() if value.is_floating_point()),
         )
 
 
@@ -200,6 +203,12 @@ def _checked(
             f"{files.path} fits another {expected.kind} than this base has: {len(misfits)} weights have other shapes, "
             f"such as {_some(misfits)}"
         )
+    for name, key in origin.items():
+        if name in expected.floating and not files.entries[key].dtype.is_floating_point:
+            raise ImportRefused(
+                f"{files.path} holds {key!r} in {dtype_name(files.entries[key].dtype)}: it is quantised, which is not "
+                f"supported; give the model's bfloat16 or float16 release"
+            )
     missing = [name for name in expected.shapes if name not in shapes and not expected.ties[name] & shapes.keys()]
     if missing:
         raise ImportRefused(f"{files.path} lacks {len(missing)} weights of {expected.kind}: {_some(missing)}")
@@ -218,7 +227,7 @@ def refuse_scaled(files: WeightFiles) -> None:
         ImportRefused: it does; the message names a key.
     """
     for key in files:
-        if _SCALED.search(key):
+        if SCALED.search(key):
             raise ImportRefused(
                 f"{files.path} is an fp8 file with scales (it holds {key!r}), which is not supported: read without "
                 f"them it would draw noise; give the model's bfloat16 or float16 release"

@@ -52,6 +52,8 @@ def open_base(source: str, config: Path | None, components: Sequence[str]) -> Ba
             f"--base {source} does not exist; give a diffusers folder, a .safetensors file, or owner/name@revision"
         )
     if path.is_dir():
+        if config is not None:
+            raise ImportRefused(f"--config goes with a single file, and --base {source} is a folder: leave it out")
         _require_index(path, "--base")
         return Base(path.resolve().name, DiffusersFolder.open(path))
     refuse_other_formats(path)

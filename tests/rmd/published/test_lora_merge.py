@@ -224,6 +224,26 @@ def test_peft_folders_obey_their_settings(
     assert_equal_weights(weights(tmp_path / "out" / "transformer"), oracle, weights(folder / "transformer"))
 
 
+@pytest.mark.parametrize("prefixed", [True, False])
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_peft_adapter_is_scaled_by_its_settings_however_it_is_named(
+    base: TinyFolder, imported: Import, tmp_path: Path, prefixed: bool, as_file: bool
+) -> None:
+    """Its weight file lies beside them, and some tools save without peft's prefix."""
+    folder = base("pixart")
+    config = LoraConfig(r=2, lora_alpha=16, target_modules=ATTENTION)
+    model = peft.get_peft_model(PixArtTransformer2DModel.from_pretrained(folder / "transformer"), config)
+    for parameter in (value for key, value in model.named_parameters() if "lora_" in key):
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    if not prefixed:
+        save(file, {key.removeprefix("base_model.model."): value for key, value in weights(file.parent).items()})
+    imported("pixart", loras=((file if as_file else file.parent, 1.0),))
+    oracle = model.merge_and_unload().state_dict()
+    assert_equal_weights(weights(tmp_path / "out" / "transformer"), oracle, weights(folder / "transformer"))
+
+
 def wan_lora(folder: Path) -> dict[str, Tensor]:
     config = LoraConfig(r=4, target_modules=[*ATTENTION, "ffn.net.0.proj", "ffn.net.2"])
     return random_lora(WanTransformer3DModel.from_pretrained(folder / "transformer"), config)

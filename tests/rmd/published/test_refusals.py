@@ -133,6 +133,7 @@ def test_pickles_beside_safetensors_stay_behind(base: TinyFolder, imported: Impo
         ({"lora_unet_blocks_0_self_attn_q.lokr_w1": torch.ones(2, 2)}, "is LoKr"),
         ({"lora_unet_blocks_0_self_attn_q.lora_mid.weight": torch.ones(2, 2)}, "is a LoRA with a third factor"),
         ({"transformer.blocks.0.attn1.to_q.weight_scale": torch.ones(1)}, "is an fp8 file with scales"),
+        ({"transformer.blocks.0.attn1.to_q.weight_scale_inv": torch.ones(1)}, "is an fp8 file with scales"),
     ],
 )
 def test_kinds_that_are_computed_otherwise(
@@ -173,6 +174,98 @@ def test_peft_settings_that_cannot_be_computed_with(base: TinyFolder, imported: 
     file.write_text(json.dumps({**plain, "alpha_pattern": {"blocks.(0": 4}}))
     with pytest.raises(ImportRefused, match=r"adapter_config\.json: .*unterminated subpattern"):
         imported("wan-1.3b", loras=((tmp_path / "pissa", 1.0),))
+    others = {"init_lora_weights": "lora_ga", "use_qalora": True, "fan_in_fan_out": True, "layer_replication": [[0, 2]]}
+    for name, value in others.items():
+        file.write_text(json.dumps({**plain, name: value}))
+        with pytest.raises(ImportRefused, match=rf"adapter_config\.json: {name} "):
+            imported("wan-1.3b", loras=((tmp_path / "pissa", 1.0),))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights(
+    base: TinyFolder, imported: Import, tmp_path: Path, lora: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """They are quantised, and read without their scales they draw noise."""
+    network = weights(base("wan-1.3b") / "transformer")
+    file = save(tmp_path / "network.safetensors", {**network, "proj_out.weight": network["proj_out.weight"].to(dtype)})
+    with pytest.raises(ImportRefused, match=r"network\.safetensors holds 'proj_out\.weight' in .*: it is quantised"):
+        imported("wan-1.3b", network=file)
+    key = next(iter(lora))
+    file = save(tmp_path / "lora.safetensors", {**lora, key: lora[key].to(dtype)})
+    with pytest.raises(ImportRefused, match=rf"lora\.safetensors: '{key}' is of .* quantised"):
+        imported("wan-1.3b", loras=((file, 1.0),))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_scaled_text_encoders_are_refused_whether_they_are_copied_or_merged(
+    base: TinyFolder, imported: Import, tmp_path: Path, merged: bool
+) -> None:
+    scaled = Path(shutil.copytree(base("sdxl"), tmp_path / "scaled"))
+    file = scaled / "text_encoder" / "model.safetensors"
+    state = weights(file.parent)
+    query = next(key.removesuffix(".weight") for key in state if key.endswith("q_proj.weight"))
+    eight = {**state, f"{query}.weight": state[f"{query}.weight"].to(torch.float8_e4m3fn)}
+    save(file, {**eight, f"{query}.scale_weight": torch.ones(1)})
+    width = len(state[f"{query}.weight"])
+    factors = {"lora_A": torch.ones(2, width), "lora_B": torch.ones(width, 2)}
+    te = save(tmp_path / "te.safetensors", {f"text_encoder.{query}.{name}.weight": f for name, f in factors.items()})
+    with pytest.raises(ImportRefused, match=r"text_encoder.* is an fp8 file with scales"):
+        imported("sdxl", base=str(scaled), loras=((te, 1.0),) if merged else ())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_train_timesteps": 500}, "500 timesteps, not 1000"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "scales its network otherwise"),
+    ],
+)
+def test_schedulers_that_mean_another_network(
+    base: TinyFolder, imported: Import, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    other = Path(shutil.copytree(base("sdxl"), tmp_path / "other"))
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(BackboneError, match=message):
+        imported("sdxl", base=str(other))
+
+
+def test_pixart_sigma_is_another_model(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    sigma = Path(shutil.copytree(base("pixart"), tmp_path / "sigma"))
+    index = json.loads((sigma / "model_index.json").read_text())
+    (sigma / "model_index.json").write_text(json.dumps({**index, "_class_name": "PixArtSigmaPipeline"}))
+    with pytest.raises(ImportRefused, match="names PixArt-Sigma"):
+        imported("pixart", base=str(sigma), preset="pixart-lcm")
+
+
+def test_what_is_written_oddly_is_refused_or_taken_in_one_sentence(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    with pytest.raises(ImportRefused, match=r"--config goes with a single file, and --base .*sdxl is a folder"):
+        imported("sdxl", config=tmp_path / "nowhere")
+    network = Path(shutil.copytree(base("sdxl") / "unet", tmp_path / "unet"))
+    (network / "config.json").unlink()
+    index = network / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text('{"weight_map": {}}')
+    with pytest.raises(ImportRefused, match=r"index\.json: field 'weight_map' lists no file"):
+        imported("sdxl", network=index)
+    several = Path(shutil.copytree(base("sdxl"), tmp_path / "several"))
+    config = several / "unet" / "config.json"
+    former = json.loads(config.read_text())
+    widths = [former["cross_attention_dim"]] * len(former["down_block_types"])
+    config.write_text(json.dumps({**former, "cross_attention_dim": widths}))
+    imported("sdxl", base=str(several))
+
+
+def test_a_students_folder_of_the_older_class_is_taken(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(base("pixart") / "transformer", tmp_path / "student"))
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "_class_name": "Transformer2DModel"}))
+    done = imported("pixart", network=student)
+    assert json.loads((done.folder / "transformer" / "config.json").read_text())["_class_name"] == (
+        "PixArtTransformer2DModel"
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (0, 24)])
