@@ -104,7 +104,7 @@ def test_the_server_draws_what_the_offline_sampler_draws(house: House) -> None:
         )
         offline = to_pixels(backbone.decode(latents, cascade.full_size))[0].astype("int16")
         served = pixels(house.draw(seed=11, schedule=name).json()["data"][0]["b64_json"])
-        assert abs(offline - served).max() <= 1, name
+        assert abs(offline - served).max() <= (0 if name == "2+2" else 1), name
 
 
 def test_guidance_and_noise_intensity_change_the_picture_where_they_apply(house: House) -> None:
