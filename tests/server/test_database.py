@@ -225,6 +225,7 @@ def unavailable(house: House, reason: str) -> None:
     assert reply.json()["error"]["code"] == "database_unavailable" and reason in reply.json()["error"]["message"]
     ready = house.client.get("/health/ready")
     assert ready.status_code == 503 and reason in ready.json()["database"]
+    assert ready.json()["status"] == "unavailable" and reason in ready.json()["reason"]
     assert house.client.get("/health/live").status_code == 200 and house.metric("rmd_ready") == 0
 
 
