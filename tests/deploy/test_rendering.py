@@ -149,6 +149,7 @@ SHARED = {
         ({**OPEN, "servers": [{"name": "a"}, {"name": "a"}]}, "two are called 'a'"),
         ({**OPEN, "hardware": [{"name": "cpu"}, {"name": "cpu"}]}, "two are called 'cpu'"),
         ({**OPEN, "server": {"replicas": 2}}, "database.secret and objects.secret"),
+        ({**OPEN, "servers": [{"name": "a", "ray": {"enabled": True, "fronts": 2}}]}, "database.secret and obj"),
         ({**OPEN, **SHARED, "networkPolicy": {}}, "networkPolicy.egress"),
         ({**OPEN, **SHARED, "server": {"autoscaling": {"enabled": True}}}, "prometheus.address"),
         ({**OPEN, "server": {"host": "a.example.org"}}, "ingress.className or gateway.parentRefs"),
@@ -160,6 +161,11 @@ SHARED = {
 def test_values_that_cannot_work_together_are_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(helm.HelmError, match=said):
         render(values)
+
+
+def test_one_front_needs_no_shared_stores() -> None:
+    objects = render({**OPEN, "server": {"ray": {"enabled": True}}})
+    assert of_kind(objects, "RayService")
 
 
 def test_pods_have_no_rights_and_write_to_their_volumes_alone(rendered: list[Object]) -> None:

@@ -52,8 +52,9 @@ app.kubernetes.io/component: {{ .server.name }}
 {{- fail (printf "server '%s': there is no hardware '%s'; there are %s" .name $one.hardware (keys $hardware | sortAlpha | join ", ")) }}
 {{- end }}
 {{- $_ := set $one "hardware" (get $hardware $one.hardware) }}
-{{- if and (or $one.autoscaling.enabled (gt (int $one.replicas) 1)) (not (and $.Values.database.secret $.Values.objects.secret)) }}
-{{- fail (printf "server '%s': several replicas share films, linked pictures and idempotent replies through database.secret and objects.secret; set both" .name) }}
+{{- $several := or $one.autoscaling.enabled (gt (int $one.replicas) 1) (and $one.ray.enabled (gt (int $one.ray.fronts) 1)) }}
+{{- if and $several (not (and $.Values.database.secret $.Values.objects.secret)) }}
+{{- fail (printf "server '%s': several replicas, or fronts of Ray's, share films, linked pictures and idempotent replies through database.secret and objects.secret; set both" .name) }}
 {{- end }}
 {{- if and $one.autoscaling.enabled (not $.Values.prometheus.address) }}
 {{- fail (printf "server '%s': autoscaling asks Prometheus for the admitted work; set prometheus.address" .name) }}
