@@ -16,6 +16,14 @@ SCHEMA = Path(__file__).parents[1] / "deploy/helm/rmd/values.schema.json"
 OWN = {
     "host", "port", "checkpoint", "engines", "device", "devices", "videos", "allow_open", "api_keys", "video_database",
 }  # fmt: skip
+_NUMBER = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)"
+# What the server refuses at its start is refused before anything is installed. Helm's patterns know no look-ahead.
+BOUNDS: dict[str, dict[str, Any]] = {
+    "policy": {
+        "pattern": rf"^(stagewise(:{_NUMBER})?|fifo|dynamic(:[1-9][0-9]*(:{_NUMBER})?)?|continuous(:[1-9][0-9]*)?)$"
+    },
+    "objects": {"anyOf": [{"not": {"pattern": "://"}}, {"pattern": "^(s3|gs|az)://[^/?#@:]+([/?#:][^@]*)?$"}]},
+}
 
 
 def settings_schema() -> dict[str, Any]:
@@ -24,7 +32,9 @@ def settings_schema() -> dict[str, Any]:
     return {
         "type": "object",
         "additionalProperties": False,
-        "properties": {name: _plain(field) for name, field in properties.items() if name not in OWN},
+        "properties": {
+            name: {**_plain(field), **BOUNDS.get(name, {})} for name, field in properties.items() if name not in OWN
+        },
     }
 
 

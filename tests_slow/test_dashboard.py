@@ -28,7 +28,10 @@ EMPTY = {
 }
 """What may return nothing, by a part of the expression, and why."""
 
-pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (Debian: prometheus)")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (Debian: prometheus)"),
+    pytest.mark.timeout(900),  # its own waits come to 435 s, and say what they waited for
+]
 
 
 def free_port() -> int:

@@ -33,6 +33,16 @@ class ClusterSettings(ServerSettings):
             raise ValueError(f"max_engines ({self.max_engines}) is less than min_engines ({self.min_engines})")
         return self
 
+    @model_validator(mode="after")
+    def _fronts_share_their_stores(self) -> ClusterSettings:
+        """Fronts are pods, or on several nodes: what one keeps in a folder of its own, the others answer 404 for."""
+        if self.fronts > 1 and (self.objects is None or self.video_database_url.startswith("sqlite")):
+            raise ValueError(
+                f"fronts: {self.fronts} share films, linked pictures and idempotent replies; "
+                "set video_database (not SQLite) and objects to what all of them reach"
+            )
+        return self
+
     def of_replicas(self) -> ServerSettings:
         """Return what replicas need of them, with whole paths: they run in folders of Ray's."""
         plain = {name: getattr(self, name) for name in ServerSettings.model_fields}

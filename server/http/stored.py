@@ -16,7 +16,8 @@ from server.objects.store import KeptObject, Objects
 
 _KEPT_OF_304 = ("cache-control", "etag", "last-modified")
 _PIECE_BYTES = 1 << 20
-_SPAN = re.compile(r"(\d{0,18})-(\d{0,18})", re.ASCII)
+_SPAN = re.compile(r"(\d*)-(\d*)", re.ASCII)
+_DIGITS = 19  # so many are beyond every file
 
 
 def headers_of(seconds_left: float) -> dict[str, str]:
@@ -34,14 +35,14 @@ def conditional(reply: Response, headers: Headers) -> Response:
     """
     etag, modified = reply.headers["etag"], reply.headers.get("last-modified")
     if "if-match" in headers:
-        failed = not _names(headers["if-match"], etag)
+        failed = not _names(headers["if-match"], etag, strong=True)
     else:
         failed = _later(modified, headers.get("if-unmodified-since"))
     if failed:
         text = "What is kept here is not what the request's conditions name."
         return error_response(RequestError(Fault.NOT_AS_ASKED, text, headers={"ETag": etag}))
     if "if-none-match" in headers:
-        known = _names(headers["if-none-match"], etag)
+        known = _names(headers["if-none-match"], etag, strong=False)
     else:
         since = headers.get("if-modified-since")
         known = modified is not None and _date(since) is not None and not _later(modified, since)
@@ -119,9 +120,9 @@ def _range_of(headers: Headers, found: KeptObject) -> tuple[int, int] | None:
         return None
     given = _SPAN.fullmatch(spans.strip())
     if given is not None and given[1]:
-        begin, end = int(given[1]), min(int(given[2]) + 1 if given[2] else found.size, found.size)
+        begin, end = _position(given[1]), min(_position(given[2]) + 1 if given[2] else found.size, found.size)
     elif given is not None and given[2]:
-        begin, end = max(found.size - int(given[2]), 0), found.size
+        begin, end = max(found.size - _position(given[2]), 0), found.size
     else:
         begin = end = 0
     if begin < end:
@@ -130,8 +131,19 @@ def _range_of(headers: Headers, found: KeptObject) -> tuple[int, int] | None:
     raise RequestError(Fault.BAD_RANGE, text, headers={"Content-Range": f"bytes */{found.size}"})
 
 
-def _names(tags: str, etag: str) -> bool:
-    return tags.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in tags.split(","))
+def _position(digits: str) -> int:
+    """Return a position in a file; of one beyond every file the first digits (Python reads no number of 5,000)."""
+    return int(digits.lstrip("0")[:_DIGITS] or "0")
+
+
+def _names(tags: str, etag: str, *, strong: bool) -> bool:
+    """Whether a list names a tag; to a strong comparison weak tags are nobody's (RFC 9110, 8.8.3.2)."""
+    if tags.strip() == "*":
+        return True
+    named = [tag.strip() for tag in tags.split(",")]
+    if strong:
+        return etag in named and not etag.startswith("W/")
+    return etag.removeprefix("W/") in (tag.removeprefix("W/") for tag in named)
 
 
 def _date(text: str | None) -> float | None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
+
+from server.core.costs import CostTable
+from server.core.policies import POLICIES, make_policy
+from server.objects.place import read_place
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy/helm/rmd"
@@ -49,11 +53,73 @@ def test_every_set_of_values_is_taken(file: Path) -> None:
         ({"hardware": [{"name": "a", "engines": {"built": True}}]}, "built"),
         ({"networkPolicy": {"enable": False}}, "enable"),
         ({"server": {"autoscaling": {"maxReplica": 2}}}, "maxReplica"),
+        ({"server": {"strategy": {"rollingUpdate": {"maxSurges": 1}}}}, "maxSurges"),
     ],
 )
 def test_a_typo_is_refused_by_its_name(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         validate(values)
+
+
+def of(path: str, value: Any) -> dict[str, Any]:
+    """Values with one at a path such as ``server.host``; entries of ``hardware`` need a name."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value if "hardware" not in value else {"hardware": [{"name": "a", **value["hardware"]}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "right", "wrong"),
+    [
+        ("server.host", ["", "a", "a.example.org", "4a.xn--p1ai"], ["a..example", "10.0.0.1", ".a", "a.", "A", "::1"]),
+        ("objects.secret", ["", "a", "a-1.b"], ["a..b", "a.", "-a"]),
+        ("hardware.gpuProduct", ["", "NVIDIA-H200", "A100-SXM4-80GB_x.1"], ["NVIDIA H200", "a-", "a" * 64]),
+        ("hardware.nodeSelector.zone", ["a", ""], ["a b"]),
+        ("server.tmpSize", ["8Gi", "1.5Gi", "512Ki", "1e9", "100m", 5], ["1.2.3Gi", "1ki", ".", "Gi", "8 Gi", -1]),
+        ("server.resources.limits.memory", ["8Gi", "8G"], ["1.2.3Gi", "8GB"]),
+        ("server.checkpoints", [["/models/a"]], [["/models/a,/models/b"], [""]]),
+        ("server.strategy.rollingUpdate.maxSurge", [1, "25%"], ["all", -1, 1.5]),
+        ("server.strategy.rollingUpdate", [None, {}], ["25%"]),
+    ],
+)  # fmt: skip
+def test_what_kubernetes_would_refuse_is_refused_before(path: str, right: list[Any], wrong: list[Any]) -> None:
+    for value in right:
+        validate(of(path, value))
+    for value in wrong:
+        with pytest.raises(ValidationError):
+            validate(of(path, value))
+
+
+def taken(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except (ValueError, ValidationError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *POLICIES, "lifo", "", "fifo:8", "stagewise:1.5", "stagewise:", "stagewise:x", "dynamic:8", "dynamic:8:0.02",
+        "dynamic:0", "dynamic:8:0.02:1", "dynamic:8:-1", "continuous:4", "continuous:4.5", "continuous:4:1",
+    ],
+)  # fmt: skip
+def test_policies_are_the_server_s(text: str) -> None:
+    told = of("server.settings.policy", text)
+    assert taken(lambda: validate(told)) is taken(lambda: make_policy(text, CostTable({})))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "videos", "/films", "a:b", "s3://", "s3:///films", "s3://films", "gs://films/all", "az://films?region=a",
+        "s3://films?endpoint=http://minio:9000&region=eu-1", "http://films", "s3://me:word@films", "s3://?region=a",
+    ],
+)  # fmt: skip
+def test_places_are_the_server_s(text: str) -> None:
+    told = of("server.settings.objects", text)
+    assert taken(lambda: validate(told)) is taken(lambda: read_place(text))
 
 
 def test_the_schema_knows_the_server_s_settings() -> None:

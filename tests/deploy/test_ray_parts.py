@@ -19,6 +19,7 @@ from tests.server.house import Clock
 
 HERE = Contact("tcp://10.0.0.7:1", "key")
 ROOT = Path(__file__).parents[2]
+SHARED: dict[str, Any] = {"video_database": "postgresql://films@db/films", "objects": "s3://films"}
 
 
 def run(call: Any) -> Any:
@@ -75,9 +76,14 @@ def test_settings_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"devices": "cuda:0,cuda:1"}, "each engine is a replica"),
         ({"build_missing": True}, "run rmd build ahead"),
         ({"min_engines": 4}, r"max_engines \(1\) is less than min_engines \(4\)"),
+        ({"fronts": 2}, "set video_database .* and objects"),
+        ({"fronts": 2, **SHARED, "objects": None}, "set video_database .* and objects"),
+        ({"fronts": 2, **SHARED, "video_database": None}, "set video_database .* and objects"),
+        ({"fronts": 2, **SHARED, "video_database": "sqlite:////films/jobs"}, "not SQLite"),
     ):
         with pytest.raises(ValidationError, match=reason):
             ClusterSettings(api_keys="k", **wrong)
+    assert ClusterSettings(api_keys="k", fronts=2, **SHARED).fronts == 2
 
 
 def test_the_shipped_application_names_settings_that_exist() -> None:

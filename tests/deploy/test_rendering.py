@@ -39,7 +39,7 @@ Object = dict[str, Any]
 def render(values: dict[str, Any], chart: Path = CHART, **release: Any) -> list[Object]:
     """The objects that these values make, as `helm template rmd` would."""
     with helm.Chart.load(chart) as loaded:
-        files = loaded.render(values=values, name="rmd", namespace="pictures", **release)
+        files = loaded.render(values=values, **{"name": "rmd", "namespace": "pictures", **release})
     texts = [text for name, text in files.items() if not name.endswith("NOTES.txt")]
     return [each for text in texts for each in yaml.safe_load_all(text) if each]
 
@@ -141,6 +141,11 @@ SHARED = {
 }
 
 
+RECREATE = {"strategy": {"type": "Recreate"}}
+SCRAPED = {"prometheus": {"address": "http://prometheus:9090"}}
+INGRESS = {"ingress": {"className": "nginx"}}
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -149,17 +154,75 @@ SHARED = {
         ({**OPEN, "servers": [{"name": "a"}, {"name": "a"}]}, "two are called 'a'"),
         ({**OPEN, "hardware": [{"name": "cpu"}, {"name": "cpu"}]}, "two are called 'cpu'"),
         ({**OPEN, "server": {"replicas": 2}}, "database.secret and objects.secret"),
+        ({**OPEN, "servers": [{"name": "a", "ray": {"enabled": True, "fronts": 2}}]}, "database.secret and obj"),
         ({**OPEN, **SHARED, "networkPolicy": {}}, "networkPolicy.egress"),
         ({**OPEN, **SHARED, "server": {"autoscaling": {"enabled": True}}}, "prometheus.address"),
         ({**OPEN, "server": {"host": "a.example.org"}}, "ingress.className or gateway.parentRefs"),
         ({**OPEN, "server": {"gpus": 2, "ray": {"enabled": True}}}, "an engine of Ray's has one GPU"),
         ({**OPEN, "server": {"gpus": 1, "ray": {"enabled": True}}}, "engines.build for hardware 'cpu'"),
         ({**OPEN, **SHARED, "server": {"replicas": 2, "ray": {"enabled": True}}}, "ray.fronts"),
+        (
+            {
+                **OPEN,
+                **SHARED,
+                **SCRAPED,
+                "server": {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}},
+            },
+            r"autoscaling.minReplicas \(5\) is more than maxReplicas \(2\)",
+        ),
+        (
+            {**OPEN, "server": {"ray": {"enabled": True, "minEngines": 5, "maxEngines": 2}}},
+            r"ray.minEngines \(5\) is more than maxEngines \(2\)",
+        ),
+        ({**OPEN, "server": {"strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 0}}}}, "cannot begin"),
+        ({**OPEN, "servers": [{"name": "a", "strategy": {"rollingUpdate": {"maxUnavailable": "0%"}}}]}, "cannot begin"),
+        (
+            {**OPEN, "servers": [{"name": "a", "strategy": {"type": "Recreate", "rollingUpdate": {"maxSurge": 1}}}]},
+            "Recreate has no rollingUpdate",
+        ),
+        (
+            {**OPEN, **INGRESS, "servers": [{"name": "a", "host": "a.org"}, {"name": "b", "host": "a.org"}]},
+            "'a' and 'b' have one host, a.org",
+        ),
+        ({**OPEN, **INGRESS, "server": {"host": "a..example"}}, "host"),
+        ({**OPEN, **INGRESS, "server": {"host": "10.0.0.1"}}, "host"),
+        ({**OPEN, "hardware": [{"name": "cpu", "gpuProduct": "NVIDIA H200"}]}, "gpuProduct"),
+        ({**OPEN, "server": {"resources": {"limits": {"memory": "1.2.3Gi"}}}}, "memory"),
+        ({**OPEN, "server": {"settings": {"policy": "lifo"}}}, "policy"),
+        ({**OPEN, "server": {"checkpoints": ["/models/a,/models/b"]}}, "checkpoints"),
+        ({**OPEN, "server": {"settings": {"objects": "s3://"}}}, "objects"),
+        ({**OPEN, "server": {"settings": {"objects": "s3://films"}}}, "networkPolicy.egress.* s3://films"),
     ],
 )
 def test_values_that_cannot_work_together_are_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(helm.HelmError, match=said):
         render(values)
+
+
+def test_names_that_kubernetes_would_refuse_are_refused() -> None:
+    """A release may have 53 characters, a Service and a Job 63."""
+    name = "a" * 40
+    render({**OPEN, "servers": [{"name": "b" * 18}]}, name=name)
+    with pytest.raises(helm.HelmError, match=r"its Service would be called .*at most 63"):
+        render({**OPEN, "servers": [{"name": "b" * 19}]}, name=name)
+    built = {
+        "servers": [{"name": "b", "hardware": "h" * 20}],
+        "hardware": [{"name": "h" * 20, "engines": {"build": True}}],
+    }
+    with pytest.raises(helm.HelmError, match=r"the Job of its engines would be called .*at most 63"):
+        render({**OPEN, **built}, name=name)
+
+
+@pytest.mark.parametrize("values", [{"server": RECREATE}, {"servers": [{"name": "a", **RECREATE}]}])
+def test_a_roll_out_that_recreates_has_no_other_parameters(values: dict[str, Any]) -> None:
+    (deployment,) = of_kind(render({**OPEN, **values}), "Deployment")
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    validate(deployment)
+
+
+def test_one_front_needs_no_shared_stores() -> None:
+    objects = render({**OPEN, "server": {"ray": {"enabled": True}}})
+    assert of_kind(objects, "RayService")
 
 
 def test_pods_have_no_rights_and_write_to_their_volumes_alone(rendered: list[Object]) -> None:

@@ -65,10 +65,10 @@ FILM = FinishedPicture(0, b"film", PictureRecord(), thumbnail=b"thumbnail", spri
 class Desk:
     """A runner over a maker that only does what it is told."""
 
-    def __init__(self, folder: Path, **limits: Any) -> None:
+    def __init__(self, folder: Path, store: type[JobStore] = JobStore, **limits: Any) -> None:
         self.maker = Maker()
         self.database = Database(f"sqlite:///{folder / 'jobs.sqlite3'}")
-        self.store = JobStore(self.database)
+        self.store = store(self.database)
         self.films = folder / "films"
         self.shelf = FilmShelf(Objects(self.films))
         maker = FilmMaker(

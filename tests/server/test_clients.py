@@ -42,6 +42,8 @@ HOME_ASSISTANT: Body = {
     "response_format": "url",
     "n": 1,
 }
+N8N_FILM: dict[str, str] = {"model": "sora-2", "prompt": PROMPT, "seconds": "4", "size": "1280x720"}
+"""Its only film model, a form of several parts; `seconds` and `size` are its first choices."""
 VERCEL: Body = {"model": "tiny", "prompt": PROMPT, "n": 1, "response_format": "b64_json"}
 AIPERF: Body = {"prompt": PROMPT, "model": "tiny", "response_format": "b64_json", "n": 1}
 LITELLM: Body = {
@@ -80,7 +82,7 @@ CLIENTS: list[tuple[str, Body, int, int]] = [
     ("Nextcloud, older", {**NEXTCLOUD, "size": "1024x1024"}, 400, 200),
     ("LobeChat", LOBECHAT, 200, 200),
     ("LobeChat, steps", {**LOBECHAT, "steps": 20, "cfg": 7.5}, 400, 400),
-    ("n8n, a film model", {**NEWELLE, "model": "sora-2"}, 404, 404),
+    ("Newelle, a film model", {**NEWELLE, "model": "sora-2"}, 404, 404),
 ]
 
 # A field, its value, and the words of the error that lead out.
@@ -130,6 +132,27 @@ def test_a_clients_body(strict: House, lenient: House, name: str, body: Body, pl
     content = lenient.client.get(picture["url"]).content if links else picture["b64_json"]
     height, width, _ = pixels(content).shape
     assert shown["size"] == f"{width}x{height}" == "64x64", "the true size, whatever was asked for"
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "param", "words"),
+    [
+        ({}, 404, "model", "this server holds 'tiny-wan'"),
+        ({"model_aliases": "sora-2"}, 400, "size", "48x48"),
+        ({"model_aliases": "sora-2", "nearest_size": True}, 400, "seconds", "ask for that or nothing"),
+    ],
+    ids=["plain", "by its alias", "and the nearest size"],
+)
+def test_n8ns_film_is_refused_by_what_is_not_so_here(
+    film_checkpoint: Path, film_model: DeviceModel, settings: Body, status: int, param: str, words: str
+) -> None:
+    """A film of another length than the model's is none that was asked for, whatever its name and size."""
+    with serving(film_model, make_settings(film_checkpoint, **settings)) as house:
+        reply = house.client.post("/v1/videos", files={name: (None, value) for name, value in N8N_FILM.items()})
+        assert reply.request.headers["content-type"].startswith("multipart/form-data; boundary=")
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (status, param) and words in error["message"], reply.text
+        assert house.client.get("/v1/videos").json()["data"] == []
 
 
 @pytest.mark.parametrize(("field", "value", "words"), HINTS)

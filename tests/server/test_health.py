@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from server.core.stations import StationKey
 from server.device.model import DeviceModel, Loaded
 from server.front.service import Service
 from server.http.app import create_app
+from server.start.settings import ServerSettings
 from tests.server.conftest import load_on_cpu, make_settings
-from tests.server.house import House
+from tests.server.house import House, serving
 from tests.server.thread_engine import ThreadEngine
 
 
@@ -100,6 +102,21 @@ async def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the end is on purpose
+def test_a_server_whose_films_nobody_makes_is_not_ready(
+    film_model: DeviceModel, film_settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their thread had ended, and films were taken that nobody would make."""
+    with serving(film_model, film_settings) as house:
+        assert house.client.get("/health/ready").status_code == 200 and house.metric("rmd_ready") == 1
+        monkeypatch.setattr(house.service.jobs, "_feed", lambda: sys.exit("it ends"))
+        house.client.post("/v1/videos", json={"prompt": "x"})
+        house.until(lambda: house.client.get("/health/ready").status_code == 503, "the thread's end to be told")
+        body = house.client.get("/health/ready").json()
+        assert body["status"] == "unavailable" and "thread of the video jobs" in body["reason"]
+        assert house.metric("rmd_ready") == 0 and house.client.get("/health/live").status_code == 200
 
 
 def test_models_list_what_requests_may_ask_for(house: House) -> None:

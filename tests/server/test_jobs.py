@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+import pytest
 
 from server.core.faults import Fault, RequestError
 from server.films.database import Database
 from server.films.store import JobStore
+from server.films.tables import VideoJob
 from server.front.generation import Advanced, Failed
 from tests.server.film_desk import FILM, Desk, job
 
@@ -75,6 +78,34 @@ def test_a_job_cancelled_at_another_server_is_dropped_at_its_next_step(desks: Ca
     mine.maker.tell(running.id, Advanced(0.3))
     mine.until(lambda: mine.maker.cancelled == [running.id])
     assert mine.status(running) == "failed 0 cancelled"
+
+
+def test_a_draining_server_takes_no_more_films(desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event claimed a job and gave it back, which another server could have had meanwhile."""
+    monkeypatch.setattr("server.films.runner._PROGRESS_SECONDS", 0.0)  # it counts in every round, and does so last
+    claimed: list[str] = []
+    rounds: list[int] = []
+
+    class Watched(JobStore):
+        def claim(self, models: Collection[str], worker: str, seconds: float) -> VideoJob | None:
+            found = super().claim(models, worker, seconds)
+            claimed.extend([found.id] if found else [])
+            return found
+
+        def counts(self, models: Collection[str]) -> dict[str, int]:
+            rounds.append(len(rounds))
+            return super().counts(models)
+
+    desk = desks(store=Watched)
+    desk.maker.refusal = RequestError(Fault.DRAINING, "stopping")
+    jobs = []
+    for _ in range(4):
+        before = len(rounds)
+        jobs.append(desk.accept())
+        desk.until(lambda seen=before: len(rounds) > seen + 1)
+    assert claimed == [jobs[0].id] and {desk.status(each) for each in jobs} == {"queued 0"}
+    other = desks()
+    other.until(lambda: len(other.maker.taken) == 2)
 
 
 def test_what_a_stopping_executor_gives_up_is_taken_by_the_next_server(desks: Callable[..., Desk]) -> None:

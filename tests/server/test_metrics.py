@@ -150,6 +150,19 @@ def test_a_server_under_another_models_name_shows_whose_films_it_leaves(
         assert left.open
 
 
+def test_a_film_that_nobody_took_in_time_is_counted(film_model: DeviceModel, film_settings: ServerSettings) -> None:
+    """Jobs that were given up were in no metric."""
+    film_settings.videos.mkdir()
+    database = Database(film_settings.video_database_url)
+    late = VideoJob("", "tiny-wan", {"prompt": "a", "schedule": "3+3"}, "1", "64x64", time.time() - 100)
+    late.begin_by = time.time() - 50
+    JobStore(database).add(late)
+    database.close()
+    with serving(film_model, film_settings) as house:
+        house.until(lambda: house.metric("rmd_videos_total", outcome="deadline") == 1, "it to be counted")
+        assert house.metric("rmd_videos_total") == 1 and house.metric("rmd_steps_total") == 0
+
+
 def test_an_engine_says_when_its_batches_end_by_its_own_clock(checkpoint: Path, model: DeviceModel) -> None:
     from server.core.messages import Ended, Ready
     from server.core.stations import StationKey

@@ -124,6 +124,7 @@ def test_an_engine_that_stops_is_ended_and_another_finishes_the_request(sick: Ho
     sick.until(lambda: sick.client.get("/health/ready").status_code == 503, "the probe to say so")
     body = sick.client.get("/health/ready").json()
     assert body["engines"][0]["status"] in ("restarting", "loading") and sick.metric("rmd_ready") == 0
+    assert body["status"] == "unavailable" and "no engine works" in body["reason"]
     assert sick.client.get("/health/live").status_code == 200, "it will be back"
     assert call.result(90).status_code == 200
     assert sick.metric("rmd_engine_restarts_total") == restarts + 1

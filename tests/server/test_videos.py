@@ -375,7 +375,10 @@ def test_a_film_is_sent_once_to_who_has_it(house: House) -> None:
     etag, modified = first.headers["etag"], first.headers["last-modified"]
     head = house.client.head(url)
     assert head.status_code == 200 and head.content == b"" and head.headers["content-length"] == str(len(first.content))
-    for condition in ({"If-None-Match": etag}, {"If-None-Match": f'"x", {etag}'}, {"If-Modified-Since": modified}):
+    for condition in (
+        *({"If-None-Match": tags} for tags in (etag, f'"x", {etag}', f"W/{etag}")),
+        {"If-Modified-Since": modified},
+    ):
         again = house.client.get(url, headers=condition)
         assert again.status_code == 304 and again.content == b"" and again.headers["etag"] == etag, condition
     for condition in (
@@ -386,7 +389,8 @@ def test_a_film_is_sent_once_to_who_has_it(house: House) -> None:
     ):
         assert house.client.get(url, headers=condition).content == first.content, condition
     early = {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"}
-    for condition in ({"If-Match": '"x"'}, early):
+    weak = {"If-Match": f"W/{etag}"}  # the strong comparison, unlike If-None-Match's (RFC 9110, 13.1.1)
+    for condition in ({"If-Match": '"x"'}, weak, early):
         assert error_of(house.client.get(url, headers=condition)) == (412, None, "precondition_failed"), condition
 
 
@@ -395,6 +399,12 @@ def test_ranges_of_a_film(house: House) -> None:
     whole = house.client.get(url).content
     part = house.client.get(url, headers={"Range": "bytes=5-9"})
     assert part.status_code == 206 and part.content == whole[5:10]
+    for digits in (18, 30, 5000):  # a last position beyond the end is the end (RFC 9110, 14.1.2)
+        far = "9" * digits
+        for span, expected in ((f"0-{far}", whole), (f"5-{far}", whole[5:]), (f"-{far}", whole)):
+            long = house.client.get(url, headers={"Range": f"bytes={span}"})
+            assert long.status_code == 206 and long.content == expected, (digits, span[:3])
+        assert house.client.get(url, headers={"Range": f"bytes={far}-"}).status_code == 416
     beyond = house.client.get(url, headers={"Range": f"bytes={len(whole)}-"})
     assert (
         error_of(beyond) == (416, None, "invalid_range") and beyond.headers["content-range"] == f"bytes */{len(whole)}"

@@ -37,8 +37,9 @@ async def live(request: Request) -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """200 where an engine is warm and requests are accepted; else 503 with the reason. Says what is compiled."""
     service = _service(request)
-    state = service.state
-    body: dict[str, Any] = {"status": state.value}
+    state, is_ready = service.state, service.ready
+    lacking = None if is_ready or state is not State.READY else _lacking(service)
+    body: dict[str, Any] = {"status": state.value if lacking is None else "unavailable"}
     if state is State.LOADING:
         progress = service.progress
         body["progress"] = {"done": progress.done, "total": progress.total, "text": progress.text}
@@ -65,9 +66,18 @@ async def ready(request: Request) -> JSONResponse:
         body["not_built"] = service.builder.failure
     if service.database.fault:
         body["database"] = service.database.fault
-    if service.failure:
-        body["reason"] = service.failure
-    return JSONResponse(body, 200 if service.ready else 503, headers={} if service.ready else {"Retry-After": "5"})
+    if service.failure or lacking:
+        body["reason"] = service.failure or lacking
+    return JSONResponse(body, 200 if is_ready else 503, headers={} if is_ready else {"Retry-After": "5"})
+
+
+def _lacking(service: Service) -> str:
+    """Return why a server that has loaded is not ready."""
+    if service.database.fault:
+        return f"the database fails: {service.database.fault}"
+    if service.film_jobs is not None and not service.film_jobs.alive:
+        return "the thread of the video jobs has ended: no film is made until the process is restarted"
+    return "no engine works at the moment; see engines"
 
 
 @router.get("/metrics", include_in_schema=False)

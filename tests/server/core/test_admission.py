@@ -9,7 +9,7 @@ import pytest
 
 from server.core.admission import Admission, Permit
 from server.core.faults import Fault, RequestError
-from server.core.promises import LONGEST_RETRY
+from server.core.promises import LONGEST_RETRY, in_a_while
 from tests.server.house import Clock
 
 
@@ -24,6 +24,11 @@ def retry_after(admission: Admission, items: int = 1) -> int:
     seconds = refused(admission, items).retry_after
     assert seconds is not None
     return seconds
+
+
+def test_those_who_are_told_at_once_come_back_one_by_one() -> None:
+    """All came back together, 5 s after something was away."""
+    assert {in_a_while(5) for _ in range(1000)} == {5, 6, 7, 8, 9, 10}
 
 
 def test_permits_are_bounded_and_given_back_once() -> None:

@@ -43,6 +43,7 @@ app.kubernetes.io/component: {{ .server.name }}
 {{- define "rmd.servers" -}}
 {{- $hardware := include "rmd.hardware" . | fromJson }}
 {{- $names := list }}
+{{- $hosts := dict }}
 {{- $all := list }}
 {{- range .Values.servers }}
 {{- if has .name $names }}{{ fail (printf "servers: two are called '%s'" .name) }}{{ end }}
@@ -52,11 +53,17 @@ app.kubernetes.io/component: {{ .server.name }}
 {{- fail (printf "server '%s': there is no hardware '%s'; there are %s" .name $one.hardware (keys $hardware | sortAlpha | join ", ")) }}
 {{- end }}
 {{- $_ := set $one "hardware" (get $hardware $one.hardware) }}
-{{- if and (or $one.autoscaling.enabled (gt (int $one.replicas) 1)) (not (and $.Values.database.secret $.Values.objects.secret)) }}
-{{- fail (printf "server '%s': several replicas share films, linked pictures and idempotent replies through database.secret and objects.secret; set both" .name) }}
+{{- /* The defaults' roll-out parameters are not Recreate's; an entry's own would be a contradiction. */}}
+{{- if eq $one.strategy.type "Recreate" }}
+{{- if (default dict .strategy).rollingUpdate }}
+{{- fail (printf "server '%s': strategy.type Recreate has no rollingUpdate; leave it out" .name) }}
 {{- end }}
-{{- if and $one.autoscaling.enabled (not $.Values.prometheus.address) }}
-{{- fail (printf "server '%s': autoscaling asks Prometheus for the admitted work; set prometheus.address" .name) }}
+{{- $_ := set $one "strategy" (dict "type" "Recreate") }}
+{{- end }}
+{{- include "rmd.check" (dict "root" $ "server" $one) }}
+{{- with $one.host }}
+{{- if hasKey $hosts . }}{{ fail (printf "servers '%s' and '%s' have one host, %s; each needs its own" (get $hosts .) $one.name .) }}{{ end }}
+{{- $_ := set $hosts . $one.name }}
 {{- end }}
 {{- $all = append $all $one }}
 {{- end }}
