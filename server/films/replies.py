@@ -7,8 +7,9 @@ killed leaves it to the next one that is asked.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Result, and_, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -74,24 +75,27 @@ class ReplyStore:
         with self._begin() as session:
             session.execute(held.values(lease_until=seconds_from_now(seconds)))
 
-    def finish(self, account: str, key: str, worker: str, reply: bytes) -> None:
-        """Keep a reply, unless it is too large, and forget the oldest ones where there are too many."""
+    def finish(self, account: str, key: str, worker: str, reply: bytes) -> bool:
+        """Keep a reply, unless it is too large, and forget the oldest ones where there are too many.
+
+        Returns:
+            Whether it was still the worker's to say; where the lease had lapsed, another's reply may count.
+        """
         if len(reply) > self._max_bytes:
-            self.give_up(account, key, worker)
-            return
+            return self.give_up(account, key, worker)
         held = update(IdempotentReply).where(*_of(account, key), IdempotentReply.worker == worker)
         with self._begin() as session:
-            session.execute(held.values(reply=reply, finished_at=Clock()))
+            result = session.execute(held.values(reply=reply, finished_at=Clock()))
+            if not _changed(result):
+                return False
             self._prune(session)
+        return True
 
-    def give_up(self, account: str, key: str, worker: str) -> None:
-        """Let others make it: no reply came of it."""
+    def give_up(self, account: str, key: str, worker: str) -> bool:
+        """Let others make it: no reply came of it. False where it was no longer the worker's."""
+        mine = IdempotentReply.worker == worker, IdempotentReply.finished_at.is_(None)
         with self._begin() as session:
-            session.execute(
-                delete(IdempotentReply).where(
-                    *_of(account, key), IdempotentReply.worker == worker, IdempotentReply.finished_at.is_(None)
-                )
-            )
+            return _changed(session.execute(delete(IdempotentReply).where(*_of(account, key), *mine)))
 
     def forget(self, account: str, key: str, finished_at: float) -> None:
         """Delete the reply that was made then: it can no longer be given."""
@@ -115,6 +119,10 @@ class ReplyStore:
             total += size
             if place >= self._max or total > self._max_bytes:
                 session.execute(delete(IdempotentReply).where(*_of(account, key)))
+
+
+def _changed(result: Result[Any]) -> bool:
+    return bool(result.rowcount)  # type: ignore[attr-defined]
 
 
 def _of(account: str, key: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import sqlite3
 import subprocess
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,15 +17,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, make_url
 
-from server.core.faults import Fault, RequestError
 from server.device.model import DeviceModel
 from server.films import database as database_module
 from server.films.database import Database, DatabaseError
-from server.films.replies import ReplyStore
 from server.films.schema import VERSION_TABLE
 from server.films.store import JobStore
 from server.films.tables import Base, VideoJob
-from server.front.idempotency import IdempotencyStore
 from server.start.settings import ServerSettings
 from tests.server.house import House, serving
 from tests.server.postgresql import PostgreSQL
@@ -37,19 +31,6 @@ from tests.server.test_jobs import job
 URL = "/v1/videos"
 BEFORE = (Path(__file__).parent / "jobs_before_migrations.sql").read_text()
 """Three jobs, one of each kind, as servers of before the migrations left them."""
-
-
-@pytest.fixture
-def open_database(database_url: str) -> Iterator[Callable[[], Database]]:
-    opened: list[Database] = []
-
-    def once_more() -> Database:
-        opened.append(Database(database_url))
-        return opened[-1]
-
-    yield once_more
-    for each in opened:
-        each.close()
 
 
 def run_sql(url: str, script: str) -> None:
@@ -232,12 +213,6 @@ def unavailable(house: House, reason: str) -> None:
 # -- SQLite, while it is used ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database_module, "_BUSY_SECONDS", 0.1)
-    monkeypatch.setattr(database_module, "_RETRY_SECONDS", 0.1)
-
-
 @pytest.mark.usefixtures("quick")
 def test_films_wait_for_a_locked_database(film_model: DeviceModel, film_settings: ServerSettings) -> None:
     with serving(film_model, film_settings) as house:
@@ -328,83 +303,3 @@ def test_a_key_of_racing_requests_makes_one_job_and_is_free_once_that_is_gone(
     stores[0].cancel(later.id, 26.0, 99.0)
     stores[0].delete(later.id)
     assert stores[0].add(new(), now=27.0).id != later.id, "deleted"
-
-
-Server = Callable[[], IdempotencyStore]
-
-
-@pytest.fixture
-def new_server(open_database: Callable[[], Database]) -> Server:
-    def server() -> IdempotencyStore:
-        bounds = {"max_replies": 3, "max_bytes": 300, "life_seconds": 60.0}
-        return IdempotencyStore(ReplyStore(open_database(), **bounds), **bounds)
-
-    return server
-
-
-async def answer(server: IdempotencyStore, key: str, text: str, body: str = "b") -> tuple[dict[str, Any], bool]:
-    async def make() -> dict[str, Any]:
-        return {"data": [{"b64_json": text}]}
-
-    return await server.run("me", key, body, make)
-
-
-def test_a_reply_outlasts_its_server_and_is_given_by_others(new_server: Server) -> None:
-    async def scenario() -> None:
-        first = await answer(new_server(), "k", "one")
-        other = new_server()
-        assert first[1] is False and await answer(other, "k", "two") == (first[0], True)
-        with pytest.raises(RequestError) as conflict:
-            await answer(new_server(), "k", "two", body="another")
-        assert conflict.value.fault is Fault.CONFLICT
-
-    asyncio.run(scenario())
-
-
-def test_two_servers_make_a_reply_once(new_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.front.idempotency._POLL_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        made = Counter[str]()
-
-        async def make() -> dict[str, Any]:
-            made["x"] += 1
-            await asyncio.sleep(0.05)
-            return {"made": made["x"]}
-
-        replies = await asyncio.gather(*(new_server().run("me", "k", "b", make) for _ in range(2)))
-        assert made["x"] == 1 and sorted(replayed for _, replayed in replies) == [False, True]
-
-    asyncio.run(scenario())
-
-
-def test_what_a_killed_server_made_is_made_again(open_database: Callable[[], Database], new_server: Server) -> None:
-    records = ReplyStore(open_database(), 3, 300, 60.0)
-    assert records.claim("me", "k", "b", "killed", 0.05).mine
-    assert not records.claim("me", "k", "b", "other", 0.05).mine, "it may still be at work"
-    time.sleep(0.06)
-    assert asyncio.run(answer(new_server(), "k", "two")) == ({"data": [{"b64_json": "two"}]}, False)
-    records.give_up("me", "k", "killed")
-    assert records.claim("me", "k", "b", "other", 1).reply is not None, "what is not its own it cannot take back"
-
-
-def test_replies_of_all_servers_are_bounded_in_number_bytes_and_time(open_database: Callable[[], Database]) -> None:
-    database = open_database()
-
-    def kept(records: ReplyStore, *keys: str) -> list[bool]:
-        return [records.claim("me", key, "b", "looking", -1).reply is not None for key in keys]
-
-    few = ReplyStore(database, max_replies=3, max_bytes=300, life_seconds=60.0)
-
-    def make(key: str, size: int) -> None:
-        assert few.claim("me", key, "b", "w", 60).mine
-        few.finish("me", key, "w", bytes(size))
-
-    for key in "abcd":
-        make(key, 10)
-    assert kept(few, *"abcd") == [False, True, True, True], "the oldest leaves first"
-    make("e", 285)
-    assert kept(few, *"cde") == [False, True, True]
-    make("f", 301)
-    assert kept(few, *"def") == [True, True, False], "too large to be kept, and pushes nothing out"
-    assert kept(ReplyStore(database, 3, 300, life_seconds=0.0), *"de") == [False, False]
