@@ -109,6 +109,16 @@ class Database:
         """``sqlite`` or ``postgresql``."""
         return self._engine.dialect.name
 
+    def check(self) -> None:
+        """Refuse at once what would wait for a database that is known not to work, and hold a thread meanwhile.
+
+        Raises:
+            DatabaseError: it failed, and has not been found to work again since.
+        """
+        fault = self.fault
+        if fault is not None:
+            raise DatabaseError(fault)
+
     @contextmanager
     def begin(self) -> Iterator[Session]:
         """Work in one transaction, which is committed at the end.

@@ -48,11 +48,12 @@ class ReplyStore:
     """
 
     def __init__(self, database: Database, max_replies: int, max_bytes: int, life_seconds: float) -> None:
-        self._begin = database.begin
+        self._begin, self._check = database.begin, database.check
         self._max, self._max_bytes, self._life = max_replies, max_bytes, life_seconds
 
     def claim(self, account: str, key: str, body_digest: str, worker: str, seconds: float) -> Found:
         """Begin to make a reply, by a lease of so long, or say what is known of it already."""
+        self._check()
         lapsed = and_(IdempotentReply.finished_at.is_(None), IdempotentReply.lease_until <= Clock())
         with self._begin() as session:
             session.execute(delete(IdempotentReply).where(*_of(account, key), or_(lapsed, self._old())))
