@@ -236,6 +236,45 @@ def test_a_database_that_was_removed_takes_no_jobs(film_model: DeviceModel, film
         unavailable(house, "its file was removed or replaced")
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_was_damaged_while_it_is_used_is_away_until_all_of_it_is_whole(tmp_path: Path) -> None:
+    """It read as ready again a second later, and every request failed."""
+    file = tmp_path / "jobs.sqlite3"
+    opened = Database(f"sqlite:///{file}")
+    store = JobStore(opened)
+    for _ in range(40):
+        store.add(job("m"))
+    with sqlite3.connect(file, isolation_level=None) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        page = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'videos'").fetchone()[0]
+        whole = write_page(file, page, os.urandom(4096))
+        other.execute(f"UPDATE {VERSION_TABLE} SET version_num = version_num")  # nobody trusts what he remembers
+        with pytest.raises(DatabaseError, match="it is damaged"):
+            store.counts(["m"])
+        opened.probe()
+        assert opened.fault == "it is damaged"
+        other.execute("BEGIN IMMEDIATE")
+        opened.probe()
+        other.execute("ROLLBACK")
+        opened.probe()
+        assert opened.fault == "it is damaged", "however it failed meanwhile"
+        write_page(file, page, whole)
+        opened.probe()
+        assert opened.fault is None and store.counts(["m"])["queued"] == 40
+    other.close()
+    opened.close()
+
+
+def write_page(file: Path, page: int, content: bytes) -> bytes:
+    """Change a page behind SQLite's back; returns what it held."""
+    with file.open("r+b") as raw:
+        raw.seek(4096 * (page - 1))
+        before = raw.read(4096)
+        raw.seek(4096 * (page - 1))
+        raw.write(content)
+    return before
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root only")
 def test_a_full_disk_is_refused_at_start_and_told_while_running(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
