@@ -95,6 +95,10 @@ class Database:
             with self._engine.connect() as connection:
                 bring_up_to_date(connection)
             self._engine.dispose()  # that connection may wait for as long as a migration takes
+            if self.dialect == "postgresql":
+                from server.films.bounded import bound_waits  # needs the driver
+
+                bound_waits(self._engine)
             self._check_pages()
             self._identity = self._identify()
             self._write()

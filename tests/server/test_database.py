@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, make_url
+from sqlalchemy import create_engine, make_url, select, update
 
 from server.device.model import DeviceModel
 from server.films import database as database_module
@@ -194,6 +194,52 @@ def test_films_wait_for_a_postgresql_that_went_away(
             postgresql.start()
         house.until(lambda: house.client.get("/health/ready").status_code == 200, "ready again")
         house.until(lambda: status(house, made) == "completed", "its film")
+
+
+def test_a_postgresql_that_hangs_is_away_and_comes_back(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests waited for ever, each on a thread."""
+    monkeypatch.setattr("server.films.bounded._GRACE_SECONDS", 0.2)
+    # libpq's shortest; a statement may take the server a second
+    database = Database(f"{postgresql.new_database()}?connect_timeout=2&options=-c%20statement_timeout%3D1s")
+    store = JobStore(database)
+    kept = store.add(job("m"))
+    with ThreadPoolExecutor(2) as pool:
+        with postgresql.hanging():
+            asked = [pool.submit(store.get, "", kept.id) for _ in range(2)]
+            faults = [each.exception(20) for each in asked]
+            assert [type(each) for each in faults] == [DatabaseError] * 2 and database.fault == "it cannot be reached"
+        database.probe()
+        assert database.fault is None and store.get("", kept.id) is not None
+    database.close()
+
+
+def test_a_statement_that_postgresql_does_not_finish_changes_nothing(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.films.bounded._GRACE_SECONDS", 0.2)
+    database = Database(f"{postgresql.new_database()}?connect_timeout=2&options=-c%20statement_timeout%3D1s")
+    store = JobStore(database)
+    kept, changed, hangs = store.add(job("m")), threading.Event(), threading.Event()
+
+    def change() -> None:
+        with database.begin() as session:
+            session.execute(update(VideoJob).values(progress=50))
+            changed.set()
+            assert hangs.wait(20)
+            session.execute(select(VideoJob))
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(change)
+        assert changed.wait(20)
+        with postgresql.hanging():
+            hangs.set()
+            fault = asked.exception(20)
+        assert isinstance(fault, DatabaseError) and fault.reason == "it cannot be reached"
+    found = store.get("", kept.id)
+    assert found is not None and found.progress == 0
+    database.close()
 
 
 def status(house: House, made: dict[str, Any]) -> str:
