@@ -1,7 +1,8 @@
 """The database that jobs and idempotent replies are kept in: SQLite, or PostgreSQL by URL.
 
 Whatever it fails at while the server runs is one error, :class:`DatabaseError`, which clients are told as 503. From
-then on the server is not ready, until a write has succeeded.
+then on the server is not ready, until a write has succeeded; and, where a file of SQLite was damaged, until all of it
+has been read.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ _POSTGRESQL = {
 }
 """For connections; the URL's own go before them."""
 
+_DAMAGED = "it is damaged"
 _SQLITE_REASONS = {
     "SQLITE_BUSY": "it is locked",
     "SQLITE_LOCKED": "it is locked",
     "SQLITE_FULL": "its disk is full",
-    "SQLITE_CORRUPT": "it is damaged",
-    "SQLITE_NOTADB": "it is damaged, or no database",
+    "SQLITE_CORRUPT": _DAMAGED,
+    "SQLITE_NOTADB": f"{_DAMAGED}, or no database",
     "SQLITE_READONLY": "it cannot be written to",
     "SQLITE_CANTOPEN": "it cannot be opened",
     "SQLITE_IOERR": "its disk failed",
@@ -51,7 +53,7 @@ _POSTGRESQL_REASONS = {
     "57014": "it does not answer in time",
     "40": "it is locked",
     "25006": "it cannot be written to",
-    "XX00": "it is damaged",
+    "XX00": _DAMAGED,
     "28": "it does not let this server in",
     "3D": "there is none of that name",
     "42501": "it does not let this server do what it must",
@@ -83,6 +85,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.fault: str | None = None
+        self._damaged = False  # a later fault, such as a lock, does not mend it
         parsed = _parse(url)
         self._file = Path(parsed.database or "") if parsed.drivername.startswith("sqlite") else None
         try:
@@ -92,6 +95,10 @@ class Database:
             with self._engine.connect() as connection:
                 bring_up_to_date(connection)
             self._engine.dispose()  # that connection may wait for as long as a migration takes
+            if self.dialect == "postgresql":
+                from server.films.bounded import bound_waits  # needs the driver
+
+                bound_waits(self._engine)
             self._check_pages()
             self._identity = self._identify()
             self._write()
@@ -108,6 +115,16 @@ class Database:
     def dialect(self) -> str:
         """``sqlite`` or ``postgresql``."""
         return self._engine.dialect.name
+
+    def check(self) -> None:
+        """Refuse at once what would wait for a database that is known not to work, and hold a thread meanwhile.
+
+        Raises:
+            DatabaseError: it failed, and has not been found to work again since.
+        """
+        fault = self.fault
+        if fault is not None:
+            raise DatabaseError(fault)
 
     @contextmanager
     def begin(self) -> Iterator[Session]:
@@ -165,20 +182,29 @@ class Database:
         self._engine.dispose()
 
     def probe(self) -> None:
-        """Look whether it works; what was away is there again once it takes a write."""
+        """Look whether it works; what was away is there again once it takes a write, and what was damaged is whole."""
         try:
             if self.fault is None:
                 with self.begin() as session:
                     session.execute(text(f"SELECT version_num FROM {VERSION_TABLE}"))
                 return
             self._write()
+            if self._damaged:
+                self._engine.dispose()  # what its connections remember of the file may be whole
+                self._check_pages()
         except DatabaseError:
             return
+        except SchemaError as error:
+            self._note(_DAMAGED, error)
+            return
+        except SQLAlchemyError as error:
+            self._note(reason_of(error), error)
+            return
         log.warning("the database works again")
-        self.fault = None
+        self.fault, self._damaged = None, False
 
     def _watch_over(self) -> None:
-        while not self._closing.wait(_PROBE_SECONDS if self.fault is None else _RETRY_SECONDS):
+        while not self._closing.wait(_PROBE_SECONDS if self.fault is None or self._damaged else _RETRY_SECONDS):
             self.probe()
 
     def _write(self) -> None:
@@ -189,13 +215,14 @@ class Database:
         if self.fault != reason:
             log.error("the database failed: %s (%s)", reason, _first_line(error))
         self.fault = reason
+        self._damaged |= reason.startswith(_DAMAGED)
 
     def _check_pages(self) -> None:
         if self._file is not None:
             with self._engine.connect() as connection:
                 found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
             if found != "ok":
-                raise SchemaError("it is damaged; restore it from a copy, or move it away and begin a new one")
+                raise SchemaError(f"{_DAMAGED}; restore it from a copy, or move it away and begin a new one")
 
     def _identify(self) -> tuple[int, int] | None:
         if self._file is None:

@@ -7,8 +7,9 @@ killed leaves it to the next one that is asked.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Result, and_, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -47,11 +48,12 @@ class ReplyStore:
     """
 
     def __init__(self, database: Database, max_replies: int, max_bytes: int, life_seconds: float) -> None:
-        self._begin = database.begin
+        self._begin, self._check = database.begin, database.check
         self._max, self._max_bytes, self._life = max_replies, max_bytes, life_seconds
 
     def claim(self, account: str, key: str, body_digest: str, worker: str, seconds: float) -> Found:
         """Begin to make a reply, by a lease of so long, or say what is known of it already."""
+        self._check()
         lapsed = and_(IdempotentReply.finished_at.is_(None), IdempotentReply.lease_until <= Clock())
         with self._begin() as session:
             session.execute(delete(IdempotentReply).where(*_of(account, key), or_(lapsed, self._old())))
@@ -74,24 +76,27 @@ class ReplyStore:
         with self._begin() as session:
             session.execute(held.values(lease_until=seconds_from_now(seconds)))
 
-    def finish(self, account: str, key: str, worker: str, reply: bytes) -> None:
-        """Keep a reply, unless it is too large, and forget the oldest ones where there are too many."""
+    def finish(self, account: str, key: str, worker: str, reply: bytes) -> bool:
+        """Keep a reply, unless it is too large, and forget the oldest ones where there are too many.
+
+        Returns:
+            Whether it was still the worker's to say; where the lease had lapsed, another's reply may count.
+        """
         if len(reply) > self._max_bytes:
-            self.give_up(account, key, worker)
-            return
+            return self.give_up(account, key, worker)
         held = update(IdempotentReply).where(*_of(account, key), IdempotentReply.worker == worker)
         with self._begin() as session:
-            session.execute(held.values(reply=reply, finished_at=Clock()))
+            result = session.execute(held.values(reply=reply, finished_at=Clock()))
+            if not _changed(result):
+                return False
             self._prune(session)
+        return True
 
-    def give_up(self, account: str, key: str, worker: str) -> None:
-        """Let others make it: no reply came of it."""
+    def give_up(self, account: str, key: str, worker: str) -> bool:
+        """Let others make it: no reply came of it. False where it was no longer the worker's."""
+        mine = IdempotentReply.worker == worker, IdempotentReply.finished_at.is_(None)
         with self._begin() as session:
-            session.execute(
-                delete(IdempotentReply).where(
-                    *_of(account, key), IdempotentReply.worker == worker, IdempotentReply.finished_at.is_(None)
-                )
-            )
+            return _changed(session.execute(delete(IdempotentReply).where(*_of(account, key), *mine)))
 
     def forget(self, account: str, key: str, finished_at: float) -> None:
         """Delete the reply that was made then: it can no longer be given."""
@@ -115,6 +120,10 @@ class ReplyStore:
             total += size
             if place >= self._max or total > self._max_bytes:
                 session.execute(delete(IdempotentReply).where(*_of(account, key)))
+
+
+def _changed(result: Result[Any]) -> bool:
+    return bool(result.rowcount)  # type: ignore[attr-defined]
 
 
 def _of(account: str, key: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:

@@ -34,6 +34,7 @@ _TICK_SECONDS = 5.0
 _TIDY_SECONDS = 60.0
 _RETRY_SECONDS = 1.0
 _PROGRESS_SECONDS = 1.0
+_ADMIT_SECONDS = 2.0  # for the requests in front, which take milliseconds each unless the database does not answer
 _MOST_ENDED = 10_000
 _MOST_ATTEMPTS = 3
 _LAST_FILMS_SECONDS = 10.0
@@ -137,16 +138,22 @@ class JobRunner:
 
         Raises:
             RequestError: 429 where too many wait, or too many of one account, 409 where that other request had another
-                body.
+                body, 503 where the database does not take it.
         """
+        self.store.check()
         job.begin_by = job.created_at + self._limits.seconds
-        with self._admitting:
+        if not self._admitting.acquire(timeout=_ADMIT_SECONDS):
+            raise DatabaseError("it does not answer in time")
+        try:
+            self.store.check()  # whoever was before may have found that it fails: not to wait for it one by one
             found = self.store.queue(self._models, job.account)
             if not found.all:
                 self._promises.begin()
             self._check_room(found)
             job.turn = found.turn
             kept = self.store.add(job, time.time())
+        finally:
+            self._admitting.release()
         if kept.body_digest != job.body_digest:
             raise key_reused()
         self._events.put(None)

@@ -63,7 +63,7 @@ class JobStore:
     """
 
     def __init__(self, database: Database) -> None:
-        self._database, self._begin = database, database.begin
+        self._database, self._begin, self.check = database, database.begin, database.check
         self._skips_locked = database.dialect == "postgresql"
 
     def listen(self, wake: Callable[[], None]) -> None:

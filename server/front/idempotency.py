@@ -2,7 +2,8 @@
 
 A keyed request runs on after its client has gone: that is what the key is for, since the retry then finds the reply.
 Only successful replies are kept; after an error the same key may try again. What was made here lately is given from
-memory; the database says what other servers, and this one before a restart, have made or are making.
+memory; the database says what other servers, and this one before a restart, have made or are making. No reply is given
+before the database has it: one that others do not know of would be followed by another, different one.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class IdempotencyStore:
             usable: whether a stored reply can still be given; one that cannot is made anew.
 
         Raises:
-            RequestError: 409 where the key was used with another body; 503 where the database does not say; whatever
-                ``make`` raises.
+            RequestError: 409 where the key was used with another body; 503 where the database does not say, or does not
+                take the reply; whatever ``make`` raises.
         """
         self._prune()
         slot = (account, key)
@@ -114,10 +115,22 @@ class IdempotencyStore:
         records = self._records
         if records is None:
             return await make(), False
+        made: Reply | None = None
         while True:
             found = await asyncio.to_thread(records.claim, *slot, body_digest, self._worker, _LEASE_SECONDS)
             if found.mine:
-                break
+                holding = asyncio.ensure_future(self._hold(records, slot))
+                try:
+                    made = await make() if made is None else made
+                    if await self._record(records, slot, made):
+                        return made, False
+                except BaseException:
+                    with contextlib.suppress(DatabaseError):  # then its lease lapses
+                        await asyncio.to_thread(records.give_up, *slot, self._worker)
+                    raise
+                finally:
+                    holding.cancel()
+                continue  # the lease had lapsed, as of a server that was stopped: what another made meanwhile counts
             if found.body_digest != body_digest:
                 raise key_reused()
             if found.reply is None or found.finished_at is None:
@@ -127,18 +140,22 @@ class IdempotencyStore:
             if usable is None or await usable(reply):
                 return reply, True
             await asyncio.to_thread(records.forget, *slot, found.finished_at)
-        holding = asyncio.ensure_future(self._hold(records, slot))
-        try:
-            reply = await make()
-        except BaseException:
-            with contextlib.suppress(DatabaseError):  # then its lease lapses
-                await asyncio.to_thread(records.give_up, *slot, self._worker)
-            raise
-        finally:
-            holding.cancel()
-        with contextlib.suppress(DatabaseError):  # it is made, and can be given again from memory
-            await asyncio.to_thread(lambda: records.finish(*slot, self._worker, msgspec.json.encode(reply)))
-        return reply, False
+
+    async def _record(self, records: ReplyStore, slot: tuple[str, str], made: Reply) -> bool:
+        """Have the database keep what was made; False where it is no longer this server's to say.
+
+        Raises:
+            DatabaseError: the database was away for as long as a lease is.
+        """
+        reply = msgspec.json.encode(made)
+        end = time.monotonic() + _LEASE_SECONDS
+        while True:
+            try:
+                return await asyncio.to_thread(records.finish, *slot, self._worker, reply)
+            except DatabaseError:
+                if time.monotonic() > end:
+                    raise
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _hold(self, records: ReplyStore, slot: tuple[str, str]) -> None:
         while True:

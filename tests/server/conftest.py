@@ -19,6 +19,8 @@ from server.core.costs import CostTable
 from server.core.stations import StationKey
 from server.device.loading import load_model
 from server.device.model import DeviceModel
+from server.films import database as database_module
+from server.films.database import Database
 from server.front.engine import engine_settings
 from server.start.settings import ServerSettings
 from tests.server.film_desk import Desk
@@ -150,6 +152,26 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'jobs.sqlite3'}"
     server: PostgreSQL = request.getfixturevalue("postgresql")
     return server.new_database()
+
+
+@pytest.fixture
+def open_database(database_url: str) -> Iterator[Callable[[], Database]]:
+    opened: list[Database] = []
+
+    def once_more() -> Database:
+        opened.append(Database(database_url))
+        return opened[-1]
+
+    yield once_more
+    for each in opened:
+        each.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite waits for a lock, and the server for a database that is away, as long as a test may."""
+    monkeypatch.setattr(database_module, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(database_module, "_RETRY_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -45,6 +46,20 @@ class PostgreSQL:
     def stop(self) -> None:
         """End it at once, as a crash would."""
         self._run("pg_ctl", "-D", "data", "-m", "immediate", "-w", "stop")
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Stop all its processes; connections are taken for it, by the kernel, and nothing is answered."""
+        main = (self.folder / "data" / "postmaster.pid").read_text().split()[0]
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", main], check=True, capture_output=True, text=True)
+        processes = [int(each) for each in [main, *found.stdout.split()]]
+        for each in processes:
+            os.kill(each, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for each in processes:
+                os.kill(each, signal.SIGCONT)
 
     def _run(self, program: str, *arguments: str) -> None:
         user = _USER if os.geteuid() == 0 else None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import sqlite3
 import subprocess
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,14 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, make_url, update
+from sqlalchemy import create_engine, make_url, select, update
 
-from server.core.faults import Fault, RequestError
 from server.device.model import DeviceModel
 from server.films import database as database_module
 from server.films.database import Database, DatabaseError
-from server.films.replies import ReplyStore
 from server.films.schema import VERSION_TABLE
 from server.films.store import JobStore
-from server.films.tables import Base, IdempotentReply, VideoJob, seconds_from_now
-from server.front.idempotency import IdempotencyStore
+from server.films.tables import Base, VideoJob
 from server.start.settings import ServerSettings
 from tests.server.house import House, serving
 from tests.server.postgresql import PostgreSQL
@@ -36,19 +31,6 @@ from tests.server.test_jobs import job
 URL = "/v1/videos"
 BEFORE = (Path(__file__).parent / "jobs_before_migrations.sql").read_text()
 """Three jobs, one of each kind, as servers of before the migrations left them."""
-
-
-@pytest.fixture
-def open_database(database_url: str) -> Iterator[Callable[[], Database]]:
-    opened: list[Database] = []
-
-    def once_more() -> Database:
-        opened.append(Database(database_url))
-        return opened[-1]
-
-    yield once_more
-    for each in opened:
-        each.close()
 
 
 def run_sql(url: str, script: str) -> None:
@@ -214,6 +196,52 @@ def test_films_wait_for_a_postgresql_that_went_away(
         house.until(lambda: status(house, made) == "completed", "its film")
 
 
+def test_a_postgresql_that_hangs_is_away_and_comes_back(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests waited for ever, each on a thread."""
+    monkeypatch.setattr("server.films.bounded._GRACE_SECONDS", 0.2)
+    # libpq's shortest; a statement may take the server a second
+    database = Database(f"{postgresql.new_database()}?connect_timeout=2&options=-c%20statement_timeout%3D1s")
+    store = JobStore(database)
+    kept = store.add(job("m"))
+    with ThreadPoolExecutor(2) as pool:
+        with postgresql.hanging():
+            asked = [pool.submit(store.get, "", kept.id) for _ in range(2)]
+            faults = [each.exception(20) for each in asked]
+            assert [type(each) for each in faults] == [DatabaseError] * 2 and database.fault == "it cannot be reached"
+        database.probe()
+        assert database.fault is None and store.get("", kept.id) is not None
+    database.close()
+
+
+def test_a_statement_that_postgresql_does_not_finish_changes_nothing(
+    postgresql: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.films.bounded._GRACE_SECONDS", 0.2)
+    database = Database(f"{postgresql.new_database()}?connect_timeout=2&options=-c%20statement_timeout%3D1s")
+    store = JobStore(database)
+    kept, changed, hangs = store.add(job("m")), threading.Event(), threading.Event()
+
+    def change() -> None:
+        with database.begin() as session:
+            session.execute(update(VideoJob).values(progress=50))
+            changed.set()
+            assert hangs.wait(20)
+            session.execute(select(VideoJob))
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(change)
+        assert changed.wait(20)
+        with postgresql.hanging():
+            hangs.set()
+            fault = asked.exception(20)
+        assert isinstance(fault, DatabaseError) and fault.reason == "it cannot be reached"
+    found = store.get("", kept.id)
+    assert found is not None and found.progress == 0
+    database.close()
+
+
 def status(house: House, made: dict[str, Any]) -> str:
     return str(house.client.get(f"{URL}/{made['id']}").json()["status"])
 
@@ -230,12 +258,6 @@ def unavailable(house: House, reason: str) -> None:
 
 
 # -- SQLite, while it is used ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database_module, "_BUSY_SECONDS", 0.1)
-    monkeypatch.setattr(database_module, "_RETRY_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("quick")
@@ -259,6 +281,45 @@ def test_a_database_that_was_removed_takes_no_jobs(film_model: DeviceModel, film
     with serving(film_model, film_settings) as house:
         (film_settings.videos / "jobs.sqlite3").unlink()
         unavailable(house, "its file was removed or replaced")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_was_damaged_while_it_is_used_is_away_until_all_of_it_is_whole(tmp_path: Path) -> None:
+    """It read as ready again a second later, and every request failed."""
+    file = tmp_path / "jobs.sqlite3"
+    opened = Database(f"sqlite:///{file}")
+    store = JobStore(opened)
+    for _ in range(40):
+        store.add(job("m"))
+    with sqlite3.connect(file, isolation_level=None) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        page = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'videos'").fetchone()[0]
+        whole = write_page(file, page, os.urandom(4096))
+        other.execute(f"UPDATE {VERSION_TABLE} SET version_num = version_num")  # nobody trusts what he remembers
+        with pytest.raises(DatabaseError, match="it is damaged"):
+            store.counts(["m"])
+        opened.probe()
+        assert opened.fault == "it is damaged"
+        other.execute("BEGIN IMMEDIATE")
+        opened.probe()
+        other.execute("ROLLBACK")
+        opened.probe()
+        assert opened.fault == "it is damaged", "however it failed meanwhile"
+        write_page(file, page, whole)
+        opened.probe()
+        assert opened.fault is None and store.counts(["m"])["queued"] == 40
+    other.close()
+    opened.close()
+
+
+def write_page(file: Path, page: int, content: bytes) -> bytes:
+    """Change a page behind SQLite's back; returns what it held."""
+    with file.open("r+b") as raw:
+        raw.seek(4096 * (page - 1))
+        before = raw.read(4096)
+        raw.seek(4096 * (page - 1))
+        raw.write(content)
+    return before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root only")
@@ -328,85 +389,3 @@ def test_a_key_of_racing_requests_makes_one_job_and_is_free_once_that_is_gone(
     stores[0].cancel(later.id, 26.0, 99.0)
     stores[0].delete(later.id)
     assert stores[0].add(new(), now=27.0).id != later.id, "deleted"
-
-
-Server = Callable[[], IdempotencyStore]
-
-
-@pytest.fixture
-def new_server(open_database: Callable[[], Database]) -> Server:
-    def server() -> IdempotencyStore:
-        bounds = {"max_replies": 3, "max_bytes": 300, "life_seconds": 60.0}
-        return IdempotencyStore(ReplyStore(open_database(), **bounds), **bounds)
-
-    return server
-
-
-async def answer(server: IdempotencyStore, key: str, text: str, body: str = "b") -> tuple[dict[str, Any], bool]:
-    async def make() -> dict[str, Any]:
-        return {"data": [{"b64_json": text}]}
-
-    return await server.run("me", key, body, make)
-
-
-def test_a_reply_outlasts_its_server_and_is_given_by_others(new_server: Server) -> None:
-    async def scenario() -> None:
-        first = await answer(new_server(), "k", "one")
-        other = new_server()
-        assert first[1] is False and await answer(other, "k", "two") == (first[0], True)
-        with pytest.raises(RequestError) as conflict:
-            await answer(new_server(), "k", "two", body="another")
-        assert conflict.value.fault is Fault.CONFLICT
-
-    asyncio.run(scenario())
-
-
-def test_two_servers_make_a_reply_once(new_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.front.idempotency._POLL_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        made = Counter[str]()
-
-        async def make() -> dict[str, Any]:
-            made["x"] += 1
-            await asyncio.sleep(0.05)
-            return {"made": made["x"]}
-
-        replies = await asyncio.gather(*(new_server().run("me", "k", "b", make) for _ in range(2)))
-        assert made["x"] == 1 and sorted(replayed for _, replayed in replies) == [False, True]
-
-    asyncio.run(scenario())
-
-
-def test_what_a_killed_server_made_is_made_again(open_database: Callable[[], Database], new_server: Server) -> None:
-    database = open_database()
-    records = ReplyStore(database, 3, 300, 60.0)
-    assert records.claim("me", "k", "b", "killed", 600).mine
-    assert not records.claim("me", "k", "b", "other", 600).mine, "it may still be at work"
-    with database.begin() as session:
-        session.execute(update(IdempotentReply).values(lease_until=seconds_from_now(-0.001)))
-    assert asyncio.run(answer(new_server(), "k", "two")) == ({"data": [{"b64_json": "two"}]}, False)
-    records.give_up("me", "k", "killed")
-    assert records.claim("me", "k", "b", "other", 1).reply is not None, "what is not its own it cannot take back"
-
-
-def test_replies_of_all_servers_are_bounded_in_number_bytes_and_time(open_database: Callable[[], Database]) -> None:
-    database = open_database()
-
-    def kept(records: ReplyStore, *keys: str) -> list[bool]:
-        return [records.claim("me", key, "b", "looking", -1).reply is not None for key in keys]
-
-    few = ReplyStore(database, max_replies=3, max_bytes=300, life_seconds=60.0)
-
-    def make(key: str, size: int) -> None:
-        assert few.claim("me", key, "b", "w", 60).mine
-        few.finish("me", key, "w", bytes(size))
-
-    for key in "abcd":
-        make(key, 10)
-    assert kept(few, *"abcd") == [False, True, True, True], "the oldest leaves first"
-    make("e", 285)
-    assert kept(few, *"cde") == [False, True, True]
-    make("f", 301)
-    assert kept(few, *"def") == [True, True, False], "too large to be kept, and pushes nothing out"
-    assert kept(ReplyStore(database, 3, 300, life_seconds=0.0), *"de") == [False, False]

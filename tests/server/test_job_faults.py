@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from server.core.faults import Fault, RequestError
 from server.films import runner as runner_module
 from server.films import writer as writer_module
 from server.films.database import DatabaseError
+from server.films.store import Queue
+from server.films.tables import VideoJob
 from server.front.generation import Advanced, Failed, GenerationSpec
 from server.objects.store import StoreError
 from tests.server.film_desk import FILM, Desk
@@ -35,6 +41,55 @@ def test_a_finished_film_outlasts_a_locked_database(
     monkeypatch.setattr(desk.store, "complete", locked)
     desk.maker.tell(made.id, FILM)
     desk.until_status(made, "completed 100")
+
+
+@pytest.mark.usefixtures("quick")
+def test_requests_do_not_wait_one_by_one_for_a_locked_database(
+    desks: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of them took 3, 6, 9, 12, 15 and 18 s to be refused, and held a thread each."""
+    desk, waited = desks(), list[str]()
+    add = desk.store.add
+
+    def counted(job: VideoJob, now: float = 0.0) -> VideoJob:
+        waited.append(job.id)
+        return add(job, now)
+
+    monkeypatch.setattr(desk.store, "add", counted)
+    other = sqlite3.connect(tmp_path / "jobs.sqlite3", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(6) as pool:
+        refused = [each.exception() for each in [pool.submit(desk.accept) for _ in range(6)]]
+    assert [type(each) for each in refused] == [DatabaseError] * 6 and len(waited) <= 1
+    with pytest.raises(DatabaseError, match="it is locked") as known:
+        desk.accept()
+    assert known.value.retry_after and len(waited) <= 1
+    other.close()
+    desk.database.probe()
+    desk.until_status(desk.accept(), "queued 0")
+
+
+def test_requests_do_not_pile_up_behind_one_that_the_database_does_not_answer(
+    desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_ADMIT_SECONDS", 0.05)
+    desk, asked, answers = desks(), threading.Event(), threading.Event()
+    queue = desk.store.queue
+
+    def hanging(models: Collection[str], account: str) -> Queue:
+        asked.set()
+        answers.wait(20)
+        return queue(models, account)
+
+    monkeypatch.setattr(desk.store, "queue", hanging)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            first = pool.submit(desk.accept)
+            assert asked.wait(20)
+            assert isinstance(pool.submit(desk.accept).exception(10), DatabaseError)
+        finally:
+            answers.set()
+        desk.until(lambda: first.result().id in desk.maker.taken)
 
 
 def test_progress_is_written_once_a_second_at_most(desks: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
