@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +101,22 @@ def finished_file(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+def readable(path: Path) -> None:
+    """Let every user read a file, or a folder and all in it, as a service under a user of its own must.
+
+    safetensors' files and temporary folders are their maker's alone. Links are left alone with what they lead to.
+    """
+    for each in (path, *path.rglob("*")):
+        if not each.is_symlink():
+            mode = stat.S_IMODE(each.stat().st_mode)
+            wanted = mode | (0o555 if each.is_dir() else 0o444)
+            if wanted != mode:
+                each.chmod(wanted)
+
+
 def replace_folder(scratch: Path, out: Path) -> None:
-    """Put a finished folder in its place; an older one goes only once the new one stands."""
+    """Put a finished folder in its place, for all to read; an older one goes only once the new one stands."""
+    readable(scratch)
     if not out.exists():
         os.replace(scratch, out)
         return

@@ -341,6 +341,7 @@ def test_adapters_of_a_public_student_are_trained_exported_and_given_back(teache
     runner = CliRunner()
     result = runner.invoke(app, list(map(str, ["distill", "--teacher", teacher_folder, "--out", out, *options])))
     assert result.exit_code == 0, result.output
+    assert [path for path in (out, *out.rglob("*")) if ~path.stat().st_mode & 0o044] == []  # a service's own user reads
     file = tmp_path / "lora.safetensors"
     result = runner.invoke(app, ["export", "--checkpoint", str(out), "--lora", str(file)])
     assert result.exit_code == 0 and "as they were trained" in result.output, result.output

@@ -123,7 +123,6 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
         )
         (scratch / "README.md").write_text(model_card(out.name, export), encoding="utf-8")
         (scratch / "NOTICE").write_text(_notice(export), encoding="utf-8")
-        scratch.chmod(0o755)
         verify(scratch, export, expected, dtype)
         replace_folder(scratch, out)
     finally:
