@@ -82,6 +82,10 @@ def _prepare(scratch: Path, made_of: str, say: Callable[[str], None]) -> None:
     left = list(scratch.iterdir())
     if made_of and mark.is_file() and mark.read_text(encoding="utf-8") == made_of:
         say("going on with the files that a stopped run has finished")
+        for path in list(scratch.rglob("*")):
+            half = path.name.startswith((".tmp", ".cascade-")) or path.name.endswith(".partial")
+            if half and path.is_file():
+                path.unlink()  # half written, under safetensors' name for it, cascade.json's or finished_file's
         return
     if left and made_of:
         say("starting anew: what a stopped run left was made of other files or settings")
