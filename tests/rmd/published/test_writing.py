@@ -35,3 +35,19 @@ def test_values_that_the_stored_dtype_does_not_hold(base: TinyFolder, imported: 
     imported("pixart", network=network, loras=((small, -10_000.0),), dtype=torch.float16)  # the sum is held
     imported("pixart", network=network, dtype=torch.bfloat16)
     assert float(weights(tmp_path / "out" / "transformer")["proj_out.weight"].max()) == 70_144
+
+
+def test_a_dtype_is_for_networks_that_are_written_anew(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    """A LoRA on the second text encoder alone: the first and the VAE are copied."""
+    before = weights(base("sdxl") / "text_encoder_2")
+    name = next(name for name in before if name.endswith("q_proj.weight"))
+    rows, columns = before[name].shape
+    factors = {"A": torch.ones(1, columns), "B": torch.ones(rows, 1)}
+    module = f"text_encoder_2.{name.removesuffix('.weight')}"
+    lora = save(tmp_path / "lora.safetensors", {f"{module}.lora_{key}.weight": x for key, x in factors.items()})
+    imported("sdxl", loras=((lora, 1.0),), dtype=torch.float16)
+    for component in ("unet", "text_encoder_2"):
+        assert {value.dtype for value in weights(tmp_path / "out" / component).values()} == {torch.float16}
+    for component in ("vae", "text_encoder"):
+        for file in (base("sdxl") / component).glob("*.safetensors"):
+            assert (tmp_path / "out" / component / file.name).read_bytes() == file.read_bytes()
