@@ -24,7 +24,10 @@ def command(
         Path | None, typer.Option(help="With a single file: a diffusers folder with tokenizers and configurations.")
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Where a preset fits two: wan-1.3b or wan-14b.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; by default as published.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32, of networks written anew; by default as published."),
+    ] = None,
     fold_guidance: Annotated[
         float | None,
         typer.Option(

@@ -27,7 +27,7 @@ from rmd.published.factors import Factors, best_factors, smallest_rank, squared_
 from rmd.published.files import WeightFiles, finite
 from rmd.published.lora import DIFFUSERS_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, Lora
 from rmd.published.lora_names import LoraFormat, check_format, default_format, named
-from rmd.published.place import whole_folder
+from rmd.published.place import readable, whole_folder
 from rmd.published.source import Base, licence_of, open_base
 
 ADAPTERS = "pytorch_lora_weights.safetensors"
@@ -324,12 +324,12 @@ def write_lora(
             save_file(state, scratch / PEFT_WEIGHTS, metadata=header)
             settings = {"peft_type": "LORA", **_settings(modules)}
             (scratch / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            scratch.chmod(0o755)
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
         save_file(state, partial, metadata=header)
+        readable(partial)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)

@@ -131,9 +131,17 @@ def _misfit(lora: Lora, keys: tuple[str, ...], place: Place, shape: tuple[int, .
     shown = " and ".join(str(list(size)) for size in sizes)
     reason = f"{shown} do not fit the weight {list(shape)} of {place.component}.{place.module}"
     if len(sizes) == 1:
-        return "" if math.prod(sizes[0]) == fused * math.prod(shape) else reason
+        whole = (fused * shape[0], *shape[1:]) if shape else shape
+        return "" if _without_ones(sizes[0]) == _without_ones(whole) else reason
     down, up = sizes
     if len(down) < 2 or len(up) < 2 or math.prod(up[2:]) != 1:
         return reason
     fits = up[1] == down[0] and up[0] == fused * shape[0] and math.prod(down[1:]) == math.prod(shape[1:])
     return "" if fits else reason
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the last dimensions of one: a convolution of one place is published as a matrix too, and the reverse."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape

@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rmd.published.files import EIGHT_BIT, finite
+from rmd.published.files import EIGHT_BIT, ImportRefused, finite
 from rmd.published.merge import Change
 from rmd.published.place import finished_file
 
 LARGEST_FILE = 5 * 10**9
+_WIDER = {torch.float16: "--dtype bfloat16 or float32", torch.bfloat16: "--dtype float32"}
+"""What holds values that a dtype does not."""
 Progress = Callable[[str, int], None]
 """Called with what is being written and how many further bytes of it are done."""
 
@@ -49,7 +51,7 @@ def write_network(
         source: named in errors.
 
     Raises:
-        ImportRefused: a tensor holds values that are not finite, before the merge or after it.
+        ImportRefused: a tensor holds values that are not finite, as published, merged or in the stored dtype.
         OSError: the disk is full, or otherwise refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +84,33 @@ def _merged(tensor: Tensor, changes: Sequence[Change], dtype: torch.dtype, name:
     finite(tensor, name, source)
     if not changes:
         # A copy of its own: a converted tensor may be a view of another.
-        return tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+        stored = tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+    else:
+        wide = tensor.to(torch.float32)
+        for change in changes:
+            wide = wide + change.delta(tuple(tensor.shape))
+        stored = wide.to(dtype).contiguous()
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise _too_large(tensor, changes, dtype, name, source)
+    return stored
+
+
+def _too_large(tensor: Tensor, changes: Sequence[Change], dtype: torch.dtype, name: str, source: Path) -> ImportRefused:
+    """The refusal of values that ``dtype`` does not hold, with the file that brings them: the tensor's, or a LoRA's."""
     wide = tensor.to(torch.float32)
+    file, way = source, "" if dtype not in _WIDER else f"give {_WIDER[dtype]}"
     for change in changes:
+        if not bool(torch.isfinite(wide.to(dtype)).all()):
+            break
         wide = wide + change.delta(tuple(tensor.shape))
-    return finite(wide.to(dtype).contiguous(), name, changes[-1].lora.path)
+        file = change.lora.path
+    if file != source:
+        way = f"{way}{', or ' if way else 'give '}a smaller strength"
+    short = str(dtype).removeprefix("torch.")
+    largest = f"up to {float(wide.abs().max()):g}, and {short} ends at {torch.finfo(dtype).max:g}"
+    sum_of = "" if file == source else " with it added"
+    told = f"{file}: tensor {name!r}{sum_of} holds values that are not finite in {short} ({largest})"
+    return ImportRefused(f"{told}; {way}" if way else told)
 
 
 def _size(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], name: str) -> int:

@@ -106,11 +106,16 @@ def test_linked_components_stay_valid_and_an_older_folder_is_replaced(
     distillation: Distillation, teacher_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "student"
-    out.mkdir()
+    old = out / "transformer" / "old.safetensors"
+    old.parent.mkdir(parents=True)
     (out / "cascade.json").write_text("{}")
-    (out / "old").write_text("old")
+    old.write_text("old")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt too"):
+        distillation.export(out, share="link")
+    (out / "notes.txt").unlink()
     distillation.export(out, share="link")
-    assert not (out / "old").exists()
+    assert not old.exists()
     assert (out / "vae").is_symlink() and not (out / "vae").readlink().is_absolute()
     assert (out / "vae").resolve() == (teacher_folder / "vae").resolve()
     assert CheckpointFolder.read(out).default == "2+2"
@@ -341,6 +346,7 @@ def test_adapters_of_a_public_student_are_trained_exported_and_given_back(teache
     runner = CliRunner()
     result = runner.invoke(app, list(map(str, ["distill", "--teacher", teacher_folder, "--out", out, *options])))
     assert result.exit_code == 0, result.output
+    assert [path for path in (out, *out.rglob("*")) if ~path.stat().st_mode & 0o044] == []  # a service's own user reads
     file = tmp_path / "lora.safetensors"
     result = runner.invoke(app, ["export", "--checkpoint", str(out), "--lora", str(file)])
     assert result.exit_code == 0 and "as they were trained" in result.output, result.output

@@ -19,10 +19,11 @@ from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade
 from rmd.cascade_file import write_cascade_json
-from rmd.checkpoint import CASCADE_FILE, CheckpointFolder, TeacherSpec
+from rmd.checkpoint import CheckpointFolder, TeacherSpec
 from rmd.published.exporting import keep_adapters
 from rmd.published.factors import Factors
-from rmd.published.place import replace_folder
+from rmd.published.place import check_out as check_place
+from rmd.published.place import put_back, replace_folder
 from rmd.sampler import initial_noise
 from training.runtime.files import load_tensors, save_model
 
@@ -72,13 +73,11 @@ def check_out(out: Path, teacher_folder: Path) -> None:
     """Refuse to write where something else than a former export would be lost.
 
     Raises:
-        ValueError: `out` is the teacher, or holds something that is no checkpoint.
+        ValueError: `out` is the teacher, or see :func:`rmd.published.place.check_out`.
     """
     if out.resolve() == teacher_folder.resolve():
         raise ValueError(f"--out {out} is the teacher's own folder, which the export would replace; give another --out")
-    former = (out / CASCADE_FILE).is_file() or (out.is_dir() and not any(out.iterdir()))
-    if out.exists() and not former:
-        raise ValueError(f"--out {out} exists and is no checkpoint folder: it would be lost; give another --out")
+    check_place(out, teacher_folder)
 
 
 @torch.no_grad()
@@ -100,8 +99,9 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
         FileNotFoundError: the teacher's folder lacks a component.
     """
     check_out(out, export.teacher_folder)
-    out = _physical(out)
+    out = out.resolve()  # of a link, what it leads to
     out.parent.mkdir(parents=True, exist_ok=True)
+    put_back(out)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
         expected = _write_network(network, scratch / export.component, dtype)
@@ -123,7 +123,6 @@ def export_checkpoint(network: Any, out: Path, export: Export, dtype: torch.dtyp
         )
         (scratch / "README.md").write_text(model_card(out.name, export), encoding="utf-8")
         (scratch / "NOTICE").write_text(_notice(export), encoding="utf-8")
-        scratch.chmod(0o755)
         verify(scratch, export, expected, dtype)
         replace_folder(scratch, out)
     finally:

@@ -67,10 +67,6 @@ def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> No
             content = json.loads(config.read_text())
             content.pop("_name_or_path", None)
             config.write_text(json.dumps(content, indent=2) + "\n")
-        # Temporary folders and safetensors are private; a service's own user must be able to read a checkpoint.
-        scratch.chmod(0o755)
-        for file in scratch.iterdir():
-            file.chmod(0o644)
         replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

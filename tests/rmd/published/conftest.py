@@ -92,3 +92,9 @@ def kohya(state: Mapping[str, Tensor], prefix: str, alphas: Sequence[float] = ()
         if alphas:
             made[f"{flat}.alpha"] = torch.tensor(alphas[number % len(alphas)])
     return made
+
+
+def closed_to_others(path: Path) -> list[Path]:
+    """A file, or of a folder and all in it, what other users may not read."""
+    found = [each for each in (path, *path.rglob("*")) if not each.is_symlink()]
+    return [each for each in found if ~each.stat().st_mode & (0o555 if each.is_dir() else 0o444)]

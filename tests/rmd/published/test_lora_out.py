@@ -30,7 +30,7 @@ from rmd.checkpoint import CheckpointFolder, TeacherSpec
 from rmd.published.exporting import ADAPTERS, export_adapters, export_difference, keep_adapters
 from rmd.published.lora_pictures import picture_error
 from rmd.weight_files import file_digest
-from tests.rmd.published.conftest import TinyFolder, weights
+from tests.rmd.published.conftest import TinyFolder, closed_to_others, weights
 from training.distill.adapters import adapted_layers, learnt_adapters
 
 PIPELINES = {
@@ -276,11 +276,13 @@ def test_an_export_replaces_nothing_but_a_lora(student: Student, base: TinyFolde
     peft_folder = tmp_path / "peft"
     export_adapters(checkpoint, peft_folder, "peft")
     export_adapters(checkpoint, peft_folder, "peft")
+    assert closed_to_others(peft_folder) == []
     (peft_folder / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds mine\.txt too, which would be lost"):
         export_adapters(checkpoint, peft_folder, "peft")
     file = tmp_path / "lora.safetensors"
     export_adapters(checkpoint, file)
+    assert closed_to_others(file) == []
     before = file.read_bytes()
     export_adapters(checkpoint, file, dtype=torch.float16)
     assert file.read_bytes() != before
