@@ -41,7 +41,7 @@ class ImportRequest:
         loras: files or PEFT folders, each with its strength.
         config: with a single file: the diffusers folder that has what the file has not.
         backbone: of those that share the preset's family, which one; by default the preset's own.
-        dtype: of the stored weights; by default as published (eight bits become bfloat16).
+        dtype: of the weights that are written anew; by default as published (eight bits become bfloat16).
         allow_unmatched: leave keys without a place out instead of refusing.
         fold_guidance: of a UNet that takes its guidance as an input, the one that is folded into it; 1 is none.
         largest: bytes of one weight file.
