@@ -119,8 +119,9 @@ def rivals_markdown(content: Mapping[str, Any]) -> str:
         "",
         f"Written by `rmd bench serve --against litserve`: the same engines, {settings['mix']}, whole HTTP servers "
         f"turn about, {settings['rounds']} rounds, whichever is not measured is stopped. The rival gathers whole "
-        f"requests: its best of the sweep, size and window {content['rival']} (s). Loads are shares of its saturation, "
-        f"which {settings['clients']} clients in a closed loop make. Latencies count from the intended send time. In "
+        f"requests: its best of the sweep, size and window {content['rival']} (s; the shortest of those that saturate "
+        f"within 2 % of the best). Loads are shares of its saturation, which {settings['clients']} clients in a closed "
+        "loop make. Latencies count from the intended send time. In "
         "brackets: 95 % intervals, bootstrap over rounds.",
         "",
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rmd.published.files import ImportRefused
 from rmd.published.lora import Lora
 from rmd.published.naming import Names, Place
 
@@ -64,15 +65,23 @@ class Plan:
 
 
 def plan_merge(loras: Sequence[Lora], names: Names, shapes: Shapes) -> Plan:
-    """Give every key of every LoRA its place, or a reason why it has none. Reads headers and alphas only."""
+    """Give every key of every LoRA its place, or a reason why it has none. Reads headers and alphas only.
+
+    Raises:
+        ImportRefused: one file names the same weights twice, in two namings.
+    """
     changes: dict[str, dict[str, list[Change]]] = {}
     unmatched: list[Unmatched] = []
     for lora in loras:
         if lora.unread:
             unmatched.append(Unmatched(lora, lora.unread, "part of no LoRA module"))
+        named: dict[tuple[object, ...], str] = {}
         for module, parts in lora.modules.items():
             found, reasons = _module_changes(lora, module, names, shapes)
             for change, parameter in found:
+                what = change.place.component, parameter, change.place.third, len(change.parts)
+                if (other := named.setdefault(what, module)) != module:
+                    raise ImportRefused(f"{lora.path}: {other!r} and {module!r} name the same weights; keep one")
                 changes.setdefault(change.place.component, {}).setdefault(parameter, []).append(change)
             used = {key for change, _ in found for key in change.parts}
             if used and "alpha" in parts:

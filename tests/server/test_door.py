@@ -190,6 +190,9 @@ def test_the_openapi_page_tells_what_is_answered(open_house: House) -> None:
     assert not any("422" in statuses for statuses in answered.values())
     assert "HTTPValidationError" not in schema["components"]["schemas"]
     assert all("404" in answered[path] for path in ("/files/{name}", "/v1/models/{model_id}", "/v1/videos/{video_id}"))
+    films = {op: set(found["responses"]) for op, found in schema["paths"]["/v1/videos"].items()}
+    assert not films["post"] & {"412", "416"} and {"409", "413", "429", "500"} <= films["post"]
+    assert {"409", "412", "416"} <= answered["/v1/videos/{video_id}/content"]
     assert "frame-ancestors 'none'" in open_house.client.get("/docs").headers["content-security-policy"]
 
 

@@ -40,9 +40,12 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"])
 Body = TypeVar("Body", bound=BaseModel)
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 409, 412, 413, 416, 429, 503)
-}
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorReply} for status in (400, 401, 403, 404, 500, 503, *statuses)}
+
+
+_MAKING, _LOOKING, _FETCHING = _errors(408, 409, 413, 429), _errors(), _errors(409, 412, 416)
 _VARIANTS: dict[Variant, str] = {"video": FILM, "thumbnail": THUMBNAIL, "spritesheet": SPRITESHEET}
 _MOST_FIELDS = 32
 _POLLS_A_FILM = 20
@@ -56,7 +59,7 @@ def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-@router.post("", response_model=Video, responses=_ERRORS, openapi_extra=_body_schema(VideoRequest))
+@router.post("", response_model=Video, responses=_MAKING, openapi_extra=_body_schema(VideoRequest))
 async def create_video(request: Request) -> Response:
     """Take a job; its film is made as soon as its turn comes, also after a restart."""
     service: Service = request.app.state.service
@@ -65,7 +68,7 @@ async def create_video(request: Request) -> Response:
     return await _accept(request, body, lambda: _new_job(service, body, _account(request)))
 
 
-@router.post("/{video_id}/remix", response_model=Video, responses=_ERRORS, openapi_extra=_body_schema(RemixRequest))
+@router.post("/{video_id}/remix", response_model=Video, responses=_MAKING, openapi_extra=_body_schema(RemixRequest))
 async def remix_video(video_id: str, request: Request) -> Response:
     """Take a job like a finished one, from the same noise, for another prompt."""
     service: Service = request.app.state.service
@@ -82,7 +85,7 @@ async def remix_video(video_id: str, request: Request) -> Response:
     return await _accept(request, body, new)
 
 
-@router.get("", response_model=VideoList, responses=_ERRORS)
+@router.get("", response_model=VideoList, responses=_LOOKING)
 @router.head("", include_in_schema=False)
 def list_videos(
     request: Request,
@@ -101,7 +104,7 @@ def list_videos(
     return VideoList(data=videos, first_id=ends[0], last_id=ends[1], has_more=page.has_more)
 
 
-@router.get("/{video_id}", response_model=Video, responses=_ERRORS)
+@router.get("/{video_id}", response_model=Video, responses=_LOOKING)
 @router.head("/{video_id}", include_in_schema=False)
 def get_video(video_id: str, request: Request) -> Response:
     """Say how far a job is; ``openai-poll-after-ms`` says when to ask again."""
@@ -111,7 +114,7 @@ def get_video(video_id: str, request: Request) -> Response:
     return JSONResponse(_video(job).model_dump(), headers=headers)
 
 
-@router.get("/{video_id}/content", response_class=Response, responses=_ERRORS)
+@router.get("/{video_id}/content", response_class=Response, responses=_FETCHING)
 @router.head("/{video_id}/content", include_in_schema=False)
 async def get_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
     """Return the film (MP4), its middle frame (WebP) or a sheet of its frames (JPEG). Takes Range requests."""
@@ -135,7 +138,7 @@ async def get_content(video_id: str, request: Request, variant: Variant = "video
         raise RequestError(Fault.NOT_FOUND, text) from None
 
 
-@router.delete("/{video_id}", response_model=VideoDeleted, responses=_ERRORS)
+@router.delete("/{video_id}", response_model=VideoDeleted, responses=_LOOKING)
 def delete_video(video_id: str, request: Request) -> VideoDeleted:
     """Delete a finished job and its film; cancel an unfinished one, which then reads ``failed: cancelled``."""
     service: Service = request.app.state.service

@@ -181,6 +181,13 @@ def test_peft_settings_that_cannot_be_computed_with(base: TinyFolder, imported: 
             imported("wan-1.3b", loras=((tmp_path / "pissa", 1.0),))
 
 
+def test_one_module_under_two_names(imported: Import, tmp_path: Path, lora: dict[str, Tensor]) -> None:
+    flat = kohya({name.removeprefix("transformer."): value for name, value in lora.items()}, "lora_unet_")
+    twice = save(tmp_path / "twice.safetensors", {**lora, **flat})
+    with pytest.raises(ImportRefused, match=r"'transformer\.blocks.*' and 'lora_unet_blocks.*' name the same weights"):
+        imported("wan-1.3b", loras=((twice, 1.0),))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
 def test_whole_numbers_are_no_weights(
     base: TinyFolder, imported: Import, tmp_path: Path, lora: dict[str, Tensor], dtype: torch.dtype
