@@ -3,6 +3,8 @@ PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
+# One more than there are cores: tests wait for servers and compilers of their own much of the time.
+WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
 SERVING := $(VENV)/.serving
 STAMP := $(VENV)/.installed
 
@@ -36,7 +38,7 @@ lint: install  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test: install lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: install  ## every backbone family through AOTInductor engines, tiny networks
 	$(BIN)/python -m pytest tests_slow
