@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 NOISE_UPSAMPLINGS = ("bilinear", "renormalised", "nearest_block")
 X0_UPSAMPLINGS = ("bilinear", "bicubic")
 
+LARGEST_SEED = 2**63 - 1
+"""Of a picture; those counted up from it go on at 0."""
 LARGEST_FACTOR = 1000.0
 """Of guidance, shift and noise: far beyond what anybody samples with, far below what overflows in a network."""
 _FACTOR = f"must be above 0, and at most {LARGEST_FACTOR:g}"

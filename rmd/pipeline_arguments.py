@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_SEED = 2**63 - 1
+from rmd.fields import LARGEST_SEED
 
 _ELSEWHERE = {
     "num_inference_steps": "a cascade's steps are its schedule's: schedule=...",

@@ -8,13 +8,14 @@ import secrets
 from collections.abc import Sequence
 
 from rmd.cascade import Cascade
+from rmd.fields import LARGEST_SEED
 from rmd.size import Size
 from server.core.card import ModelCard, Schedule
 from server.core.faults import Fault, RequestError
 from server.front.generation import GenerationSpec
 from server.front.media import OutputFormat
 from server.front.service import Service
-from server.http.schemas import LARGEST_SEED, GenerationRequest, ImageRequest, VideoRequest
+from server.http.schemas import GenerationRequest, ImageRequest, VideoRequest
 from server.start.settings import ServerSettings
 
 _SECONDS_TOLERANCE = 0.5
