@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 
 from server.core.stations import StationKey
+from server.core.widths import WidthCosts
 
 MIN_GAIN = 1.02
 """A wider batch must serve at least this many times more rows a second than the narrower one."""
 
 _REMEMBERED = 15  # batches of one width, whose median is its base: one stalled batch moves nothing
 _BELIEVED = 3  # of them is the first timing worth, until so many are remembered
-_FEW, _RECENT = 16, 128  # a width's latest batches that tell what it can do, if the station ran them among its latest
-_KNOWN, _LAST = 6, 4  # so many of these make a mean; of fewer the quickest of the last tells
-_STALLED = 2.0  # times the median: what took longer counts as that
 _MOODS, _LEAST_MOODS = 31, 5  # batches of any kind that tell a mood
 _FALLBACK_SECONDS = 0.05
 _DOUBTED_AFTER = 512  # batches of a station: a width that did not run among them is hoped to cost half as much
@@ -32,11 +30,7 @@ class CostTable:
     first timing and its latest batches, each over the mood it met. Otherwise the widths that ran in good hours would
     win for ever over those that ran in bad ones and are not run again.
 
-    Which width is the better is another question: first timings are of warm caches, and how far real batches are from
-    them differs by station. So the mean of each width's latest few batches decides, as they were: not the quickest,
-    since luck helps a short batch more than a long one. Only where few are known, or what is known is old, the quickest
-    decides, since noise only ever adds: a width whose few are of a bad hour is tried again before long, and one quick
-    batch brings it back.
+    Which width is the better is another question: see :mod:`server.core.widths`.
 
     Args:
         measured: for each station, width -> seconds.
@@ -49,7 +43,7 @@ class CostTable:
         self._opened: dict[tuple[StationKey, int], float] = {}  # the first timing over the mood it met
         self._latest: dict[tuple[StationKey, int], deque[float]] = {}
         self._bases: dict[tuple[StationKey, int], float] = {}  # the medians of these
-        self._few: dict[tuple[StationKey, int], deque[tuple[int, float]]] = {}  # when they ran, and what they took
+        self._widths: dict[StationKey, WidthCosts] = {}
         self._ratios: deque[tuple[int, float]] = deque(maxlen=_MOODS)  # of which station, by its key's hash
         self._moods: dict[StationKey, float] = {}
         self._batches: dict[StationKey, int] = {}
@@ -60,14 +54,16 @@ class CostTable:
     def replace(self, key: StationKey, widths: Mapping[int, float]) -> None:
         """Forget what a station cost, since it runs on something else now."""
         for width in self._first.get(key, {}):
-            for known in (self._latest, self._bases, self._few, self._opened, self._ran):
+            for known in (self._latest, self._bases, self._opened, self._ran):
                 known.pop((key, width), None)
         for width, seconds in widths.items():
             self._opened[key, width] = seconds / self._mood(key)
         if widths:  # at once: others read meanwhile
+            self._widths[key] = WidthCosts({width: self._opened[key, width] for width in widths})
             self._first[key] = dict(sorted(widths.items()))
         else:
             self._first.pop(key, None)
+            self._widths.pop(key, None)
 
     def table(self) -> dict[StationKey, dict[int, float]]:
         """Return the present estimates."""
@@ -103,7 +99,9 @@ class CostTable:
 
     def observe(self, key: StationKey, rows: int, seconds: float) -> None:
         """Learn from one real batch of ``rows`` rows."""
-        widths = self._first.setdefault(key, {rows: seconds})
+        if key not in self._first:
+            self.replace(key, {rows: seconds})
+        widths = self._first[key]
         width = next((width for width in widths if width >= rows), None)
         if width is None:
             return
@@ -115,8 +113,7 @@ class CostTable:
         self._ratios.append((hash(key), seconds / max(opened, 1e-9)))
         self._moods.clear()
         self._batches[key] = self._ran[key, width] = self._batches.get(key, 0) + 1
-        few = self._few.setdefault((key, width), deque([(0, widths[width])], maxlen=_FEW))
-        few.append((self._batches[key], seconds))
+        self._widths[key].observe(width, seconds / self._mood(key))
 
     def narrow(self, key: StationKey, rows: int) -> None:
         """Forget the widths of ``rows`` rows and more, which ran out of memory; the smallest stays."""
@@ -159,21 +156,11 @@ class CostTable:
         again, soon where it looks little worse than the best and seldom where it looks much worse.
         """
         width = next((width for width in self.widths(key) if width >= rows), None)
-        if width is None:
+        known = self._widths.get(key)
+        if width is None or known is None:
             return self.seconds(key, rows)
         missed = self._batches.get(key, 0) - self._ran.get((key, width), 0)
-        return self._typical(key, width) / (1 + missed / _DOUBTED_AFTER)
-
-    def _typical(self, key: StationKey, width: int) -> float:
-        few = tuple(self._few.get((key, width), ()))
-        if not few:
-            return self._first.get(key, {}).get(width, _FALLBACK_SECONDS * width)
-        oldest = self._batches.get(key, 0) - _RECENT
-        recent = [seconds for ran, seconds in few if ran > oldest]
-        if len(recent) < _KNOWN:
-            return min(seconds for _, seconds in few[-_LAST:])
-        stalled = _STALLED * median(recent)
-        return fmean(min(seconds, stalled) for seconds in recent)
+        return known.seconds(width) / (1 + missed / _DOUBTED_AFTER)
 
     def _of_width(self, key: StationKey, width: int) -> float:
         base = self._bases.get((key, width))

@@ -64,6 +64,20 @@ def test_a_width_that_ran_in_a_bad_hour_is_not_ruled_out_by_one_that_runs_in_a_g
     assert counts[-1] == 8
 
 
+@pytest.mark.parametrize("hour", [15, 30, 60, 120])
+def test_good_and_bad_hours_in_turn_do_not_choose_the_width(hour: int) -> None:
+    """What ran in a bad one looked dear beside a narrower width from a good one, which ran until that was found out."""
+    truth = {1: 0.09, 4: 0.36, 8: 0.60}
+    for seed in range(3):
+        chance, table, counts = random.Random(seed), CostTable({LOW: truth, HIGH: {1: 0.5}}), list[int]()
+        for batch in range(1200):
+            slow = (1.5 if batch // hour % 2 else 1.0) * chance.lognormvariate(0.0, 0.1)
+            table.observe(HIGH, 1, slow * 0.5)
+            counts.append(table.best_count(LOW, [1] * 8))
+            table.observe(LOW, counts[-1], slow * truth[counts[-1]] * chance.lognormvariate(0.0, 0.05))
+        assert counts.count(8) > 0.96 * len(counts)
+
+
 def test_a_few_slow_batches_do_not_rule_out_a_width() -> None:
     table = CostTable({LOW: {4: 0.32, 8: 0.60}})
     for slow in (0.66, 1.9, 0.66):
