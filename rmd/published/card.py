@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rmd.cascade import Cascade
+from rmd.published.record import strength_of
 
 _NOTICES = ("NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
@@ -19,7 +20,7 @@ def model_card(name: str, cascade: Cascade, record: Mapping[str, Any]) -> str:
         rows.append(_row("network", imported["network"]))
     for lora in imported["loras"]:
         scales = ", ".join(f"{scale:g}" for scale in lora["scales"][:4]) + (", ..." if len(lora["scales"]) > 4 else "")
-        rows.append(_row(f"LoRA at {lora['strength']:g} (factors {scales or 'none'})", lora))
+        rows.append(_row(f"LoRA at {strength_of(lora, record['preset'])} (factors {scales or 'none'})", lora))
     steps = "\n".join(f"| {index} | {step.size} | {step.timestep} |" for index, step in enumerate(cascade.steps))
     left = imported["left_out"]
     out = (

@@ -38,7 +38,7 @@ class ImportRequest:
         preset: the cascade that the student is sampled with.
         out: the checkpoint folder to write.
         network: the student's network (file, index or folder) in place of the base's.
-        loras: files or PEFT folders, each with its strength.
+        loras: files or PEFT folders, each with its strength; None is the preset's own, see :func:`strengths`.
         config: with a single file: the diffusers folder that has what the file has not.
         backbone: of those that share the preset's family, which one; by default the preset's own.
         dtype: of the weights that are written anew; by default as published (eight bits become bfloat16).
@@ -51,7 +51,7 @@ class ImportRequest:
     preset: str
     out: Path
     network: Path | None = None
-    loras: Sequence[tuple[Path, float]] = ()
+    loras: Sequence[tuple[Path, float | None]] = ()
     config: Path | None = None
     backbone: str | None = None
     dtype: torch.dtype | None = None
@@ -92,9 +92,10 @@ def gather(request: ImportRequest) -> Work:
 
     Raises: see :func:`rmd.published.importing.import_model`.
     """
+    given = strengths(request)
     work = _open(request)
     _read_networks(work)
-    _read_loras(work)
+    _read_loras(work, given)
     return work
 
 
@@ -225,9 +226,32 @@ def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> No
 # ---- LoRAs ------------------------------------------------------------------------------------------------------
 
 
-def _read_loras(work: Work) -> None:
+def published_strength(preset: str) -> float:
+    """The strength at which a preset's own instructions merge its LoRA; 1 where they name none."""
+    entry = STEP_LISTS.get(preset)
+    return 1.0 if entry is None else entry.lora_strength
+
+
+def strengths(request: ImportRequest) -> list[float]:
+    """The strength of each LoRA: as asked for, else the one that the preset's student is published with.
+
+    Raises:
+        ImportRefused: none is asked for, that one is not 1, and the LoRA need not be the student's.
+    """
+    own = published_strength(request.preset)
+    bare = [path for path, strength in request.loras if strength is None]
+    if bare and own != 1 and (len(request.loras) > 1 or request.network is not None):
+        raise ImportRefused(
+            f"--lora {bare[0]}: preset {request.preset!r} is published with its LoRA at {own:g}, and which LoRA is the "
+            f"student's is not known here: give each its strength, --lora FILE:{own:g} the student's, --lora FILE:1 "
+            f"such as a style"
+        )
+    return [own if strength is None else strength for _, strength in request.loras]
+
+
+def _read_loras(work: Work, given: Sequence[float]) -> None:
     kind, folder = work.kind, work.base.folder
-    work.loras = [Lora.open(path, strength) for path, strength in work.request.loras]
+    work.loras = [Lora.open(path, strength) for (path, _), strength in zip(work.request.loras, given, strict=True)]
     if not work.loras:
         return
     shapes: dict[str, Mapping[str, tuple[int, ...]]] = {

@@ -258,6 +258,9 @@ def test_pixart_students_are_the_stock_pipeline(
     [
         ("sd3.5-large-turbo", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 0.0}),
         ("sd3.5-medium-turbo", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 1.5}),
+        ("hyper-sd3-4-cfg", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 3.0}),
+        ("hyper-sd3-8-cfg", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 5.0}),
+        ("hyper-sd3-16-cfg", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 7.0}),
         ("pcm-sd3", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 1.2, "sigmas": [1.0, 0.76, 0.5, 0.26]}),
         ("pcm-sd3-stochastic", FlowMatchLCMScheduler, {"guidance_scale": 1.2, "sigmas": [1.0, 0.76, 0.5, 0.26]}),
     ],
@@ -351,6 +354,9 @@ def test_every_student_has_its_oracle() -> None:
     with_pipeline |= {
         "sd3.5-large-turbo",
         "sd3.5-medium-turbo",
+        "hyper-sd3-4-cfg",
+        "hyper-sd3-8-cfg",
+        "hyper-sd3-16-cfg",
         "pcm-sd3",
         "pcm-sd3-stochastic",
         "swd-sd3",
