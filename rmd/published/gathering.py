@@ -20,7 +20,14 @@ from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.lora import Lora
 from rmd.published.merge import Plan, plan_merge
 from rmd.published.naming import Names
-from rmd.published.networks import Expected, Network, is_table, read_network, refuse_scaled, with_guidance_folded
+from rmd.published.networks import (
+    Expected,
+    Network,
+    check_text_encoder,
+    is_table,
+    read_network,
+    with_guidance_folded,
+)
 from rmd.published.originals import DENOISER_PREFIX, PARTS
 from rmd.published.source import Base, open_base
 from rmd.published.writing import LARGEST_FILE
@@ -95,6 +102,7 @@ def gather(request: ImportRequest) -> Work:
     given = strengths(request)
     work = _open(request)
     _read_networks(work)
+    _check_texts(work)
     _read_loras(work, given)
     return work
 
@@ -223,6 +231,26 @@ def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> No
     work.left_out += [f"{files.path.name}: {key}" for key in network.left_out]
 
 
+def _check_texts(work: Work) -> None:
+    """The base's own text encoders, which are copied or a LoRA changes: a loader would only warn of their odd keys."""
+    folder = work.base.folder
+    for component in _text_encoders(work):
+        if not (folder.path / component).is_dir():
+            continue  # told with the other folders that are not there
+        files, target = WeightFiles.open(folder.path / component), work.kind.components[component]
+        left = check_text_encoder(files, target, work.configs[component], allow_unmatched=work.request.allow_unmatched)
+        work.left_out += [f"{component}: {key}" for key in left]
+
+
+def _text_encoders(work: Work) -> list[str]:
+    """Those that the base's folder has, and no single file brings."""
+    return [
+        component
+        for component in work.kind.components
+        if component.startswith("text_encoder") and component not in work.networks and work.base.folder.has(component)
+    ]
+
+
 # ---- LoRAs ------------------------------------------------------------------------------------------------------
 
 
@@ -258,10 +286,9 @@ def _read_loras(work: Work, given: Sequence[float]) -> None:
         component: network.shapes for component, network in work.networks.items()
     }
     texts: dict[str, WeightFiles] = {}
-    for component in kind.components:
-        if component.startswith("text_encoder") and component not in shapes and folder.has(component):
-            texts[component] = WeightFiles.open(folder.path / component)
-            shapes[component] = texts[component].shapes
+    for component in _text_encoders(work):
+        texts[component] = WeightFiles.open(folder.path / component)
+        shapes[component] = texts[component].shapes
     names = Names(
         kind.denoiser_folder,
         {component: tuple(parameters) for component, parameters in shapes.items()},
@@ -273,7 +300,6 @@ def _read_loras(work: Work, given: Sequence[float]) -> None:
     for component in work.plan.changes:
         if component in texts:
             files = texts[component]
-            refuse_scaled(files)
             entries = files.entries
             dtypes = {name: entry.dtype for name, entry in entries.items()}
             work.networks[component] = Network(files, files.shapes, dtypes, (), _renamed={name: name for name in files})
