@@ -177,6 +177,7 @@ _SDXL = {
     "swd-sdxl": _sdxl(
         (1000, 800, 600, 400), "yresearch/swd-sdxl", "LoRA, as a PEFT folder", "",
         sizes=_sides(512, 640, 768, 1024), noise_rule="fresh", transition_noise_intensity=0.0, x0_upsampling="bicubic",
+        note="here the UNet is told each step's own side; whether its own pipeline does so is not confirmed",
     ),
 }  # fmt: skip
 
