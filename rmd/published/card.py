@@ -28,9 +28,12 @@ def model_card(name: str, cascade: Cascade, record: Mapping[str, Any]) -> str:
         if left
         else ""
     )
+    student = imported.get("student")
+    licence = (student and student["licence"]) or "not confirmed"
+    whose = f", which is of `{student['source']}` (licence, as it was read: {licence})" if student else ""
     return f"""# {name}
 
-Published weights, merged in float32 and rounded once, sampled as the preset `{record["preset"]}` says.
+Published weights, merged in float32 and rounded once, sampled as the preset `{record["preset"]}` says{whose}.
 
 | part | name | licence | files (sha256) |
 |---|---|---|---|

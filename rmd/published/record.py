@@ -9,6 +9,7 @@ from rmd.published.files import WeightFiles
 from rmd.published.gathering import Work, published_strength
 from rmd.published.lora import Lora
 from rmd.published.source import licence_of
+from rmd.students import STEP_LISTS
 
 
 def import_record(work: Work) -> dict[str, Any]:
@@ -49,6 +50,9 @@ def import_record(work: Work) -> dict[str, Any]:
             "licence": licence_of(student, student.path if student.path.is_dir() else None),
             "sha256": student.digests(),
         }
+    entry = STEP_LISTS.get(request.preset)
+    if entry is not None and entry.source:  # many a file says nothing of itself
+        imported["student"] = {"source": entry.source, "licence": entry.licence or None}
     if request.fold_guidance is not None:
         imported["folded_guidance"] = request.fold_guidance
     return {"method": "import", "preset": request.preset, "imported": imported}

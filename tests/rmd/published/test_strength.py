@@ -37,7 +37,9 @@ def test_a_lora_without_a_strength_takes_its_presets(base: TinyFolder, imported:
     assert_equal_weights(weights(tmp_path / "out" / "transformer"), oracle, before)
     stored = json.loads((tmp_path / "out" / "cascade.json").read_text())
     assert stored["distillation"]["imported"]["loras"] == [recorded]
+    assert done.record["imported"]["student"] == {"source": "ByteDance/Hyper-SD", "licence": None}
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "which is of `ByteDance/Hyper-SD` (licence, as it was read: not confirmed)" in card
     assert "LoRA at 0.125, as hyper-sd3-8-cfg is published (factors 0.25)" in card
 
     imported("sd3", loras=((file, 1.0),), **options)
