@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from rmd.cascade import Cascade
+    from rmd.checkpoint import CheckpointFolder
     from rmd.noise_schedule import NoiseSchedule
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -66,7 +67,8 @@ def write(
     """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it.
 
     A folder whose files contradict the preset (another base, another parametrisation) is refused. `--naive` is a
-    cascade without training: the file and whatever serves it say so.
+    cascade without training: the file and whatever serves it say so. A checkpoint of that preset, such as `rmd import`
+    wrote, takes it as a further schedule.
     """
     from rmd.backbones.student_fit import check_student
     from rmd.cascade_file import write_cascade_json
@@ -78,7 +80,8 @@ def write(
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; give a diffusers folder")
     if (folder / CASCADE_FILE).exists():
-        raise ValueError(f"{folder / CASCADE_FILE} is there already; remove it to write another")
+        _add_naive(folder, preset, schedule, naive)
+        return
     cascade = _naive(preset, schedule) if naive else named(preset, schedule=schedule)
     check_weights(folder)
     check_student(preset, folder)
@@ -103,7 +106,6 @@ def retime(
 
     from rmd.backbones.registry import get_backbone
     from rmd.cascade import Cascade
-    from rmd.cascade_file import write_cascade_json
     from rmd.checkpoint import CheckpointFolder
     from rmd.profiles import PROFILES
 
@@ -122,16 +124,42 @@ def retime(
         resolution_map=old.resolution_map,
         schedule=PROFILES[get_backbone(checkpoint.backbone_name).profile].noise_schedule(),
     )
-    written = write_cascade_json(
-        folder,
+    written = _put(checkpoint, name, replace(old, steps=moved.steps))
+    typer.echo(f"{written}: {name} at {', '.join(str(step.timestep) for step in moved.steps)}")
+
+
+def _put(checkpoint: CheckpointFolder, name: str, cascade: Cascade) -> Path:
+    """Writes a schedule into a checkpoint's file; all else in it stays."""
+    from rmd.cascade_file import write_cascade_json
+
+    return write_cascade_json(
+        checkpoint.path,
         backbone=checkpoint.backbone_name,
-        cascades={**checkpoint.cascades, name: replace(old, steps=moved.steps)},
+        cascades={**checkpoint.cascades, name: cascade},
         default=checkpoint.default,
         teacher=checkpoint.teacher,
         distillation=checkpoint.distillation,
         decoder=checkpoint.decoder,
     )
-    typer.echo(f"{written}: {name} at {', '.join(str(step.timestep) for step in moved.steps)}")
+
+
+def _add_naive(folder: Path, preset: str, schedule: str | None, naive: bool) -> None:
+    """A student's checkpoint gets its naive cascade as a further schedule."""
+    from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
+
+    there = f"{folder / CASCADE_FILE} is there already"
+    if not naive:
+        raise ValueError(f"{there}; remove it to write another")
+    cascade = _naive(preset, schedule)
+    checkpoint = CheckpointFolder.read(folder)
+    names = {own.name for own in checkpoint.cascades.values()}
+    if not names & {preset, cascade.name}:
+        raise ValueError(f"{there}, and its weights are sampled as {', '.join(sorted(names))}, not as {preset}")
+    name = cascade.schedule_name
+    if name in checkpoint.cascades:
+        raise ValueError(f"{there}, with a schedule {name!r}")
+    written = _put(checkpoint, name, cascade)
+    typer.echo(f"{written}: schedule {name} beside {checkpoint.default}, {cascade.note}")
 
 
 def _naive(preset: str, schedule: str | None, cut: str | None = None) -> Cascade:

@@ -18,7 +18,10 @@ def command(
         Path | None, typer.Option(help="The student's network: a file, the index of its parts, or its folder.")
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA, FILE or FILE:STRENGTH, or a PEFT folder; may be given often.")
+        list[str] | None,
+        typer.Option(
+            help="A LoRA, FILE or FILE:STRENGTH (by default the preset's), or a PEFT folder; may be given often."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="With a single file: a diffusers folder with tokenizers and configurations.")
@@ -48,6 +51,7 @@ def command(
     from rmd.dtypes import parse_dtype
     from rmd.published.gathering import ImportRequest
     from rmd.published.importing import import_model
+    from rmd.published.record import strength_of
 
     request = ImportRequest(
         base=base,
@@ -69,6 +73,8 @@ def command(
             bar.update(task, description=what, completed=done, total=total)
 
         imported = import_model(request, report, say=lambda text: typer.echo(text, err=True))
+    for item in imported.record["imported"]["loras"]:
+        typer.echo(f"LoRA {item['name']}: added to {item['parameters']} weights at {strength_of(item, preset)}")
     for key in imported.left_out[:_SHOWN_KEYS]:
         typer.echo(f"left out: {key}")
     if len(imported.left_out) > _SHOWN_KEYS:
@@ -76,17 +82,17 @@ def command(
     typer.echo(str(imported.folder))
 
 
-def _strength(text: str) -> tuple[Path, float]:
+def _strength(text: str) -> tuple[Path, float | None]:
     """``FILE`` or ``FILE:STRENGTH``; a colon may be part of a name that exists."""
     import math
 
     name, colon, number = text.rpartition(":")
     if not colon or Path(text).exists():
-        return Path(text), 1.0
+        return Path(text), None
     try:
         strength = float(number)
     except ValueError:
-        return Path(text), 1.0
+        return Path(text), None
     if not math.isfinite(strength):
         raise ValueError(f"--lora {text}: the strength must be a finite number, such as 0.8")
     return Path(name), strength

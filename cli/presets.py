@@ -32,7 +32,7 @@ def command(
     for row in rows:
         guided = "" if row["guidance_scale"] == 1 else f", guidance {row['guidance_scale']:g}"
         typer.echo(f"{row['name']}: {row['backbone']}, {row['schedule']} at {_sizes(row['sizes'])}{guided}")
-        for key in ("source", "files", "licence", "note"):
+        for key in ("source", "files", "lora_strength", "licence", "note"):
             if row.get(key):
                 typer.echo(f"    {key}: {row[key]}")
     if backbone is None:
@@ -57,15 +57,22 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def origin(name: str) -> dict[str, str]:
-    """Where a public student's weights come from: source, files, licence and note, those that there are."""
+def origin(name: str) -> dict[str, Any]:
+    """Where a public student's weights come from: source, files, licence and note, those that there are; and the
+    strength of its LoRA where that is not 1."""
     from rmd.students import STEP_LISTS
 
     entry = STEP_LISTS.get(name)
     if entry is None:
         return {}
     licence = entry.licence or ("see the repository" if entry.source else "")
-    found = {"source": entry.source, "files": entry.files, "licence": licence, "note": entry.note}
+    found = {
+        "source": entry.source,
+        "files": entry.files,
+        "lora_strength": None if entry.lora_strength == 1 else entry.lora_strength,
+        "licence": licence,
+        "note": entry.note,
+    }
     return {key: value for key, value in found.items() if value}
 
 

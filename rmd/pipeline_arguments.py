@@ -19,6 +19,8 @@ _ELSEWHERE = {
     "width": "the sizes are the schedule's: schedule=...",
     "negative_prompt": "a student is not guided, and the teacher is guided against the empty text",
     "num_videos_per_prompt": "num_images_per_prompt counts films too",
+    "latents": "the start is drawn from the seed; a callback_on_step_end may change what follows",
+    "callback_on_step_end_tensor_inputs": "a callback is given 'latents' and 'pred_original_sample'",
 }
 
 
@@ -65,22 +67,29 @@ def count_of(name: str, value: Any) -> int:
 
 
 def latents_of(answer: Any, latents: Tensor) -> Tensor | None:
-    """What a callback wants to go on with, if anything.
+    """What a callback wants to go on with, if anything, where and in the dtype in which the state is.
 
     Raises:
-        TypeError: its answer is no mapping, or its latents are no tensor.
-        ValueError: they are of another shape.
+        TypeError: its answer is no mapping, or its latents are no tensor of floating-point numbers.
+        ValueError: they are of another shape, or something else is to be changed.
     """
     if answer is None:
         return None
     if not isinstance(answer, Mapping):
         raise TypeError(f"callback_on_step_end must return None or a mapping, not {type(answer).__name__}")
+    for name in answer:
+        if name not in ("latents", "pred_original_sample"):  # the second may come back with all that was given
+            raise ValueError(f"callback_on_step_end may change 'latents' alone, and returned {name!r}")
     other = answer.get("latents")
-    if other is not None and not isinstance(other, Tensor):
+    if other is None:
+        return None
+    if not isinstance(other, Tensor):
         raise TypeError(f"callback_on_step_end: 'latents' must be a tensor, not {type(other).__name__}")
-    if other is not None and other.shape != latents.shape:
+    if not other.is_floating_point():
+        raise TypeError(f"callback_on_step_end: 'latents' must be floating-point numbers, not {other.dtype}")
+    if other.shape != latents.shape:
         raise ValueError(f"callback_on_step_end: 'latents' must keep their shape {tuple(latents.shape)}")
-    return other
+    return other.to(latents)
 
 
 def seeds_of(
@@ -89,6 +98,7 @@ def seeds_of(
     """One a picture.
 
     Raises:
+        TypeError: a generator that is none.
         ValueError: seeds and generators both, one that is no seed, or another number of them.
     """
     if seed is not None and generator is not None:
@@ -96,7 +106,11 @@ def seeds_of(
     if isinstance(generator, torch.Generator):
         return [_draw_seed(generator) for _ in range(count)]
     if generator is not None:
-        seed = [_draw_seed(one) for one in generator]
+        many: list[Any] = list(generator) if isinstance(generator, Iterable) else [generator]
+        for one in many:
+            if not isinstance(one, torch.Generator):
+                raise TypeError(f"generator must be a torch.Generator, or one a picture, not {type(one).__name__}")
+        seed = [_draw_seed(one) for one in many]
     if seed is None:
         seed = secrets.randbelow(2**32)
     several = isinstance(seed, Iterable) and not isinstance(seed, str | bytes)

@@ -30,6 +30,7 @@ class StepList:
             spacing, rCM).
         final_timestep: see `rmd.cascade.Cascade`.
         prediction: what the network gives: "epsilon", "velocity" or "sample" (x0 itself).
+        lora_strength: at which its instructions merge its LoRA, besides the file's own alpha; 1 where they name none.
         base: the model that it was distilled from, see `rmd.backbones.student_fit`; None for any of the backbone.
         source: repository of the weights; empty where none are needed.
         files: which of its files, and how they are published.
@@ -51,6 +52,7 @@ class StepList:
     starts_at_sigma: bool = False
     final_timestep: float | None = None
     prediction: str = "epsilon"
+    lora_strength: float = 1.0
     base: str | None = None
     source: str = ""
     files: str = ""
@@ -175,6 +177,7 @@ _SDXL = {
     "swd-sdxl": _sdxl(
         (1000, 800, 600, 400), "yresearch/swd-sdxl", "LoRA, as a PEFT folder", "",
         sizes=_sides(512, 640, 768, 1024), noise_rule="fresh", transition_noise_intensity=0.0, x0_upsampling="bicubic",
+        note="here the UNet is told each step's own side; whether its own pipeline does so is not confirmed",
     ),
 }  # fmt: skip
 
@@ -214,6 +217,16 @@ def _swd_sd3(sigmas: tuple[float, ...], latent_sides: tuple[int, ...]) -> StepLi
     )  # fmt: skip
 
 
+def _hyper_sd3(count: int, guidance_scale: float) -> StepList:
+    # Its card: the base's own scheduler, `fuse_lora(lora_scale=0.125)`, guidance 3, 5 and 7 at 4, 8 and 16 steps. All
+    # other cards here fuse at diffusers' default, 1.
+    return _sd3(
+        "sd3-medium", euler_timesteps(count, 3.0), _HYPER, f"Hyper-SD3-{count}steps-CFG-lora.safetensors",
+        guidance_scale=guidance_scale, lora_strength=0.125,
+        note=f"guidance {guidance_scale:g}, so two passes a step",
+    )  # fmt: skip
+
+
 # PCM's grid: the entries 1, .76, .5, .26 of 50 phases, under the flow shift.
 _PCM_SD3 = tuple(1000 * shift_time(u, 3.0) for u in (1.0, 0.76, 0.5, 0.26))
 
@@ -228,6 +241,9 @@ _SD3 = {
         "whole folder, or its 8-step LoRA", licence="Stability AI Community", guidance_scale=1.5,
         note="guidance 1.5, so two passes a step",
     ),
+    "hyper-sd3-4-cfg": _hyper_sd3(4, 3.0),
+    "hyper-sd3-8-cfg": _hyper_sd3(8, 5.0),
+    "hyper-sd3-16-cfg": _hyper_sd3(16, 7.0),
     "pcm-sd3": _sd3("sd3-medium", _PCM_SD3, _PCM, "sd3/: deterministic 4-step LoRA", guidance_scale=1.2),
     "pcm-sd3-stochastic": _sd3(
         "sd3-medium", _PCM_SD3, _PCM, "sd3/: stochastic 4-step LoRA", guidance_scale=1.2, noise_rule="fresh"

@@ -25,6 +25,7 @@ def draw(backbone: Backbone, cascade: Cascade) -> torch.Tensor:
         return backbone.decode(sample(backbone, cascade, backbone.encode_prompts([PROMPT]), [7]), cascade.full_size)
 
 
+@pytest.mark.timeout(1800)  # engines are compiled
 @pytest.mark.parametrize("name", ["sdxl", "pixart", "sd3", "wan-1.3b"])
 def test_engines_draw_what_eager_draws(name: str, tmp_path: Path) -> None:
     folder, store = write_tiny_folder(name, tmp_path / "checkpoint"), tmp_path / "engines"

@@ -21,6 +21,8 @@ from rmd.published.hub import HUB_PREFIX, HubError, fetch_snapshot
 from rmd.weight_files import PICKLE_SUFFIXES, check_index, check_safetensors, is_index
 
 _HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
+# What an import's record and NOTICE tell of the licence.
+_TEXTS = ("README.md", "NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 _VARIANTS = "*.fp16.*"
 # The forms of a vocabulary: CLIP's, T5's, BERT's and everyone's.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
@@ -203,7 +205,7 @@ def _fetch(source: str, components: Sequence[str]) -> Path:
         raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
 
     def fetch(names: Sequence[str], ignored: str | None) -> Path:
-        patterns = ["model_index.json", *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
+        patterns = ["model_index.json", *_TEXTS, *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
         try:
             return fetch_snapshot(repository, revision or None, patterns, ignored)
         except HubError as error:

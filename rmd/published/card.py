@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rmd.cascade import Cascade
+from rmd.published.record import strength_of
 
 _NOTICES = ("NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
@@ -19,7 +20,7 @@ def model_card(name: str, cascade: Cascade, record: Mapping[str, Any]) -> str:
         rows.append(_row("network", imported["network"]))
     for lora in imported["loras"]:
         scales = ", ".join(f"{scale:g}" for scale in lora["scales"][:4]) + (", ..." if len(lora["scales"]) > 4 else "")
-        rows.append(_row(f"LoRA at {lora['strength']:g} (factors {scales or 'none'})", lora))
+        rows.append(_row(f"LoRA at {strength_of(lora, record['preset'])} (factors {scales or 'none'})", lora))
     steps = "\n".join(f"| {index} | {step.size} | {step.timestep} |" for index, step in enumerate(cascade.steps))
     left = imported["left_out"]
     out = (
@@ -27,9 +28,12 @@ def model_card(name: str, cascade: Cascade, record: Mapping[str, Any]) -> str:
         if left
         else ""
     )
+    student = imported.get("student")
+    licence = (student and student["licence"]) or "not confirmed"
+    whose = f", which is of `{student['source']}` (licence, as it was read: {licence})" if student else ""
     return f"""# {name}
 
-Published weights, merged in float32 and rounded once, sampled as the preset `{record["preset"]}` says.
+Published weights, merged in float32 and rounded once, sampled as the preset `{record["preset"]}` says{whose}.
 
 | part | name | licence | files (sha256) |
 |---|---|---|---|

@@ -20,7 +20,14 @@ from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.lora import Lora
 from rmd.published.merge import Plan, plan_merge
 from rmd.published.naming import Names
-from rmd.published.networks import Expected, Network, is_table, read_network, refuse_scaled, with_guidance_folded
+from rmd.published.networks import (
+    Expected,
+    Network,
+    check_text_encoder,
+    is_table,
+    read_network,
+    with_guidance_folded,
+)
 from rmd.published.originals import DENOISER_PREFIX, PARTS
 from rmd.published.source import Base, open_base
 from rmd.published.writing import LARGEST_FILE
@@ -38,7 +45,7 @@ class ImportRequest:
         preset: the cascade that the student is sampled with.
         out: the checkpoint folder to write.
         network: the student's network (file, index or folder) in place of the base's.
-        loras: files or PEFT folders, each with its strength.
+        loras: files or PEFT folders, each with its strength; None is the preset's own, see :func:`strengths`.
         config: with a single file: the diffusers folder that has what the file has not.
         backbone: of those that share the preset's family, which one; by default the preset's own.
         dtype: of the weights that are written anew; by default as published (eight bits become bfloat16).
@@ -51,7 +58,7 @@ class ImportRequest:
     preset: str
     out: Path
     network: Path | None = None
-    loras: Sequence[tuple[Path, float]] = ()
+    loras: Sequence[tuple[Path, float | None]] = ()
     config: Path | None = None
     backbone: str | None = None
     dtype: torch.dtype | None = None
@@ -92,9 +99,11 @@ def gather(request: ImportRequest) -> Work:
 
     Raises: see :func:`rmd.published.importing.import_model`.
     """
+    given = strengths(request)
     work = _open(request)
     _read_networks(work)
-    _read_loras(work)
+    _check_texts(work)
+    _read_loras(work, given)
     return work
 
 
@@ -222,22 +231,64 @@ def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> No
     work.left_out += [f"{files.path.name}: {key}" for key in network.left_out]
 
 
+def _check_texts(work: Work) -> None:
+    """The base's own text encoders, which are copied or a LoRA changes: a loader would only warn of their odd keys."""
+    folder = work.base.folder
+    for component in _text_encoders(work):
+        if not (folder.path / component).is_dir():
+            continue  # told with the other folders that are not there
+        files, target = WeightFiles.open(folder.path / component), work.kind.components[component]
+        left = check_text_encoder(files, target, work.configs[component], allow_unmatched=work.request.allow_unmatched)
+        work.left_out += [f"{component}: {key}" for key in left]
+
+
+def _text_encoders(work: Work) -> list[str]:
+    """Those that the base's folder has, and no single file brings."""
+    return [
+        component
+        for component in work.kind.components
+        if component.startswith("text_encoder") and component not in work.networks and work.base.folder.has(component)
+    ]
+
+
 # ---- LoRAs ------------------------------------------------------------------------------------------------------
 
 
-def _read_loras(work: Work) -> None:
+def published_strength(preset: str) -> float:
+    """The strength at which a preset's own instructions merge its LoRA; 1 where they name none."""
+    entry = STEP_LISTS.get(preset)
+    return 1.0 if entry is None else entry.lora_strength
+
+
+def strengths(request: ImportRequest) -> list[float]:
+    """The strength of each LoRA: as asked for, else the one that the preset's student is published with.
+
+    Raises:
+        ImportRefused: none is asked for, that one is not 1, and the LoRA need not be the student's.
+    """
+    own = published_strength(request.preset)
+    bare = [path for path, strength in request.loras if strength is None]
+    if bare and own != 1 and (len(request.loras) > 1 or request.network is not None):
+        raise ImportRefused(
+            f"--lora {bare[0]}: preset {request.preset!r} is published with its LoRA at {own:g}, and which LoRA is the "
+            f"student's is not known here: give each its strength, --lora FILE:{own:g} the student's, --lora FILE:1 "
+            f"such as a style"
+        )
+    return [own if strength is None else strength for _, strength in request.loras]
+
+
+def _read_loras(work: Work, given: Sequence[float]) -> None:
     kind, folder = work.kind, work.base.folder
-    work.loras = [Lora.open(path, strength) for path, strength in work.request.loras]
+    work.loras = [Lora.open(path, strength) for (path, _), strength in zip(work.request.loras, given, strict=True)]
     if not work.loras:
         return
     shapes: dict[str, Mapping[str, tuple[int, ...]]] = {
         component: network.shapes for component, network in work.networks.items()
     }
     texts: dict[str, WeightFiles] = {}
-    for component in kind.components:
-        if component.startswith("text_encoder") and component not in shapes and folder.has(component):
-            texts[component] = WeightFiles.open(folder.path / component)
-            shapes[component] = texts[component].shapes
+    for component in _text_encoders(work):
+        texts[component] = WeightFiles.open(folder.path / component)
+        shapes[component] = texts[component].shapes
     names = Names(
         kind.denoiser_folder,
         {component: tuple(parameters) for component, parameters in shapes.items()},
@@ -249,7 +300,6 @@ def _read_loras(work: Work) -> None:
     for component in work.plan.changes:
         if component in texts:
             files = texts[component]
-            refuse_scaled(files)
             entries = files.entries
             dtypes = {name: entry.dtype for name, entry in entries.items()}
             work.networks[component] = Network(files, files.shapes, dtypes, (), _renamed={name: name for name in files})

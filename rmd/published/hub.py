@@ -123,4 +123,8 @@ def _hub_reason(repository: str, revision: str | None, error: Exception) -> str:
             f"again when the hub can be reached, or download it elsewhere and pass its folder"
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{repository} could not be fetched from the hub ({reason}); download it elsewhere and pass its folder"
+    offline = import_module("huggingface_hub.constants").HF_HUB_OFFLINE
+    again = "" if offline else "run this again, which goes on with the files that are whole, or "
+    return (
+        f"{repository} could not be fetched from the hub ({reason}); {again}download it elsewhere and pass its folder"
+    )

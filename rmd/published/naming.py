@@ -19,8 +19,8 @@ from torch import Tensor
 _DENOISER_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 _KOHYA_DENOISER = ("lora_unet_", "lora_transformer_")
 _TEXT = re.compile(r"^(?:lora_te(?P<kohya>[123]?)_|text_encoder(?P<number>_[123])?\.)(?P<rest>.+)$")
-# What stands between a CLIP's own modules and the names of files: transformers has had it both ways.
-_TEXT_WRAPPER = "text_model."
+TEXT_WRAPPER = "text_model."
+"""What stands between a CLIP's own modules and the names of files: transformers has had it both ways."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Names:
                 place = (Place(component, module),)
                 found[_flat(module)] = place
                 if component != denoiser:
-                    plain = module.removeprefix(_TEXT_WRAPPER)
-                    found[_flat(plain)] = found[_flat(_TEXT_WRAPPER + plain)] = place
+                    plain = module.removeprefix(TEXT_WRAPPER)
+                    found[_flat(plain)] = found[_flat(TEXT_WRAPPER + plain)] = place
             if component == denoiser and family == "sd3":
                 for original, places in sd3_originals(component, list(modules)):
                     found.setdefault(_flat(original), places)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rmd.backbones.guidance_fold import TOUCHED, fold_guidance
-from rmd.backbones.random_weights import build_random
+from rmd.backbones.random_weights import build_random, resolve
 from rmd.dtypes import dtype_name
 from rmd.published.files import SCALED, ImportRefused, WeightFiles
+from rmd.published.naming import TEXT_WRAPPER
 from rmd.published.originals import DENOISER_PREFIX, Traced, converter_of, trace
 
 _SHOWN = 8
@@ -135,6 +136,36 @@ def read_network(
         dtypes = {name: files.entries[key].dtype for name, key in direct.items()}
         return Network(files, shapes, dtypes, (*left, *tables), _renamed=direct)
     return _convert(files, expected, target, config, plain, keys, tables, prefix, allow_unmatched)
+
+
+def check_text_encoder(
+    files: WeightFiles, target: str, config: Mapping[str, Any], *, allow_unmatched: bool = False
+) -> tuple[str, ...]:
+    """Hold a text encoder's own files against its class, whose loader only warns of what is missing or over.
+
+    Returns:
+        keys without a place: tables, what the class says that it leaves out, and with ``allow_unmatched`` others.
+
+    Raises:
+        ImportRefused: as :func:`read_network`.
+    """
+    refuse_scaled(files)
+    expected = Expected.of(target, config)
+    ignored = [re.compile(rule) for rule in getattr(resolve(target), "_keys_to_ignore_on_load_unexpected", None) or ()]
+    origin: dict[str, str] = {}
+    over: list[str] = []
+    tables: list[str] = []
+    for key in files:
+        plain = key.removeprefix(TEXT_WRAPPER)
+        name = next((name for name in (key, plain, TEXT_WRAPPER + plain) if name in expected.shapes), None)
+        if name is None:
+            (tables if is_table(key) or any(rule.search(key) for rule in ignored) else over).append(key)
+        elif name in origin:
+            raise ImportRefused(f"{files.path}: {origin[name]!r} and {key!r} name the same weights; keep one")
+        else:
+            origin[name] = key
+    shapes = {name: files.entries[key].shape for name, key in origin.items()}
+    return (*_checked(files, expected, shapes, origin, over, allow_unmatched), *tables)
 
 
 def _convert(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rmd.published.files import WeightFiles
-from rmd.published.gathering import Work
+from rmd.published.gathering import Work, published_strength
 from rmd.published.lora import Lora
 from rmd.published.source import licence_of
+from rmd.students import STEP_LISTS
 
 
 def import_record(work: Work) -> dict[str, Any]:
@@ -35,7 +37,10 @@ def import_record(work: Work) -> dict[str, Any]:
             "sha256": files,
         },
         "network": None,
-        "loras": [_lora_record(work, lora) for lora in work.loras],
+        "loras": [
+            _lora_record(work, lora, asked is not None)
+            for lora, (_, asked) in zip(work.loras, request.loras, strict=True)
+        ],
         "left_out": list(work.left_out),
     }
     student = work.network_files
@@ -45,12 +50,25 @@ def import_record(work: Work) -> dict[str, Any]:
             "licence": licence_of(student, student.path if student.path.is_dir() else None),
             "sha256": student.digests(),
         }
+    entry = STEP_LISTS.get(request.preset)
+    if entry is not None and entry.source:  # many a file says nothing of itself
+        imported["student"] = {"source": entry.source, "licence": entry.licence or None}
     if request.fold_guidance is not None:
         imported["folded_guidance"] = request.fold_guidance
     return {"method": "import", "preset": request.preset, "imported": imported}
 
 
-def _lora_record(work: Work, lora: Lora) -> dict[str, Any]:
+def strength_of(lora: Mapping[str, Any], preset: str) -> str:
+    """A recorded LoRA's strength in words, with where it comes from."""
+    told, own = f"{lora['strength']:g}", published_strength(preset)
+    if own == 1:
+        return told
+    if lora["strength_from"] == "preset":
+        return f"{told}, as {preset} is published"
+    return told if lora["strength"] == own else f"{told}, while {preset} is published at {own:g}"
+
+
+def _lora_record(work: Work, lora: Lora, asked: bool) -> dict[str, Any]:
     scales = {
         round(change.scale, 6)
         for parameters in work.plan.changes.values()
@@ -61,6 +79,7 @@ def _lora_record(work: Work, lora: Lora) -> dict[str, Any]:
     return {
         "name": lora.path.name,
         "strength": lora.strength,
+        "strength_from": "option" if asked else "preset" if published_strength(work.request.preset) != 1 else "default",
         "scales": sorted(scales),
         "parameters": work.plan.modules(lora),
         "licence": licence_of(lora.files, lora.path if lora.path.is_dir() else None),

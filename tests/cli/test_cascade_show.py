@@ -185,3 +185,27 @@ def test_a_naive_cascade_is_written_and_says_what_it_is(tmp_path: Path) -> None:
     assert "not distilled for this schedule" in shown.stdout
     wrong = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive", "--map", "none"])
     assert "--naive takes no" in str(wrong.exception)
+
+
+def test_an_imported_checkpoint_takes_a_naive_cascade_as_a_further_schedule(tmp_path: Path) -> None:
+    base, out = write_tiny_folder("sdxl", tmp_path / "base"), tmp_path / "dmd2"
+    imported = ["import", "--base", str(base), "--preset", "dmd2-sdxl", "--out", str(out)]
+    assert CliRunner().invoke(main, imported).exit_code == 0
+    before = CheckpointFolder.read(out)
+    arguments = ["write", str(out), "--naive", "--schedule", "2+2", "--preset"]
+    other = CliRunner().invoke(app, [*arguments, "lcm-sdxl"])
+    assert "its weights are sampled as dmd2-sdxl, not as lcm-sdxl" in str(other.exception)
+    again = CliRunner().invoke(app, ["write", str(out), "--preset", "dmd2-sdxl"])
+    assert "is there already; remove it to write another" in str(again.exception)
+    assert CheckpointFolder.read(out) == before
+
+    written = CliRunner().invoke(app, [*arguments, "dmd2-sdxl"])
+    assert written.exit_code == 0 and "schedule 2+2 beside 0+4, not distilled for this schedule" in written.stdout
+    after = CheckpointFolder.read(out)
+    assert replace(after, cascades=before.cascades) == before, "the record of the import and the default stay"
+    assert after.cascades == {**before.cascades, "2+2": naive_cascade("dmd2-sdxl", "2+2")}
+    twice = CliRunner().invoke(app, [*arguments, "dmd2-sdxl"])
+    assert "is there already, with a schedule '2+2'" in str(twice.exception)
+    (out / "unet" / "config.json").write_text((out / "unet" / "config.json").read_text() + " ")
+    altered = CliRunner().invoke(app, ["write", str(out), "--naive", "--schedule", "1+3", "--preset", "dmd2-sdxl"])
+    assert "unet/config.json" in str(altered.exception), "altered files are not recorded as if they were the import's"

@@ -42,7 +42,7 @@ def test_an_imported_student_is_drawn(base: Path, tmp_path: Path) -> None:
     save_file(state, lora)
     out = tmp_path / "turbo"
     said = rmd("import", "--base", base, "--lora", f"{lora}:0.5", "--preset", "sdxl-turbo", "--out", out)
-    assert said.splitlines()[-1] == str(out)
+    assert said.splitlines()[-2:] == ["LoRA student: turbo.safetensors: added to 1 weights at 0.5", str(out)]
     merged = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")["mid_block.attentions.0.proj_in.weight"]
     expected = weight + 0.5 * state[f"{module}.lora_up.weight"] @ state[f"{module}.lora_down.weight"]
     assert torch.allclose(merged, expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every public student against stock diffusers, as published: its pipeline where there is one, else its scheduler.
+"""Every public student against stock diffusers, as published: the stock pipeline with the scheduler that it names.
 
 Tiny networks of the real classes with random weights, the same start and the same fresh noise (twin generators), the
 state after every step. Equal means to 1e-4 of the larger of 1 and the reference's largest value.
@@ -28,6 +28,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     TCDScheduler,
     UNet2DConditionModel,
+    WanPipeline,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -91,11 +92,21 @@ def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
     assert error <= 1e-4, f"{what}: {error:.1e}"
 
 
-def check_pipeline(loaded: Loaded, pipeline: Any, cascade: Cascade, euler: bool = False, **options: Any) -> None:
+def check_pipeline(
+    loaded: Loaded,
+    pipeline: Any,
+    cascade: Cascade,
+    euler: bool = False,
+    start: float = 1.0,
+    told: Callable[[int], dict[str, Tensor]] = lambda _index: {},
+    **options: Any,
+) -> None:
     """Run the stock pipeline and ours from the same noise.
 
     Args:
         euler: the pipeline's latents are `x0 + s eps`, which is ours over alpha.
+        start: by which the publication scales the noise that it hands to its pipeline.
+        told: what the pipeline is told otherwise from the step behind this one on.
     """
     _, backbone = loaded
     pipeline.set_progress_bar_config(disable=True)
@@ -109,11 +120,13 @@ def check_pipeline(loaded: Loaded, pipeline: Any, cascade: Cascade, euler: bool 
     if isinstance(pipeline, PixArtAlphaPipeline):
         options["callback"] = lambda index, _timestep, latents: keep(index, latents)
     else:
-        options["callback_on_step_end"] = lambda _pipe, index, _t, tensors: keep(index, tensors["latents"]) or {}
+        options["callback_on_step_end"] = lambda _pipe, index, _t, tensors: (
+            keep(index, tensors["latents"]) or told(index)
+        )
     with torch.random.fork_rng():
-        torch.manual_seed(5)  # SD3's pipeline hands its scheduler no generator
+        torch.manual_seed(5)  # SD3's and Wan's pipelines hand their schedulers no generator
         pipeline(
-            PROMPTS, latents=z.clone(), output_type="latent", width=first.width, height=first.height,
+            PROMPTS, latents=start * z, output_type="latent", width=first.width, height=first.height,
             generator=torch.Generator().manual_seed(5), **options,
         )  # fmt: skip
     conditioning = backbone.encode_prompts(PROMPTS)
@@ -258,6 +271,9 @@ def test_pixart_students_are_the_stock_pipeline(
     [
         ("sd3.5-large-turbo", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 0.0}),
         ("sd3.5-medium-turbo", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 1.5}),
+        ("hyper-sd3-4-cfg", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 3.0}),
+        ("hyper-sd3-8-cfg", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 5.0}),
+        ("hyper-sd3-16-cfg", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 7.0}),
         ("pcm-sd3", FlowMatchEulerDiscreteScheduler, {"guidance_scale": 1.2, "sigmas": [1.0, 0.76, 0.5, 0.26]}),
         ("pcm-sd3-stochastic", FlowMatchLCMScheduler, {"guidance_scale": 1.2, "sigmas": [1.0, 0.76, 0.5, 0.26]}),
     ],
@@ -295,27 +311,43 @@ def test_swd_is_the_scale_wise_scheduler_in_the_stock_pipeline(
         check_pipeline(loaded, pipeline, wrong, num_inference_steps=len(sigmas), sigmas=sigmas, guidance_scale=1.0)
 
 
-def test_swd_of_sdxl_renoises_a_bicubic_prediction_by_the_ddpm_table(tiny: Callable[[str], Loaded]) -> None:
-    _, backbone = tiny("sdxl")
-    scheduler = DDPMScheduler(**SDXL_TABLE, clip_sample=False)
-    sides = [4, 8, 12, 16]
-    cascade = at_sizes(preset("swd-sdxl"), [Size.square(8 * side) for side in sides])
-    conditioning = backbone.encode_prompts(PROMPTS)
-    z = torch.randn(2, 4, sides[0], sides[0], generator=torch.Generator().manual_seed(3))
-    noises, x = torch.Generator().manual_seed(5), z
-    ours = our_states(backbone, cascade, conditioning, None, z, torch.Generator().manual_seed(5))
-    indices = [999, 800, 600, 400]
-    for index, entry in enumerate(indices):
-        output = backbone.predict_output(x, torch.full((2,), entry / 1000), conditioning, cascade.steps[index].size)
-        x0 = scheduler.step(output, entry, x, generator=torch.Generator()).pred_original_sample
-        side = sides[min(index + 1, 3)]
-        noise = torch.randn(2, 4, side, side, generator=noises)
-        if index < 3:
-            large = torch.nn.functional.interpolate(x0, size=(side, side), mode="bicubic")
-            x = scheduler.add_noise(large, noise, torch.tensor([indices[index + 1]]))
-        else:
-            x = x0
-        assert_same(next(ours), x, f"after step {index}")
+class ScaleWiseLCM(LCMScheduler):
+    """diffusers' scale-wise scheduler is one of flows alone: this is LCM's with the other's enlargement of x0."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **_: Any) -> Any:
+        """The next state, at the next step's side."""
+        denoised = super().step(model_output, timestep, sample, generator=torch.Generator()).denoised
+        if self.step_index == len(self.timesteps):
+            return (denoised,)
+        larger = torch.nn.functional.interpolate(denoised, size=(SWD_SIDES[self.step_index],) * 2, mode="bicubic")
+        noise = torch.randn(larger.shape, generator=generator)
+        return (self.add_noise(larger, noise, self.timesteps[self.step_index, None]),)
+
+
+SWD_SIDES = [4, 8, 12, 16]
+
+
+def test_swd_of_sdxl_is_the_stock_pipeline_with_lcms_scheduler_made_scale_wise(tiny: Callable[[str], Loaded]) -> None:
+    """Its publication names a pipeline of its own (quickjkee/swd_pipeline_sdxl) over the stock one and DDPM's table.
+
+    The UNet is told each step's own side: the stock pipeline can be, behind each step.
+    """
+    loaded = tiny("sdxl")
+    sizes = [Size.square(8 * side) for side in SWD_SIDES]
+    cascade = at_sizes(preset("swd-sdxl"), sizes)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(loaded[0], torch_dtype=torch.float32)
+    pipeline.scheduler = ScaleWiseLCM.from_config(pipeline.scheduler.config)
+
+    def told(index: int) -> dict[str, Tensor]:
+        side = sizes[min(index + 1, 3)].width
+        return {"add_time_ids": torch.tensor([[side, side, 0, 0, side, side]] * 2, dtype=torch.float32)}
+
+    options: dict[str, Any] = {"num_inference_steps": 4, "timesteps": [999, 800, 600, 400], "guidance_scale": 1.0}
+    options["callback_on_step_end_tensor_inputs"] = ["latents", "add_time_ids"]
+    check_pipeline(loaded, pipeline, cascade, told=told, **options)
+    for wrong in (replace(cascade, x0_upsampling="bilinear"), replace(cascade, transition_noise_intensity=0.5)):
+        with pytest.raises(AssertionError, match="after step 0"):
+            check_pipeline(loaded, pipeline, wrong, told=told, **options)
 
 
 @pytest.mark.parametrize(
@@ -327,39 +359,40 @@ def test_swd_of_sdxl_renoises_a_bicubic_prediction_by_the_ddpm_table(tiny: Calla
         ("causvid-wan-1.3b", 1.0, [1.0, 0.757, 0.522]),
     ],
 )
-def test_wans_step_distilled_students_are_flow_match_lcms(
+def test_wans_step_distilled_students_are_the_stock_pipeline(
     tiny: Callable[[str], Loaded], name: str, shift: float, sigmas: list[float]
 ) -> None:
-    _, backbone = tiny("wan-1.3b")
+    """Each publishes a script of its own that steps as diffusers' LCM of flows does."""
+
+    class Published(FlowMatchLCMScheduler):
+        def set_timesteps(self, *_: Any, device: Any = None, **__: Any) -> None:
+            """The student's own, since the pipeline hands on a number of steps alone."""
+            super().set_timesteps(sigmas=sigmas, device=device)
+
+    loaded = tiny("wan-1.3b")
     size = Size(48, 32, 5)
     cascade = at_sizes(preset(name), [size] * len(sigmas))
-    scheduler = FlowMatchLCMScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=sigmas)
-    conditioning = backbone.encode_prompts(PROMPTS)
-    z = torch.randn(2, *backbone.latent_shape(size), generator=torch.Generator().manual_seed(3))
-    twin = torch.Generator().manual_seed(5)
-    ours = our_states(backbone, cascade, conditioning, None, z, torch.Generator().manual_seed(5))
-    x = z * sigmas[0]  # 1 but for rCM, whose script scales its noise by the first time
-    for index, timestep in enumerate(scheduler.timesteps):
-        output = backbone.predict_output(x, timestep[None].double() / 1000, conditioning, size)
-        x = scheduler.step(output, timestep, x, generator=twin).prev_sample
-        assert_same(next(ours), x, f"{name}, after step {index}")
+    pipeline = WanPipeline.from_pretrained(loaded[0], torch_dtype=torch.float32)
+    pipeline.scheduler = Published(shift=shift)
+    # 1 but for rCM, whose script scales its noise by the first time.
+    options: dict[str, Any] = {"start": sigmas[0], "num_frames": size.num_frames, "guidance_scale": 1.0}
+    options["num_inference_steps"] = len(sigmas)
+    check_pipeline(loaded, pipeline, cascade, **options)
+    with pytest.raises(AssertionError, match="after step 0"):
+        check_pipeline(loaded, pipeline, replace(cascade, step_noise_intensity=1.0), **options)
 
 
 def test_every_student_has_its_oracle() -> None:
-    with_pipeline = set(SDXL) | {"lcm-sdxl-unet", "sdxl-lightning-1", "pixart-lcm", "flash-pixart", "pixart-dmd"}
-    with_pipeline |= {
-        "sd3.5-large-turbo",
-        "sd3.5-medium-turbo",
-        "pcm-sd3",
-        "pcm-sd3-stochastic",
-        "swd-sd3",
-        "swd-sd3-6",
-    }
-    with_scheduler = {"swd-sdxl", "lightx2v-wan-14b", "rcm-wan-1.3b", "rcm-wan-14b", "causvid-wan-1.3b"}
+    with_pipeline = {
+        *SDXL, "lcm-sdxl-unet", "sdxl-lightning-1", "swd-sdxl",
+        "pixart-lcm", "flash-pixart", "pixart-dmd",
+        "sd3.5-large-turbo", "sd3.5-medium-turbo", "hyper-sd3-4-cfg", "hyper-sd3-8-cfg", "hyper-sd3-16-cfg",
+        "pcm-sd3", "pcm-sd3-stochastic", "swd-sd3", "swd-sd3-6",
+        "lightx2v-wan-14b", "rcm-wan-1.3b", "rcm-wan-14b", "causvid-wan-1.3b",
+    }  # fmt: skip
     students = {name for name, entry in STEP_LISTS.items() if entry.source}
     closed_form = {"rmd-wan", "rmd-wan-shift5"}  # test_reference.py
-    assert students == with_pipeline | with_scheduler | closed_form
+    assert students == with_pipeline | closed_form
 
 
 def test_ddims_stochastic_step_is_diffusers() -> None:

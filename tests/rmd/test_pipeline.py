@@ -113,6 +113,12 @@ def test_a_callback_sees_every_step_and_may_change_the_state(pipe: CascadePipeli
 
     assert not drawn(pipe, "a fox", seed=5, output_type="latent", callback_on_step_end=blank).images.any()
 
+    def double(_pipe: CascadePipeline, _i: int, _t: float, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return {**state, "latents": state["latents"].double()}  # all that was given, as diffusers' callbacks return it
+
+    doubled = drawn(pipe, "a fox", seed=5, output_type="latent", callback_on_step_end=double).images
+    assert torch.equal(plain, doubled), "the state stays in its own dtype"
+
 
 def test_schedules_and_the_teacher(pipe: CascadePipeline) -> None:
     assert pipe.schedules == ("2+2", "0+4", "teacher")
@@ -173,7 +179,13 @@ def test_offloading_and_moving_change_no_picture(folder: Path, pipe: CascadePipe
         ({"callback_on_step_end": lambda *_: torch.zeros(1)}, TypeError, "must return None or a mapping, not Tensor"),
         ({"callback_on_step_end": lambda *_: {"latents": [1]}}, TypeError, "'latents' must be a tensor, not list"),
         ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, ValueError, "must keep their shape"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1).int()}}, TypeError, "numbers, not torch.int32"),
+        ({"callback_on_step_end": lambda *_: {"prompt_embeds": 1}}, ValueError, "alone, and returned 'prompt_embeds'"),
         ({"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
+        ({"generator": 5}, TypeError, "generator must be a torch.Generator, or one a picture, not int"),
+        ({"generator": [5]}, TypeError, "generator must be a torch.Generator, or one a picture, not int"),
+        ({"latents": torch.zeros(1)}, TypeError, "takes no 'latents': the start is drawn from the seed"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, TypeError, "is given 'latents' and"),
         ({"output_type": "gif"}, ValueError, "is not pil, np, pt or latent"),
         ({"num_inference_steps": 4}, TypeError, "a cascade's steps are its schedule's"),
         ({"eta": 4}, TypeError, "takes no 'eta'"),

@@ -86,7 +86,7 @@ def test_a_cut_transfer_keeps_whole_files(hub: Hub, model: Path, tmp_path: Path)
     large = "transformer/diffusion_pytorch_model.safetensors"
     hub.cut[large] = 100
     said = fetch(hub, tmp_path / "home", "me/tiny@v1")
-    assert said.startswith("HubError: me/tiny ")
+    assert said.startswith("HubError: me/tiny ") and "run this again, which goes on with the files" in said
     assert fetch(hub, tmp_path / "home", "me/tiny@v1", offline=True).startswith("HubError: me/tiny was fetched in part")
     hub.cut.clear()
     whole = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*/*")}
@@ -94,6 +94,40 @@ def test_a_cut_transfer_keeps_whole_files(hub: Hub, model: Path, tmp_path: Path)
     assert same(fetch(hub, tmp_path / "home", "me/tiny@v1"), model)
     again = [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
     assert any(large in line for line in again) and len(again) <= len(list(model.rglob("*.*"))) - len(whole)
+
+
+def test_a_base_is_fetched_with_what_says_its_licence(tmp_path: Path) -> None:
+    """And with nothing that an import does not read: pickles, other variants, other tools' forms."""
+    base = write_tiny_folder("pixart", tmp_path / "base")
+    (base / "cascade.json").unlink()
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n# A base\n")
+    (base / "LICENSE.md").write_text("Use it well.")
+    for other in (
+        "transformer/model.onnx",
+        "vae/diffusion_pytorch_model.bin",
+        "all.safetensors",
+        "vae_1_0/config.json",
+    ):
+        (base / other).parent.mkdir(exist_ok=True)
+        (base / other).write_bytes(b"x")
+    script = (
+        "from pathlib import Path\n"
+        "from rmd.published.gathering import ImportRequest\n"
+        "from rmd.published.importing import import_model\n"
+        "print(import_model(ImportRequest('me/base@v1', 'pixart-lcm', Path('out'))).record['imported']['base'])\n"
+    )
+    with serving({"me/base": base}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert f"'revision': '{COMMIT}', 'licence': 'openrail++'" in done.stdout
+    assert "Use it well." in (tmp_path / "out" / "NOTICE").read_text()
+    assert "| base | me/base at 0123456789" in (tmp_path / "out" / "README.md").read_text()
+    fetched = {path.name for path in (tmp_path / "home").rglob("snapshots/**/*")}
+    assert not fetched & {"model.onnx", "diffusion_pytorch_model.bin", "all.safetensors", "vae_1_0"}
 
 
 def test_gated_absent_and_no_such_revision(hub: Hub, tmp_path: Path) -> None:
