@@ -9,7 +9,7 @@ SERVING := $(VENV)/.serving
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint test-slow test-tensorrt clean
+.PHONY: help install serve test lint style types suite test-slow test-tensorrt clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -32,13 +32,21 @@ $(STAMP): $(SERVING)
 serve: $(SERVING)  ## the server with the embedded models, pictures and films, in the foreground, on PORT
 	$(BIN)/rmd serve --checkpoint models/embedded --checkpoint models/embedded-video --engines engines-cache --port $(PORT)
 
-lint: install  ## ruff and mypy --strict
+lint: style types  ## ruff and mypy --strict
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
 	$(BIN)/mypy
 
-test: install lint  ## everything that CI checks
+suite: install
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+# mypy is a minute of one core: beside the tests the others do not wait for it.
+test: install style  ## everything that CI checks
+	$(MAKE) -j2 types suite
 
 test-slow: install  ## every backbone family through AOTInductor engines, tiny networks
 	$(BIN)/python -m pytest tests_slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,9 +64,13 @@ def net() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """A store with one AOTInductor engine of :class:`Net`, batch 2; not to be changed."""
+    """A store with one AOTInductor engine of :class:`Net`, batch 2; not to be changed.
+
+    Of all workers of a run: whoever asks first builds, under the store's own lock, and the others find it built.
+    """
     torch.set_num_threads(1)  # the number of threads is part of the key
-    root = tmp_path_factory.mktemp("compiled")
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
     module = Net().eval().requires_grad_(False)
     manifest = build_engine(get_compiler("inductor"), EngineStore(root), module, net_spec(module))
     return root, manifest

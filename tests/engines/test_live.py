@@ -19,6 +19,7 @@ from engines.plan.checkpoint import CheckpointPlan
 from engines.plan.options import EngineOptions
 from engines.run.live import LiveExecutor
 from engines.store import EngineStore
+from rmd.backbones import tiny
 from rmd.backbones.base import Backbone
 from rmd.backbones.registry import load_checkpoint
 from rmd.backbones.tiny import write_tiny_folder
@@ -154,10 +155,12 @@ def test_learnt_costs_decide_and_the_same_costs_decide_alike(profiled: Profiled)
 
 @pytest.fixture(scope="module")
 def compiled_denoisers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """The tiny embedded checkpoint and a store of its full-size denoisers of batch 1 and 4."""
+    """The tiny embedded checkpoint, of one block, and a store of its full-size denoisers of batch 1 and 4."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("live")
-    folder = write_tiny_folder("embedded", root / "model")
+    with pytest.MonkeyPatch.context() as patch:  # what is shared and replaced are weights, of however many blocks
+        patch.setitem(tiny._OVERRIDES["embedded"]["transformer"], "num_layers", 1)
+        folder = write_tiny_folder("embedded", root / "model")
     plan, _ = _plan(folder)
     store = EngineStore(root / "store")
     for engine in plan.engines:

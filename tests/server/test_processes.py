@@ -185,9 +185,10 @@ def test_a_device_that_breaks_again_and_again_is_given_up(checkpoint: Path, monk
 def test_an_engine_does_not_outlive_its_front(checkpoint: Path) -> None:
     script = f"""
 import sys, time
-from tests.server.conftest import make_settings
 from server.front.engine import EngineProcess
-engine = EngineProcess.start(make_settings({str(checkpoint)!r}, measure_teacher=False, serve_teacher=False), "cpu")
+from server.start.settings import ServerSettings
+chosen = dict(checkpoint={str(checkpoint)!r}, backend="eager", measure_teacher=False, serve_teacher=False)
+engine = EngineProcess.start(ServerSettings(**chosen, dtype="float32"), "cpu")
 while type(engine.receive(60)[0]).__name__ != "Ready": pass
 print(engine.pid, flush=True)
 time.sleep(600)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -300,12 +299,12 @@ def test_a_folder_of_something_else_is_not_replaced(folder: Path, tmp_path: Path
 def test_sigterm_saves_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
     prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("\n".join(PROMPTS))
-    arguments: list[str] = [
-        sys.executable, "-m", "cli.main", "distill-decoder", "--checkpoint", str(folder),
-        "--out", str(tmp_path / "out"), "--run", str(run), "--prompts", str(prompts), "--samples", "1",
-        "--blocks", "1", "--width", "8", "--batch", "2", "--threads", "1", "--iterations",
+    options: list[str] = [
+        "--checkpoint", str(folder), "--out", str(tmp_path / "out"), "--run", str(run), "--prompts", str(prompts),
+        "--samples", "1", "--blocks", "1", "--width", "8", "--batch", "2", "--threads", "1", "--iterations",
     ]  # fmt: skip
-    process = subprocess.Popen([*arguments, "1000000"], stdout=subprocess.PIPE, text=True)
+    start = [sys.executable, "-m", "cli.main", "distill-decoder"]
+    process = subprocess.Popen([*start, *options, "1000000"], stdout=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 240
         while not (run / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < end:
@@ -317,7 +316,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder: Path, tmp_path: Path
     assert process.returncode == 0 and "the same command goes on" in said
     done = json.loads((checkpoints(run / "checkpoints")[-1] / "state.json").read_text())["iteration"]
     assert done > 0
-    again = subprocess.run([*arguments, str(done + 2)], capture_output=True, text=True, check=False, env=os.environ)
-    assert again.returncode == 0, again.stderr
-    assert "times as fast; decoder in" in again.stdout
+    again = command(*options, str(done + 2))
+    assert again.exit_code == 0, again.output
+    assert "times as fast; decoder in" in again.output
     assert json.loads((tmp_path / "out" / "decoder.json").read_text())["training"]["iterations"] == done + 2

@@ -116,10 +116,12 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_would(monkeypatch: pytes
     monkeypatch.setattr("training.distill.plan.passes_peak", lambda *_args, **_options: planned(current[0]))
     monkeypatch.setattr("training.distill.plan.forward_flop", lambda *_args: 1)
     current: list[DistillSettings] = []
+    plans: list[DistillSettings] = []
     make = planning.make_plan
 
     def made(backbone: Any, cascade: Any, settings: DistillSettings, **options: Any) -> Any:
         current[:] = [settings]
+        plans.append(settings)
         return make(backbone, cascade, settings, **options)
 
     monkeypatch.setattr(planning, "make_plan", made)
@@ -128,7 +130,9 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_would(monkeypatch: pytes
     assert "it fits with --set gradient_checkpointing=true" in refusal and "micro_batch" not in refusal
     _, refusal = refuse_what_cannot_fit(teacher, settings, 24 * GB)
     assert "--set gradient_checkpointing=true --set micro_batch=1" in refusal
+    plans.clear()
     _, refusal = refuse_what_cannot_fit(teacher, settings, 8 * GB)
+    assert len(plans) <= 3, "its own, one of all cures, one as a LoRA: a plan of a large network takes long"
     assert "no setting brings it under" in refusal or "as a LoRA" in refusal
     assert refuse_what_cannot_fit(teacher, settings, 200 * GB)[1] == ""
 

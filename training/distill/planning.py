@@ -41,17 +41,25 @@ def refuse_what_cannot_fit(
     def planned(chosen: DistillSettings) -> Plan:
         return make_plan(teacher.backbone, cascade, chosen, processes=processes, guidance_scale=scale, device=device)
 
+    def fits(changes: dict[str, Any]) -> bool:
+        return planned(settings.model_copy(update=changes)).needed <= room
+
     plan = planned(settings)
     if plan.needed <= room:
         return plan, ""
     needs = f"this run needs {plan.needed / GB:.1f} GB of each GPU, and there are {room / GB:.1f}"
-    changes: dict[str, Any] = {}
-    for change in _cures(settings, plan, cascade.num_steps, processes):
-        changes |= change
-        if planned(settings.model_copy(update=changes)).needed <= room:
-            return plan, f"{needs}; it fits with {_flags(changes)}"
+    cures = _cures(settings, plan, cascade.num_steps, processes)
+    changes: dict[str, Any] = {name: value for cure in cures for name, value in cure.items()}
+    # Each lowers the need, and a plan of a large network takes long: where all together do not fit, no fewer do.
+    if changes and fits(changes):
+        changes = {}
+        for cure in cures:
+            changes |= cure
+            if fits(changes):
+                break
+        return plan, f"{needs}; it fits with {_flags(changes)}"
     lora = {"lora_rank": 64, "gradient_checkpointing": True, "micro_batch": _least(settings, cascade.num_steps)}
-    if not settings.lora_rank and planned(settings.model_copy(update={**lora, "sharding": False})).needed <= room:
+    if not settings.lora_rank and fits({**lora, "sharding": False}):
         return plan, f"{needs}; trained whole it does not fit, as a LoRA it does: {_flags(lora)}"
     return plan, f"{needs}, which no setting brings it under: use larger GPUs, or more of them with --set sharding=true"
 
