@@ -23,6 +23,7 @@ def command(
     backend: Annotated[str | None, typer.Option(help="Engine backend: auto, inductor, tensorrt ... or eager.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device, such as cpu or cuda:0.")] = None,
     devices: Annotated[str | None, typer.Option(help="Several, one engine each: cuda:0,cuda:1.")] = None,
+    stages: Annotated[str | None, typer.Option(help="What each of them does: low,high+decode; default: all.")] = None,
     policy: Annotated[
         str | None, typer.Option(help="Scheduler: stagewise, fifo, dynamic:8:0.02 or continuous:8.")
     ] = None,
@@ -66,6 +67,7 @@ def command(
         "backend": backend,
         "device": device,
         "devices": devices,
+        "stages": stages,
         "policy": policy,
         "host": host,
         "port": port,

@@ -1,6 +1,6 @@
 """RMD on a Ray cluster of one machine: the same bytes, engines that are killed, scaled in, crowds and who leaves.
 
-Two apps one after the other on one cluster, all on the loopback interface.
+Three apps one after the other on one cluster, all on the loopback interface.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ def until_engines(url: str, count: int) -> list[str]:
     return until(lambda: len(names := ready_engines(url)) == count and names, f"{count} engines")
 
 
-def engine_processes() -> list[psutil.Process]:
+def engine_processes(name: str = "Engine") -> list[psutil.Process]:
     return [
         each
         for each in psutil.process_iter(["cmdline"])
-        if "Engine" in " ".join(each.info["cmdline"] or []) and "ray::" in (each.info["cmdline"] or [""])[0]
+        if name in " ".join(each.info["cmdline"] or []) and "ray::" in (each.info["cmdline"] or [""])[0]
     ]
 
 
@@ -200,3 +200,23 @@ def test_engines_come_with_work_and_go_without_costing_a_stream(
             assert time.monotonic() < end + 120, "never went: the second engine"
         assert len(set(leaving)) >= 1 and draw(client, 2).status_code == 200
     assert first and metric(cluster, "rmd_dropped_items_total") == 0
+
+
+def test_stages_apart_an_engine_killed_between_hand_over_and_decoding(
+    cluster: str, checkpoint: Path, undisturbed: list[str]
+) -> None:
+    pools = {"pools": "low:1,high:1,decode:1", "engine_cpus": 0.3}
+    serve.run(application.build({**SETTINGS, **pools, "checkpoint": checkpoint}))
+    until_engines(cluster, 3)
+    assert pictures(draw_all(cluster)) == undisturbed, "the bytes of whole cascades"
+    assert metric(cluster, "rmd_steps_total") == 4 * MANY
+    (victim,) = engine_processes("Engine-decode")
+    victim.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(draw_all, cluster, 4)
+        until(lambda: metric(cluster, "rmd_steps_total") == 4 * MANY + 16, "the last of their steps")
+        until(lambda: metric(cluster, "rmd_queue_depth", station="decode 64x64") == 4, "the hand-overs")
+        victim.kill()
+        assert pictures(call.result(180)) == undisturbed[:4], "the same to the bit"
+    assert metric(cluster, "rmd_steps_total") == 4 * MANY + 16, "no step was run again"
+    until_engines(cluster, 3)

@@ -15,6 +15,7 @@ from deploy.ray.engine import WORK, EngineReplica
 from deploy.ray.front import FrontReplica
 from deploy.ray.roster import Roster
 from deploy.ray.settings import ClusterSettings
+from server.core.stages import ALL, Stages, name_of
 
 _SCALE_IN_SECONDS = 300.0  # a device is dear to give back and to get: models are loaded for minutes
 _SPARE_SECONDS = 15.0  # last batches, last replies, and Ray's own messages
@@ -38,13 +39,24 @@ def build(arguments: dict[str, Any]) -> Application:
     settings = ClusterSettings.model_validate(arguments)
     told = settings.of_replicas()
     roster = serve.deployment(Roster).options(**ROSTER_OPTIONS).bind()
-    engines = serve.deployment(EngineReplica, name="Engine").options(**engine_options(settings)).bind(told, roster)
+    kinds = settings.engine_pools or {ALL: settings.min_engines}
+    engines = [
+        serve.deployment(EngineReplica, name=deployment_of(stages))
+        .options(**engine_options(settings, count))
+        .bind(told, roster, stages)
+        for stages, count in kinds.items()
+    ]
     front = serve.deployment(serve.ingress()(FrontReplica), name="Front").options(**front_options(settings))
-    return front.bind(told, roster, engines)
+    return front.bind(told, roster, *engines)
 
 
-def engine_options(settings: ClusterSettings) -> dict[str, Any]:
-    """Return what Ray is to know of engines."""
+def deployment_of(stages: Stages) -> str:
+    """Return what Ray calls the engines with these stages: Engine, Engine-low, Engine-high-decode."""
+    return "Engine" if stages == ALL else f"Engine-{name_of(stages).replace('+', '-')}"
+
+
+def engine_options(settings: ClusterSettings, count: int) -> dict[str, Any]:
+    """Return what Ray is to know of so many engines, or more where work asks for them."""
     gpus = {"num_gpus": 1} if settings.device.startswith("cuda") else {}
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": settings.engine_cpus, **gpus},
@@ -53,7 +65,7 @@ def engine_options(settings: ClusterSettings) -> dict[str, Any]:
         "logging_config": {"enable_access_log": False},  # ours names keys, and leaves out queries
     }
     if settings.max_engines == settings.min_engines:
-        return {**options, "num_replicas": settings.min_engines}
+        return {**options, "num_replicas": count}
     policy = AutoscalingPolicy(
         policy_function="deploy.ray.scaling:EnginesForWork",
         policy_kwargs={"seconds": settings.engine_seconds, "metric": WORK},

@@ -13,6 +13,7 @@ from ray import serve
 
 from deploy.ray.asking import Asking
 from deploy.ray.roster import Share
+from server.core.stages import Stages
 from server.device.host import EngineHost
 from server.front.engine import engine_settings
 from server.start.settings import ServerSettings
@@ -32,14 +33,17 @@ class EngineReplica:
     Args:
         settings: the application's.
         roster: handle of `deploy.ray.roster`.
+        stages: what it does.
     """
 
-    async def __init__(self, settings: ServerSettings, roster: Any) -> None:  # type: ignore[misc]  # Ray awaits it
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, settings: ServerSettings, roster: Any, stages: Stages
+    ) -> None:
         logging.basicConfig(level=settings.log_level.upper())
         self._settings, self._roster = settings, roster
         self._name = serve.get_replica_context().replica_id.unique_id
         self._work, self._leaving = 0.0, False
-        told = engine_settings(settings, settings.device.partition(":")[0], address="")
+        told = engine_settings(settings, settings.device.partition(":")[0], address="", stages=stages)
         host = ray.util.get_node_ip_address()
         self._host = EngineHost(told, host, settings.watchdog_seconds, settings.watchdog_factor)
         await asyncio.to_thread(self._host.wait_ready)

@@ -32,10 +32,10 @@ class FrontReplica:
     Args:
         settings: the application's.
         roster: handle of `deploy.ray.roster`.
-        engines: handle of `deploy.ray.engine`; held so that Ray takes them for part of the application.
+        engines: handles of `deploy.ray.engine`; held so that Ray takes them for part of the application.
     """
 
-    def __init__(self, settings: ServerSettings, roster: Any, engines: Any) -> None:
+    def __init__(self, settings: ServerSettings, roster: Any, *engines: Any) -> None:
         logging.basicConfig(level=settings.log_level.upper())
         self._roster = roster
         self._name = serve.get_replica_context().replica_id.unique_id

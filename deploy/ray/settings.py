@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Annotated, Any
 
-from server.start.settings import ServerSettings
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode
+
+from server.core.stages import Stages, check_covered, parse_stages
+from server.start.settings import ServerSettings, split_commas
 
 
 class ClusterSettings(ServerSettings):
@@ -18,8 +22,53 @@ class ClusterSettings(ServerSettings):
     fronts: int = Field(1, ge=1, description="replicas that speak HTTP; each has a queue of its own")
     min_engines: int = Field(1, ge=1, description="replicas that hold a device")
     max_engines: int = Field(1, ge=1, description="more than min_engines: scaled by admitted work")
+    pools: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="replicas by stages instead of whole ones, such as low:1,high:2,decode:1"
+    )
     engine_cpus: float = Field(1.0, gt=0, description="of each engine, as Ray counts them")
     engine_seconds: float = Field(10.0, gt=0, description="admitted work that one engine is to have at most")
+
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _split_pools(cls, value: Any) -> Any:
+        """An empty variable means none."""
+        return () if value is None else split_commas(value)
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_are_pools(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            raise ValueError("each engine is a replica here; leave it out, and say pools=low:1,high+decode:1")
+        return value
+
+    @model_validator(mode="after")
+    def _pools_have_every_stage(self) -> ClusterSettings:
+        if not self.pools:
+            return self
+        if (self.min_engines, self.max_engines) != (1, 1):
+            raise ValueError("pools says how many engines there are of each kind: leave min_engines, max_engines out")
+        try:
+            check_covered(self.engine_pools)
+        except ValueError as error:
+            raise ValueError(f"pools: {error}") from None
+        return self
+
+    @property
+    def engine_pools(self) -> dict[Stages, int]:
+        """How many replicas do which stages.
+
+        Raises:
+            ValueError: an entry is none.
+        """
+        counts: dict[Stages, int] = {}
+        for entry in self.pools:
+            stages, _, count = entry.partition(":")
+            if not count.strip().isdecimal() or int(count) < 1:
+                raise ValueError(f"'{entry}' does not say how many engines: write such as low:1,high:2,decode:1")
+            if parse_stages(stages) in counts:
+                raise ValueError(f"'{entry}': its stages are named twice; say the number of both")
+            counts[parse_stages(stages)] = int(count)
+        return counts
 
     @model_validator(mode="after")
     def _engines_are_rays(self) -> ClusterSettings:

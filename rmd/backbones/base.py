@@ -7,7 +7,7 @@ it, and whether that network predicts noise or velocity, stays inside the adapte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -122,13 +122,14 @@ class Backbone(ABC):
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
-        weights: bool = True,
+        weights: bool | Collection[str] = True,
         decoder: Path | str | None = None,
     ) -> Self:
         """Reads a diffusers folder (safetensors only).
 
         ``weights=False`` builds the networks on the meta device: tokenizers, schedules and shapes work, and an executor
-        with engines of its own must do the rest, so that no second copy of the weights is held.
+        with engines of its own must do the rest, so that no second copy of the weights is held. So with those that
+        ``weights`` leaves out where it names some: ``text_encoder`` (all of them), ``denoiser``, ``decoder``.
 
         ``decoder`` is the folder of a small decoder (:mod:`rmd.backbones.decoders`) that takes the place of the
         folder's own autoencoder, whose weights are not loaded then; None keeps the autoencoder.

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -100,7 +100,7 @@ class DiffusersBackbone(Backbone):
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
-        weights: bool = True,
+        weights: bool | Collection[str] = True,
         decoder: Path | str | None = None,
     ) -> Self:
         """See :meth:`Backbone.load`; ``hub:<owner>/<name>[@<revision>]`` is fetched first."""
@@ -108,14 +108,18 @@ class DiffusersBackbone(Backbone):
         source = DiffusersFolder.open(folder, (*cls.components, *cls.tokenizers, "scheduler"))
         present = [name for name in cls.components if name not in cls.optional or source.has(name)]
         source.require(*present, "scheduler")
+        of = {cls.denoiser_folder: "denoiser", "vae": "decoder"}
+        held = {
+            name: weights if isinstance(weights, bool) else of.get(name, "text_encoder") in weights for name in present
+        }
         raw: dict[str, Any] = {}
         if decoder is not None:
-            raw[SMALL_DECODER] = cls.load_small_decoder(Path(decoder), source, dtype, place, weights)
+            raw[SMALL_DECODER] = cls.load_small_decoder(Path(decoder), source, dtype, place, held["vae"])
         for name in present:
             if name == "vae" and decoder is not None:
                 continue
             wanted_dtype = cls.component_dtype(name, source.config(name), dtype)
-            raw[name] = source.load(name, cls.components[name], wanted_dtype, place, weights)
+            raw[name] = source.load(name, cls.components[name], wanted_dtype, place, held[name])
         wanted = [name for name in cls.tokenizers if name.replace("tokenizer", "text_encoder") in present]
         source.require(*wanted)
         configs = {name: source.config(name) for name in [*present, "scheduler"]}

@@ -131,6 +131,17 @@ class ModelCard:
         sizes = {step.size for schedule in self.schedules.values() for step in schedule.cascade.steps}
         return tuple(StationKey("decode", size=size, model=self.place) for size in sorted(sizes - set(self.sizes)))
 
+    def joined(self, other: ModelCard) -> ModelCard:
+        """Return the card of the same model whose other stages are on other engines."""
+        return replace(
+            self,
+            complete=self.complete and other.complete,
+            compiled={**other.compiled, **self.compiled},
+            memory_bytes={**other.memory_bytes, **self.memory_bytes},
+            executor_kind=other.executor_kind if self.executor_kind == EAGER else self.executor_kind,
+            baselines=self.baselines or other.baselines,
+        )
+
     def executor_of(self, cascade: Cascade, lane: str) -> str:
         """Return what a schedule's stations run on now: the engines' backend, "eager", or "partly" the backend."""
         keys = [StationKey("encode", model=self.place), StationKey("decode", size=cascade.full_size, model=self.place)]

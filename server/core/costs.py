@@ -179,6 +179,37 @@ class CostTable:
         return mood
 
 
+class JoinedCosts(CostTable):
+    """What batches cost at stations that are on different engines: each as the first that has it knows.
+
+    Args:
+        tables: of engines, at least one.
+    """
+
+    def __init__(self, tables: Sequence[CostTable]) -> None:
+        super().__init__({})
+        self._tables = tables
+
+    def _of(self, key: StationKey) -> CostTable:
+        return next((table for table in self._tables if key in table._first), self._tables[0])
+
+    def widths(self, key: StationKey) -> tuple[int, ...]:
+        """See :class:`CostTable`."""
+        return self._of(key).widths(key)
+
+    def seconds(self, key: StationKey, rows: int) -> float:
+        """See :class:`CostTable`."""
+        return self._of(key).seconds(key, rows)
+
+    def first(self, key: StationKey, rows: int) -> float:
+        """See :class:`CostTable`."""
+        return self._of(key).first(key, rows)
+
+    def widest(self, key: StationKey) -> int:
+        """See :class:`CostTable`."""
+        return self._of(key).widest(key)
+
+
 def _fitting(rows: Sequence[int], width: int) -> int:
     total = 0
     for count, more in enumerate(rows):

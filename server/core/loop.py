@@ -14,13 +14,14 @@ from typing import Any
 
 from server.core.card import ModelCard, step_costs
 from server.core.costs import CostTable
-from server.core.messages import Began, Encoded, Ended, Lost, Message, Moved
+from server.core.messages import Began, Encoded, Ended, HandedOver, Lost, Message, Moved
 from server.core.policies import Choice, Hold, Policy
 from server.core.policies.base import rows_of
 from server.core.policies.fifo import FifoPolicy
+from server.core.stages import ALL, Stages, costs_in, stations_in
 from server.core.stations import StationKey, Stations
 from server.core.tickets import Picture, Preview, Request, State, Ticket
-from server.core.work import Work
+from server.core.work import PictureState, Work
 
 log = logging.getLogger("rmd.server")
 
@@ -59,6 +60,8 @@ class Loop:
         emit: given each message for the outside.
         film_seconds: a film's time in denoising steps, its own share of batches; waiting is not counted.
         recall: gives a new request its encoded texts where the device has kept them, and says whether it did.
+        stages: what is done here. Pictures are handed over behind that.
+        dump: returns the shape and the bytes of what the device keeps of a picture, see :class:`PictureState`.
     """
 
     def __init__(
@@ -69,32 +72,50 @@ class Loop:
         emit: Callable[[Message], None],
         film_seconds: float = 3600.0,
         recall: Callable[[Request], bool] = lambda request: False,
+        stages: Stages = ALL,
+        dump: Callable[[Any], tuple[tuple[int, ...], bytes]] = lambda data: ((), b""),
     ) -> None:
         self.costs, self.policy = costs, policy
+        self._stages, self._dump = stages, dump
         self._cards, self._emit, self._film_seconds = {card.place: card for card in cards}, emit, film_seconds
-        self._stations = Stations(key for card in cards for key in (*card.stations(), *card.preview_stations()))
+        self._stations = Stations(key for card in cards for key in stations_in(card, stages))
         self._requests: dict[str, Request] = {}
+        self._leaving: list[HandedOver] = []
         self._numbers = itertools.count(1)
         self._recall = recall
         self._policy_raised = 0
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def submit(self, work: Work, now: float) -> None:
-        """Take a request. One that this engine knows already is left as it is."""
-        if work.id in self._requests:
+    def submit(self, work: Work, now: float, states: Sequence[tuple[PictureState, Any]] = ()) -> None:
+        """Take a request, or more of one. What this engine has of it already is left as it is.
+
+        Args:
+            states: pictures that other engines handed over, and their data as the device takes it.
+        """
+        request = self._requests.get(work.id)
+        if request is None:
+            request = self._requests[work.id] = self._request(work)
+            arriving: list[Ticket] = list(request.pictures)
+        else:
+            arriving = list(request.take(work))
+        for state, data in states:
+            ticket = request.take_up(state, data)
+            if ticket is not None:
+                arriving.append(ticket)
+        if request.complete:
+            del self._requests[work.id]
             return
+        if request.conditioning is None and self._recall(request):
+            self._emit(Encoded(work.id, request.text_tokens, request.cut_tokens))
+        for ticket in arriving:
+            self._stations.join(ticket.station(), ticket, now)
+
+    def _request(self, work: Work) -> Request:
         schedule = self._cards[work.model].schedules[work.schedule]
         cascade = schedule.changed(work.guidance_scale, work.noise_intensity)
         costs = step_costs(self.costs, cascade, schedule.lane, model=work.model, partial_images=work.partial_images)
-        request = Request(work, cascade, schedule.lane, costs)
-        if not request.pictures:
-            return
-        self._requests[work.id] = request
-        if self._recall(request):
-            self._emit(Encoded(work.id, request.text_tokens, request.cut_tokens))
-        for picture in request.pictures:
-            self._stations.join(picture.station(), picture, now)
+        return Request(work, cascade, schedule.lane, costs_in(costs, cascade, self._stages))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request: what waits leaves its queue, what runs is dropped when its batch ends."""
@@ -217,6 +238,8 @@ class Loop:
             moved.append(self._hand_on(ticket, batch.key, now))
         onward = tuple(each for each in moved if each is not None)
         self._emit(Ended(batch.number, batch.key, rows, company, seconds, onward, at=now))
+        while self._leaving:
+            self._emit(self._leaving.pop(0))
 
     def raised(self, batch: Batch, error: Exception, last: bool) -> None:
         """Account for a batch that raised. Where it was its tickets' last try, their requests have failed."""
@@ -226,6 +249,7 @@ class Loop:
         for ticket in batch.tickets:
             ticket.state = State.LEFT
             if isinstance(ticket, Preview):  # a partial picture is a courtesy; the picture itself goes on
+                self._left(ticket)
                 continue
             request = self._requests.pop(ticket.request.work.id, None)
             if request is not None:
@@ -234,25 +258,42 @@ class Loop:
 
     def _hand_on(self, ticket: Ticket, key: StationKey, now: float) -> Moved | None:
         if isinstance(ticket, Preview):
-            ticket.state = State.LEFT
+            self._left(ticket)
             return None
         assert isinstance(ticket, Picture)
         request = ticket.request
         station = None
         if key.kind == "decode" or request.over:
-            ticket.state = State.LEFT
-            if all(picture.state is State.LEFT for picture in request.pictures):
-                self._requests.pop(request.work.id, None)
-                self._end(request)
+            self._left(ticket)
+        elif ticket.stage not in self._stages:
+            station = ticket.station()
+            self._leaving.append(ticket.handed_over(self._dump(ticket.data)))
+            request.pictures.remove(ticket)
+            self._left(ticket)
         else:
             ticket.state = State.WAITING
             station = ticket.station()
             self._stations.join(station, ticket, now)
         return Moved(request.work.id, ticket.index, ticket.step, station)
 
+    def _left(self, ticket: Ticket) -> None:
+        """A ticket has left; with the last one its request is forgotten."""
+        request, ticket.state = ticket.request, State.LEFT
+        if isinstance(ticket, Preview):
+            if ticket not in request.guests:
+                return
+            request.guests.remove(ticket)
+        if request.complete and self._requests.get(request.work.id) is request:
+            del self._requests[request.work.id]
+            self._end(request)
+
     def _show(self, picture: Picture, data: Any, key: StationKey, now: float) -> None:
         assert key.size is not None
-        preview = Preview(picture, data, key.size, picture.request.shown.index(picture.step))
+        number = picture.request.shown.index(picture.step)
+        if not self._stages >= {"high", "decode"}:  # its picture leaves too, and nothing of the request stays here
+            self._leaving.append(picture.handed_over(self._dump(data), number, key.size))
+            return
+        preview = Preview(picture, data, key.size, number)
         self._stations.join(preview.station(), preview, now)
 
     def _account(self, batch: Batch, seconds: float, rows: int, company: int) -> None:

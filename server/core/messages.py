@@ -8,8 +8,9 @@ from typing import TypeAlias
 import msgspec
 
 from server.core.card import ModelCard, TeacherBaseline
+from server.core.stages import ALL, Stages
 from server.core.stations import StationKey
-from server.core.work import PictureRecord, Work
+from server.core.work import PictureRecord, PictureState, Work
 
 
 class _Struct(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -20,9 +21,15 @@ class _Struct(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Submit(_Struct, frozen=True):
-    """Make this."""
+    """Make this: the pictures that are not ``work.done``, and go on with those of ``states``.
+
+    Attributes:
+        sent: monotonic seconds of the front's host; 0 where not told.
+    """
 
     work: Work
+    states: tuple[PictureState, ...] = ()
+    sent: float = 0.0
 
 
 class Cancel(_Struct, frozen=True):
@@ -84,12 +91,14 @@ class Ready(_Struct, frozen=True):
         costs: (station, rows, seconds).
         missing: why each checkpoint that could not be loaded could not, by model id.
         clock: seconds since 1970 less its monotonic seconds, by which others understand its times; 0 where not told.
+        stages: what it can do; pictures go on elsewhere behind that.
     """
 
     cards: tuple[ModelCard, ...]
     costs: tuple[tuple[StationKey, int, float], ...]
     missing: Mapping[str, str] = {}
     clock: float = 0.0
+    stages: Stages = ALL
 
 
 class Unable(_Struct, frozen=True):
@@ -135,7 +144,7 @@ class Began(_Struct, frozen=True):
 
 
 class Moved(_Struct, frozen=True):
-    """A picture after a batch: its next step and station; none where it leaves the engine."""
+    """A picture after a batch: its next step and station, here or on another engine; none where it is made."""
 
     id: str
     index: int
@@ -176,6 +185,13 @@ class Pixels(_Struct, frozen=True):
     record: PictureRecord | None = None
 
 
+class HandedOver(_Struct, frozen=True):
+    """A picture, or a partial one, leaves for an engine of its next stage. This one has forgotten it."""
+
+    id: str
+    state: PictureState
+
+
 class Lost(_Struct, frozen=True):
     """A request has ended early: "late", or "failed" with the reason for the log."""
 
@@ -195,7 +211,7 @@ class Leaving(_Struct, frozen=True):
 
 
 _OfModel: TypeAlias = Loading | Ready | Unable | Changed | Busy | Baselines | Pong | Leaving
-_OfWork: TypeAlias = Began | Ended | Encoded | Pixels | Lost
+_OfWork: TypeAlias = Began | Ended | Encoded | Pixels | HandedOver | Lost
 Message: TypeAlias = _OfModel | _OfWork
 
 _encoder = msgspec.msgpack.Encoder()

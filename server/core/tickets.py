@@ -9,8 +9,10 @@ from typing import Any
 from rmd.cascade import Cascade
 from rmd.size import Size
 from server.core.card import partial_steps
+from server.core.messages import HandedOver
+from server.core.stages import Stage, stage_at, station_at
 from server.core.stations import StationKey
-from server.core.work import PictureRecord, Work
+from server.core.work import PictureRecord, PictureState, Work
 
 
 class State(Enum):
@@ -34,6 +36,7 @@ class Request:
     Attributes:
         conditioning, unconditional: the encoded texts, as the device keeps them; None before the encode station.
         over: it has ended early, or is complete.
+        guests: partial pictures that came from other engines, to be decoded here.
     """
 
     def __init__(self, work: Work, cascade: Cascade, lane: str, costs: tuple[float, ...]) -> None:
@@ -43,7 +46,35 @@ class Request:
         self.text_tokens = self.cut_tokens = 0
         self.over = False
         self.shown = partial_steps(cascade, work.partial_images)
+        self.guests: set[Preview] = set()
         self.pictures = [Picture(self, i, seed) for i, seed in enumerate(work.seeds) if i not in work.done]
+
+    def take(self, work: Work) -> list[Picture]:
+        """Return the pictures that are asked for beside those which are here already."""
+        self.work, here = work, {picture.index for picture in self.pictures}
+        more = [Picture(self, i, seed) for i, seed in enumerate(work.seeds) if i not in {*work.done, *here}]
+        self.pictures += more
+        return more
+
+    def take_up(self, state: PictureState, data: Any) -> Ticket | None:
+        """Return what another engine handed over, to be gone on with; None where it is here already."""
+        picture = Picture(self, state.index, self.work.seeds[state.index])
+        picture.step, picture.stepped, picture.record = state.step, state.stepped, state.record
+        if state.number >= 0 and state.size is not None:
+            picture.step = self.cascade.num_steps  # it only needs decoding, and its picture is not here
+            preview = Preview(picture, data, state.size, state.number)
+            self.guests.add(preview)
+            return preview
+        if any(here.index == state.index for here in self.pictures):
+            return None
+        picture.data = data
+        self.pictures.append(picture)
+        return picture
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing of it is left to do here."""
+        return not self.guests and all(picture.state is State.LEFT for picture in self.pictures)
 
     @property
     def guided(self) -> bool:
@@ -105,12 +136,32 @@ class Picture(Ticket):
 
     def station(self) -> StationKey:
         """Encode before its text is known, then its next step's size, and decode after the last one."""
-        cascade, model = self.request.cascade, self.request.work.model
-        if self.request.conditioning is None:
-            return StationKey("encode", model=model)
-        if self.step < cascade.num_steps:
-            return StationKey("denoise", self.request.lane, cascade.steps[self.step].size, model)
-        return StationKey("decode", size=cascade.full_size, model=model)
+        request = self.request
+        if request.conditioning is None and self.stage != "decode":
+            return StationKey("encode", model=request.work.model)
+        return station_at(request.cascade, request.lane, request.work.model, self.step)
+
+    @property
+    def stage(self) -> Stage:
+        """Which engines can go on with it."""
+        return stage_at(self.request.cascade, self.step)
+
+    def handed_over(
+        self, data: tuple[tuple[int, ...], bytes], number: int = -1, size: Size | None = None
+    ) -> HandedOver:
+        """Return what another engine needs to go on with it, or with a step's result that is to be shown."""
+        shape, latents = data
+        state = PictureState(
+            index=self.index,
+            step=self.step,
+            shape=shape,
+            latents=latents,
+            record=self.record,
+            stepped=self.stepped,
+            number=number,
+            size=size,
+        )
+        return HandedOver(self.request.work.id, state)
 
 
 class Preview(Ticket):

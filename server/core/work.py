@@ -10,6 +10,8 @@ import math
 
 import msgspec
 
+from rmd.size import Size
+
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted request.
@@ -66,3 +68,25 @@ class PictureRecord(msgspec.Struct):
     def compute(self) -> float:
         """Seconds the picture spent in work, queues left out. A batch's whole time counts for each member."""
         return self.encode + sum(self.stages.values()) + self.decode + self.package
+
+
+class PictureState(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture between two steps: with its work, all that another engine needs to go on with it, to the same bytes.
+
+    Attributes:
+        index: which of the request's.
+        step: its next one.
+        shape: of the latents, a batch of one.
+        latents: float32 as the sampler has them between steps, little-endian: nothing is rounded on the way.
+        stepped: see :class:`server.core.tickets.Picture`.
+        number: of the partial picture that these are to become, at ``size``; -1 for the picture itself.
+    """
+
+    index: int
+    step: int
+    shape: tuple[int, ...]
+    latents: bytes
+    record: PictureRecord
+    stepped: float = 0.0
+    number: int = -1
+    size: Size | None = None

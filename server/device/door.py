@@ -9,7 +9,7 @@ import numpy as np
 import zmq
 
 from rmd.pixels import Pixels
-from server.core.messages import Began, Command, Encoded, Ended, Message, pack, unpack_command
+from server.core.messages import Began, Command, Encoded, Ended, HandedOver, Message, pack, unpack_command
 from server.core.messages import Pixels as PixelsMessage
 from server.device.settings import RECORD
 
@@ -62,7 +62,7 @@ class Door:
         self._frames.append(pack(message))
         if pixels is not None:
             self._frames.append(np.ascontiguousarray(pixels).data)
-        if not isinstance(message, Ended | Encoded | PixelsMessage):
+        if not isinstance(message, Ended | Encoded | HandedOver | PixelsMessage):
             self._flush()
 
     def _flush(self) -> None:

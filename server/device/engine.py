@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,13 +34,14 @@ from server.core.messages import (
     UsePolicy,
 )
 from server.core.policies import Hold, make_policy
+from server.core.stages import stations_in
 from server.core.stations import STUDENT
 from server.core.tickets import Picture, Preview
 from server.device.door import EngineDoor
 from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
 from server.device.model import DeviceModel, Loaded
 from server.device.probe import Breaker, DeviceBroken
-from server.device.steps import Done, StageRunner
+from server.device.steps import Done, StageRunner, dump_latents, load_latents
 
 log = logging.getLogger("rmd.server")
 
@@ -87,6 +89,8 @@ class Engine:
             usage = not isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError)
             self._door.send(Unable(f"{type(error).__name__}: {error}", usage))
             return
+        device = loaded.models[0].backbone.device
+        self._load_latents = partial(load_latents, device=device)
         self._costs, self._models = loaded.costs, {model.card.place: model for model in loaded.models}
         self._runners = {
             place: StageRunner(model, self._prompt_bytes // len(self._models)) for place, model in self._models.items()
@@ -100,10 +104,12 @@ class Engine:
             self._door.send,
             self._film_seconds,
             recall=lambda request: self._runners[request.work.model].recall(request),
+            stages=loaded.stages,
+            dump=dump_latents,
         )
         table = self._costs.table()
         costs = tuple((key, rows, each) for key, widths in table.items() for rows, each in widths.items())
-        self._door.send(Ready(cards, costs, loaded.missing, time.time() - time.monotonic()))
+        self._door.send(Ready(cards, costs, loaded.missing, time.time() - time.monotonic(), loaded.stages))
         try:
             self._serve()
         except DeviceBroken as error:
@@ -145,7 +151,8 @@ class Engine:
     def _heed(self, command: Command) -> None:
         if isinstance(command, Submit):
             try:
-                self._loop.submit(command.work, time.monotonic())
+                states = [(state, self._load_latents(state)) for state in command.states]
+                self._loop.submit(command.work, time.monotonic(), states)
             except (KeyError, ValueError) as error:  # such as a schedule that this engine's checkpoint lacks
                 self._door.send(Lost(command.work.id, "failed", f"{type(error).__name__}: {error}"))
         elif isinstance(command, Cancel):
@@ -243,7 +250,7 @@ class Engine:
     def _opened(self, model: DeviceModel, lane: str, place: tuple[str, str | None]) -> None:
         """Time a station that runs on something else now, and tell."""
         component, size = place
-        for key in (*model.card.stations(), *model.card.preview_stations()):
+        for key in stations_in(model.card, model.stages):
             at = None if key.size is None else str(key.size)
             if key.lane != lane or COMPONENTS[key.kind] != component or (at != size and size is not None):
                 continue

@@ -9,8 +9,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from server.core.card import TeacherBaseline
-from server.core.messages import Baselines, Ended, Hello, Lost, Message, Pixels, Ready
-from server.core.work import Work
+from server.core.messages import Baselines, Ended, HandedOver, Hello, Lost, Message, Pixels, Ready, Submit
 
 _REMEMBERED = 64
 
@@ -26,34 +25,40 @@ class FrontSeat:
 
     Attributes:
         frames: what is to be sent to it next.
-        work: its requests, and how many pictures of each are still to be made.
+        work: its requests, and what is still to come of each: (picture, number of a partial one that was handed over).
     """
 
     def __init__(self, hello: Hello) -> None:
         self.name = hello.front
         self.frames: list[bytes | memoryview] = []
-        self.work: dict[str, int] = {}
+        self.work: dict[str, set[tuple[int, int]]] = {}
         self._ahead = deque([time.monotonic() - hello.now], maxlen=_REMEMBERED)
 
     def owns(self, request_id: str) -> bool:
         """Whether a request is one of its."""
         return request_id in self.work
 
-    def take(self, work: Work) -> Work:
-        """Note a request; return it by this host's clock."""
-        missing = len(work.seeds) - len(work.done)
-        if missing:
-            self.work[work.id] = missing
-        self._ahead.append(time.monotonic() - work.arrived)
+    def take(self, command: Submit) -> Submit:
+        """Note a request, or more of one; return it by this host's clock."""
+        work, now = command.work, time.monotonic()
+        coming = {(index, -1) for index in range(len(work.seeds)) if index not in work.done}
+        coming.update((state.index, state.number) for state in command.states)
+        if coming:
+            self.work.setdefault(work.id, set()).update(coming)
+        self._ahead.append(now - (command.sent or work.arrived))
         ahead = min(self._ahead)
-        return structs.replace(work, arrived=work.arrived + ahead, deadline=work.deadline + ahead)
+        work = structs.replace(work, arrived=work.arrived + ahead, deadline=work.deadline + ahead)
+        return structs.replace(command, work=work)
 
     def told(self, message: Message) -> None:
         """Note what was said of one of its requests."""
-        if isinstance(message, Pixels) and message.number < 0:
-            self.work[message.id] -= 1
-        if isinstance(message, Lost) or (isinstance(message, Pixels) and not self.work[message.id]):
+        if isinstance(message, Lost):
             del self.work[message.id]
+        elif isinstance(message, Pixels | HandedOver):
+            told = message if isinstance(message, Pixels) else message.state
+            self.work[message.id].discard((told.index, told.number))
+            if not self.work[message.id]:
+                del self.work[message.id]
 
     def version(self, message: Message, counts: bool = True) -> Message:
         """Return a message as this front has to hear it: by its own clock.

@@ -29,9 +29,10 @@ from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.dtypes import parse_dtype
 from server.core.card import TEACHER_SCHEDULE, ModelCard, Schedule
 from server.core.costs import CostTable
+from server.core.stages import ALL, stations_in
 from server.core.stations import STUDENT, TEACHER
 from server.device.baseline import EagerTeacher
-from server.device.measuring import compiled_buckets, measure_station
+from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
 from server.device.model import DeviceModel, Loaded
 from server.device.settings import EngineSettings
 
@@ -86,7 +87,7 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
 
     report(1, 4, f"loading the weights of {model_id}")
     dtype = parse_dtype(settings.dtype, settings.device)
-    backbone = _load(checkpoint, checkpoint.path, dtype, settings.device)
+    backbone = _load(checkpoint, checkpoint.path, dtype, settings)
     teacher = _load_teacher(settings, checkpoint, dtype)
     lanes, schedules = {STUDENT: backbone}, {n: Schedule(n, c, STUDENT) for n, c in checkpoint.cascades.items()}
     teacher_cascade = checkpoint.teacher_cascade
@@ -97,13 +98,13 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
 
     report(2, 4, f"timing the eager teacher of {model_id}")
     eager = None
-    if settings.measure_teacher and checkpoint.teacher is not None:
+    if settings.measure_teacher and checkpoint.teacher is not None and {"high", "decode"} <= settings.stages:
         # Its own network, or the student's, which has its shape. Eager: no engine has been taken over yet.
         eager = EagerTeacher(teacher or backbone, checkpoint.default_cascade.full_size, checkpoint.teacher.steps)
 
     report(3, 4, "loading engines" if ladder else "preparing")
     memory = _memory(lanes)
-    live = _attach(settings, ladder, checkpoint, lanes, timed=eager is not None) if ladder else {}
+    live = _attach(settings, ladder, checkpoint, lanes, card, timed=eager is not None) if ladder else {}
     if eager is not None and live and _bytes(lanes[list(lanes)[-1]], "denoiser") > _KEPT_BYTES:
         eager.frozen = True
     card = replace(
@@ -112,8 +113,8 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
         executor_kind=live[STUDENT].serving if live else _EAGER,
         complete=all(each.complete for each in live.values()),
     )
-    model = DeviceModel(card, lanes, CostTable({}), live, eager, settings.max_batch)
-    stations = (*card.stations(), *card.preview_stations())
+    model = DeviceModel(card, lanes, CostTable({}), live, eager, settings.max_batch, settings.stages)
+    stations = stations_in(card, settings.stages)
     for done, key in enumerate(stations):
         report(done, len(stations), f"warming up {key.label}")
         model.costs.replace(key, measure_station(lanes, key, settings.max_batch))
@@ -149,13 +150,15 @@ def _load_teacher(settings: EngineSettings, checkpoint: CheckpointFolder, dtype:
         log.warning("the teacher's folder %s is not here: schedule '%s' is not offered", path.name, TEACHER_SCHEDULE)
         return None
     checkpoint.check_teacher()
-    return _load(checkpoint, path, dtype, settings.device)
+    return _load(checkpoint, path, dtype, settings)
 
 
-def _load(checkpoint: CheckpointFolder, folder: Path, dtype: torch.dtype, device: str) -> Backbone:
+def _load(checkpoint: CheckpointFolder, folder: Path, dtype: torch.dtype, settings: EngineSettings) -> Backbone:
     """Load the checkpoint's networks or its teacher's; all schedules of a checkpoint share its decoder."""
     kind = get_backbone(checkpoint.backbone_name)
-    return kind.load(folder, dtype=dtype, device=device, decoder=checkpoint.decoder_path)
+    weights = {"text_encoder", "denoiser"} if settings.stages & {"low", "high"} else set[str]()
+    weights |= {"decoder"} if "decode" in settings.stages else set()
+    return kind.load(folder, dtype=dtype, device=settings.device, weights=weights, decoder=checkpoint.decoder_path)
 
 
 def _card(
@@ -181,6 +184,7 @@ def _attach(
     ladder: Sequence[EngineOptions],
     checkpoint: CheckpointFolder,
     lanes: Mapping[str, Backbone],
+    card: ModelCard,
     timed: bool,
 ) -> dict[str, LiveExecutor]:
     """Put executors under the lanes that take over the engines there are, and those that come.
@@ -199,8 +203,14 @@ def _attach(
             log.info("%s. What has no engine runs eager", missing_message(lacking, store, plan))
         kept = timed and lane == list(lanes)[-1] and _bytes(backbone, "denoiser") <= _KEPT_BYTES
         wanted = None
-        if lane == TEACHER and checkpoint.teacher_cascade is not None:  # its texts and decoding are the student's
-            wanted = [place_of("denoiser", size) for size in checkpoint.teacher_cascade.sizes]
+        if lane == TEACHER or settings.stages != ALL:  # the teacher's texts and decoding are the student's
+            here = [key for key in stations_in(card, settings.stages) if key.lane == lane]
+            wanted = [
+                place_of(name, key.size)
+                for key in here
+                for name in backbone.component_modules()
+                if name.startswith(COMPONENTS[key.kind])  # there may be several text encoders
+            ]
         keep_eager = frozenset({"denoiser"} if kept else ())
         try:
             executor = LiveExecutor(
@@ -217,14 +227,15 @@ def _attach(
 
 
 def _memory(lanes: Mapping[str, Backbone]) -> dict[str, int]:
-    """Return the bytes of the eager weights by lane and component."""
+    """Return the bytes of the eager weights by lane and component, of those that have any here."""
     return {
-        name if lane == STUDENT else f"{lane} {name}": _bytes(backbone, name)
+        name if lane == STUDENT else f"{lane} {name}": held
         for lane, backbone in lanes.items()
         for name in backbone.component_modules()
+        if (held := _bytes(backbone, name))
     }
 
 
 def _bytes(backbone: Backbone, component: str) -> int:
     module = backbone.component_modules()[component]
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.is_meta)

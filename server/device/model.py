@@ -9,6 +9,7 @@ from engines.run.live import LiveExecutor
 from rmd.backbones.base import Backbone
 from server.core.card import TEACHER_SCHEDULE, ModelCard, TeacherBaseline
 from server.core.costs import CostTable
+from server.core.stages import ALL, Stages
 from server.core.stations import STUDENT, TEACHER
 from server.device.baseline import EagerTeacher, compiled_baseline
 
@@ -22,6 +23,7 @@ class DeviceModel:
         live: by lane, the executors that take engines over as they are built; empty where all runs eager for good.
         teacher: the eager teacher, to be timed again when there is time; None where it is not measured.
         max_batch: widest batch that is tried where no engine fixes it.
+        stages: what it is loaded for; other networks have no weights.
     """
 
     card: ModelCard
@@ -30,6 +32,7 @@ class DeviceModel:
     live: Mapping[str, LiveExecutor]
     teacher: EagerTeacher | None = None
     max_batch: int = 8
+    stages: Stages = ALL
 
     def baselines(self) -> tuple[TeacherBaseline, ...]:
         """Return the teacher's latencies as they are known now."""
@@ -68,3 +71,8 @@ class Loaded:
             for key, widths in model.costs.table().items():
                 self.costs.replace(key, widths)
             model.costs = self.costs
+
+    @property
+    def stages(self) -> Stages:
+        """What all of them are loaded for."""
+        return self.models[0].stages

@@ -26,6 +26,7 @@ from server.core.messages import (
     Command,
     Encoded,
     Ended,
+    HandedOver,
     Hello,
     Leaving,
     Lost,
@@ -113,7 +114,7 @@ class OpenDoor:
         """
         counts = self._counting_seat() if isinstance(message, Ended) else None
         self._note(message)
-        if isinstance(message, Encoded | PixelsMessage | Lost):
+        if isinstance(message, Encoded | HandedOver | PixelsMessage | Lost):
             for seat in self._seats.values():
                 if seat.owns(message.id):
                     seat.frames.append(pack(message))
@@ -123,7 +124,7 @@ class OpenDoor:
         else:
             for seat in self._seats.values():
                 seat.frames.append(pack(seat.version(message, counts is None or seat is counts)))
-        if not isinstance(message, Ended | Encoded | PixelsMessage):
+        if not isinstance(message, Ended | Encoded | HandedOver | PixelsMessage):
             self._flush()
 
     def receive(self, timeout: float) -> Command | None:
@@ -190,7 +191,7 @@ class OpenDoor:
         elif identity in self._seats:
             seat = self._seats[identity]
             if isinstance(command, Submit):
-                command = Submit(seat.take(command.work))
+                command = seat.take(command)
             elif isinstance(command, Cancel):
                 seat.work.pop(command.id, None)
             self._commands.append(command)

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from server.core.stages import stations_in
 from server.device.baseline import denoiser_work
 from server.device.model import DeviceModel
 
@@ -51,9 +52,10 @@ class Breaker:
 
     def _probe(self) -> None:
         model = self._model
-        model.backbone.encode_prompts(["a red rocket"])
-        for key in model.card.stations():
-            if key.kind == "denoise" and key.size is not None:
+        for key in stations_in(model.card, model.stages):
+            if key.kind == "encode":
+                model.backbone.encode_prompts(["a red rocket"])
+            elif key.kind == "denoise" and key.size is not None:
                 denoiser_work(model.lanes[key.lane], key.size, 1)()
             elif key.kind == "decode" and key.size is not None:
                 latents = torch.zeros(1, *model.backbone.latent_shape(key.size), device=model.backbone.device)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from server.core.stages import ALL, Stages
 from server.logs import LogFormat
 
 RECORD = ".batch"
@@ -35,6 +36,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         address: of the front's door.
         parent: the front's process id.
         checkpoints: (folder, model id) of each.
+        stages: what it is to do of them.
     """
 
     address: str
@@ -55,3 +57,4 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     prompt_megabytes: float
     log_level: str
     log_format: LogFormat = "text"
+    stages: Stages = ALL

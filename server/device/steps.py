@@ -30,6 +30,7 @@ from rmd.sampler import (
 from rmd.size import Size
 from server.core.stations import StationKey
 from server.core.tickets import Picture, Request, Ticket
+from server.core.work import PictureState
 from server.device.model import DeviceModel
 from server.device.prompts import EncodedText, PromptCache
 
@@ -143,6 +144,16 @@ class StageRunner:
         decoded = self._model.backbone.decode(latents, size)
         _check_finite([decoded], f"the decoder's output at {size}")
         return to_pixels(decoded)
+
+
+def dump_latents(latents: Tensor) -> tuple[tuple[int, ...], bytes]:
+    """Return the shape and the bytes of a picture's state, or of a step's x0: float32, as the sampler has them."""
+    return tuple(latents.shape), latents.to("cpu", torch.float32).contiguous().numpy().tobytes()
+
+
+def load_latents(state: PictureState, device: torch.device) -> Tensor:
+    """Return what :func:`dump_latents` was given on another engine."""
+    return torch.frombuffer(bytearray(state.latents), dtype=torch.float32).view(state.shape).to(device)
 
 
 def _token_counts(backbone: Backbone, texts: Sequence[str]) -> list[tuple[int, int]]:

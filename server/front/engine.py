@@ -17,6 +17,7 @@ import msgspec
 import zmq
 
 from server.core.messages import Began, Command, Message, Pixels, Stop, pack, unpack_message
+from server.core.stages import ALL, Stages
 from server.device.settings import RECORD, EngineSettings
 from server.start.settings import ServerSettings
 
@@ -115,7 +116,7 @@ class EngineProcess(Doorway):
 
     module = "server.device.process"
 
-    def __init__(self, settings: ServerSettings, device: str) -> None:
+    def __init__(self, settings: ServerSettings, device: str, stages: Stages = ALL) -> None:
         super().__init__()
         device, visible = own_device(device, os.environ)
         root = str(Path(__file__).resolve().parents[2])
@@ -128,7 +129,7 @@ class EngineProcess(Doorway):
         )
         self.pid = self.process.pid
         assert self.process.stdin is not None
-        line = msgspec.json.encode(engine_settings(settings, device, self.address)) + b"\n"
+        line = msgspec.json.encode(engine_settings(settings, device, self.address, stages)) + b"\n"
         try:
             self.process.stdin.write(line)
             self.process.stdin.close()
@@ -161,7 +162,7 @@ class EngineProcess(Doorway):
             self.kill()
 
 
-def engine_settings(settings: ServerSettings, device: str, address: str) -> EngineSettings:
+def engine_settings(settings: ServerSettings, device: str, address: str, stages: Stages = ALL) -> EngineSettings:
     """Return what one engine has to know."""
     return EngineSettings(
         address=address,
@@ -182,6 +183,7 @@ def engine_settings(settings: ServerSettings, device: str, address: str) -> Engi
         prompt_megabytes=settings.prompt_megabytes,
         log_level=settings.log_level,
         log_format=settings.log_format,
+        stages=stages,
     )
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import zmq
@@ -25,11 +23,10 @@ from server.core.messages import (
     Baselines,
     Began,
     Busy,
-    Cancel,
     Changed,
-    Command,
     Encoded,
     Ended,
+    HandedOver,
     Leaving,
     Loading,
     Lost,
@@ -37,7 +34,6 @@ from server.core.messages import (
     Ping,
     Pixels,
     Ready,
-    Submit,
     Unable,
 )
 from server.core.promises import in_a_while
@@ -46,6 +42,7 @@ from server.front.generation import FinishedPicture, Generation
 from server.front.ledger import Ledger
 from server.front.member import Health, Member, WatchLimits
 from server.front.members import Members, Starts
+from server.front.placing import Placing
 from server.telemetry.metrics import Metrics
 
 log = logging.getLogger("rmd.server")
@@ -89,7 +86,8 @@ class Fleet:
         self._on_failed = on_failed
         self._ledger = Ledger(metrics, package_threads, self._forget, on_picture)
         self._lock = self._ledger.lock
-        self._outbox: deque[tuple[Member, Command]] = deque()
+        self.placing = Placing(self.members, self._ledger)
+        self._outbox = self.placing.outbox
         self._stopping = self._ended = False
         self._last_batches: dict[int, int] = {}  # by engine: what ran when the stop came
         self._given_up = ""
@@ -111,13 +109,8 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether an engine takes work now."""
-        return any(member.health is Health.READY for member in self.members)
-
-    @property
-    def lead(self) -> Member | None:
-        """The first engine that is ready, or else was: its costs stand for all."""
-        return self.members.lead
+        """Whether engines take work now, at every stage."""
+        return not self.members.lacking
 
     @property
     def cards(self) -> dict[str, ModelCard]:
@@ -140,8 +133,7 @@ class Fleet:
     def work(self) -> dict[str, float]:
         """Return the expected work (seconds) of what was accepted, by its engine; "": of what none has yet."""
         with self._lock:
-            work = {member.device: self._ledger.work_before(math.inf, member.index) for member in self.members}
-            return {"": self._ledger.work_before(math.inf) - sum(work.values()), **work}
+            return self.placing.work()
 
     def submit(self, generation: Generation) -> None:
         """Take an admitted request.
@@ -168,12 +160,6 @@ class Fleet:
                 if member.health is Health.READY:
                     self._outbox.append((member, Adopt()))
         self._wake()
-
-    def backlog(self, work: float) -> float:
-        """Return the expected work (seconds) that goes before a newcomer's; whoever needs more than it is passed."""
-        engines = sum(member.health is not Health.DEAD for member in self.members)
-        foreign = sum(member.foreign for member in self.members)
-        return (self._ledger.work_before(work) + foreign) / max(engines, 1)
 
     def depths(self) -> dict[str, int]:
         """Return how many pictures wait at each station, by label."""
@@ -317,18 +303,23 @@ class Fleet:
         elif isinstance(message, Pixels):
             if pixels is not None:
                 self._ledger.decoded(message, pixels)
+        elif isinstance(message, HandedOver):
+            handed = self._ledger.handed_over(message, member.index)
+            if handed is not None:
+                self._place(handed)
         elif isinstance(message, Encoded):
             self._ledger.encoded(message)
         elif isinstance(message, Lost):
             self._ledger.lost(message)
         elif isinstance(message, Loading):
-            if self.lead is None:
+            if not self.members.known:
                 self._on_progress(message.done, message.total, message.text)
         elif isinstance(message, Ready):
             member.ready(message)
             self._on_ready(message.cards)
             if not all(card.complete for card in message.cards):  # what was built while it loaded
                 self._outbox.append((member, Adopt()))
+            self._give_up_if_dead()
             self._place_all()
         elif isinstance(message, Changed):
             member.changed(message)
@@ -344,26 +335,15 @@ class Fleet:
     # -- placing (called with the lock held) ---------------------------------------------------------------------------
 
     def _place(self, generation: Generation) -> None:
-        """Give a request to the engine that will have finished it first; to none where none is ready that can."""
-        model = generation.work.model
-        ready = [member for member in self.members if member.health is Health.READY and model in member.cards]
-        if ready:
-            cost = generation.costs[0]
-            before = self._ledger.work_before
-            member = min(ready, key=lambda each: each.foreign + before(cost, each.index)) if ready[1:] else ready[0]
-            generation.engine = member.index
-            self._outbox.append((member, Submit(generation.work)))
+        self.placing.place(generation)
 
     def _place_all(self) -> None:
         for generation in self._ledger.all():
-            if generation.engine is None:
-                self._place(generation)
+            self._place(generation)
         self._send_all()
 
     def _forget(self, generation: Generation) -> None:
-        """A request has ended early: its engine is to make it no longer."""
-        if generation.engine is not None:
-            self._outbox.append((self.members.of(generation.engine), Cancel(generation.id)))
+        self.placing.forget(generation)
 
     def _lost(self, member: Member, reason: str) -> None:
         """An engine has ended: hand its work out again."""
@@ -374,16 +354,16 @@ class Fleet:
         member.reason = member.reason or reason
         member.lost()
         for generation in self._ledger.all():
-            if generation.engine == member.index:
-                self._ledger.begin_again(generation, suspect=generation.id in suspects)
-                if generation.strikes >= _MOST_STRIKES:
-                    self._ledger.fail(generation, f"{_MOST_STRIKES} engines ended while they worked on it")
+            self._ledger.begin_again(generation, member.index, suspect=generation.id in suspects)
+            if generation.strikes >= _MOST_STRIKES:
+                self._ledger.fail(generation, f"{_MOST_STRIKES} engines ended while they worked on it")
         self._give_up_if_dead()
         self._place_all()
 
     def _give_up_if_dead(self) -> None:
-        if not self._given_up and self.members.all_dead:
-            self._give_up(self.members[0].reason)
+        reason = self.members.all_dead
+        if not self._given_up and reason is not None:
+            self._give_up(reason or "its engine has ended")
 
     def _give_up(self, reason: str) -> None:
         self._given_up = reason

@@ -13,8 +13,9 @@ from rmd.cascade import Cascade
 from rmd.size import Size
 from server.core.admission import Permit
 from server.core.faults import RequestError
+from server.core.stages import ALL, Stages, costs_in, station_at
 from server.core.stations import StationKey
-from server.core.work import PictureRecord, Work
+from server.core.work import PictureRecord, PictureState, Work
 from server.front.media import OutputFormat
 from server.telemetry.facts import CURRENT, RequestFacts
 
@@ -119,6 +120,8 @@ class Place:
 
     Attributes:
         station: it waits at, or runs at; None once its pixels are on their way.
+        engine: which has it; None where none has.
+        state: from the last hand-over, with which it goes on should its engine be lost; None where it begins anew.
         decoded: its pixels are here.
         left: it is finished or given up, and its place in the queue given back.
     """
@@ -128,6 +131,8 @@ class Place:
     running: bool = False
     decoded: bool = False
     left: bool = False
+    engine: int | None = None
+    state: PictureState | None = None
 
 
 class Generation:
@@ -141,7 +146,7 @@ class Generation:
         costs: ``costs[k]`` is the expected seconds from the start of step k to the finished picture.
 
     Attributes:
-        engine: which engine has it; None where none has.
+        previews: partial pictures that one engine has handed over and another one is to decode, as `shown`.
         strikes: engines that ended while a batch with it ran.
         shown: partial pictures that were sent: (picture, number).
         partial: whether its client has been sent one.
@@ -161,14 +166,15 @@ class Generation:
         self.spec, self.work, self.permit, self.sink, self.costs = spec, work, permit, sink, costs
         self.text_tokens = self.cut_tokens = 0
         self.failed = False
-        self.engine: int | None = None
+        self.previews: dict[tuple[int, int], Place] = {}
+        self._parts: dict[Stages, tuple[float, ...]] = {ALL: costs}
         self.strikes = 0
         self.shown: set[tuple[int, int]] = set()
         self.partial = False
         self.facts: RequestFacts | None = None
         self.trace: RequestTrace | None = None
         self.model_id = ""
-        self.places = [Place(StationKey("encode", model=spec.model)) for _ in spec.seeds]
+        self.places = [self.place() for _ in spec.seeds]
 
     @property
     def id(self) -> str:
@@ -211,6 +217,17 @@ class Generation:
         """Seconds until its deadline; negative once it has passed."""
         return self.work.deadline - time.monotonic()
 
-    def remaining(self, place: Place) -> float:
-        """Expected work on one of its pictures."""
-        return 0.0 if place.decoded or place.left else self.costs[min(place.step, len(self.costs) - 1)]
+    def place(self, state: PictureState | None = None) -> Place:
+        """Return where a picture is that no engine has: at its beginning, or as it was handed over."""
+        spec = self.spec
+        if state is None:
+            return Place(StationKey("encode", model=spec.model))
+        return Place(station_at(spec.cascade, spec.lane, spec.model, state.step), state.step, state=state)
+
+    def remaining(self, place: Place, stages: Stages = ALL) -> float:
+        """Expected work on one of its pictures, at some stages alone."""
+        if place.decoded or place.left:
+            return 0.0
+        if stages not in self._parts:
+            self._parts[stages] = costs_in(self.costs, self.spec.cascade, stages)
+        return self._parts[stages][min(place.step, len(self.costs) - 1)]

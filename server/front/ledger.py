@@ -13,8 +13,9 @@ import msgspec
 
 from server.core.card import ModelCard
 from server.core.faults import Fault, RequestError, deadline_error, machine_lacks
-from server.core.messages import Began, Encoded, Ended, Lost, Pixels
+from server.core.messages import Began, Encoded, Ended, HandedOver, Lost, Pixels
 from server.core.promises import in_a_while
+from server.core.stages import ALL, Stages
 from server.core.stations import StationKey
 from server.front.generation import Advanced, Event, Failed, FinishedPicture, Generation, PartialPicture, Place
 from server.front.packaging import Packager
@@ -72,19 +73,20 @@ class Ledger:
             depths[PACKAGE] = self._packaging
             return dict(depths)
 
-    def work_before(self, work: float, engine: int | None = None) -> float:
+    def work_before(self, work: float, engine: int | None = None, stages: Stages = ALL) -> float:
         """Return the expected work (seconds) that goes before a newcomer's; whoever needs more than it is passed.
 
         Args:
             work: of the newcomer.
             engine: only what this one has.
+            stages: only at these.
         """
         with self.lock:
             return sum(
-                min(generation.remaining(place), work)
+                min(generation.remaining(place, stages), work)
                 for generation in self._generations.values()
-                if engine is None or generation.engine == engine
                 for place in generation.places
+                if engine is None or place.engine == engine
             )
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -94,24 +96,45 @@ class Ledger:
         with self.lock:
             self._generations[generation.id] = generation
 
-    def begin_again(self, generation: Generation, suspect: bool) -> None:
-        """Note that the engine which had a request is lost: what is not finished of it begins anew.
+    def begin_again(self, generation: Generation, engine: int, suspect: bool) -> None:
+        """Note that an engine is lost: what it had of a request begins anew, or as it was last handed over.
 
         Args:
-            suspect: it was in the batch that ran, so from now on it has no company.
+            engine: its number.
+            suspect: the request was in the batch that ran, so from now on it has no company.
         """
         with self.lock:
-            generation.engine = None
-            generation.strikes += suspect
-            if generation.trace is not None:
-                generation.trace.engine_lost()
             places = generation.places
-            generation.places = [
-                place if place.decoded or place.left else Place(StationKey("encode", model=generation.spec.model))
-                for place in places
-            ]
-            done = tuple(i for i, place in enumerate(places) if place.decoded or place.left)
-            generation.work = msgspec.structs.replace(generation.work, done=done, alone=generation.strikes > 0)
+            lost = [i for i, place in enumerate(places) if place.engine == engine and not (place.decoded or place.left)]
+            shown = [place for place in generation.previews.values() if place.engine == engine]
+            if not (lost or shown):
+                return
+            generation.strikes += suspect
+            generation.work = msgspec.structs.replace(generation.work, alone=generation.strikes > 0)
+            if generation.trace is not None:
+                generation.trace.engine_lost(lost)
+            for place in shown:
+                place.engine = None
+            for index in lost:
+                places[index] = generation.place(places[index].state)
+
+    def handed_over(self, message: HandedOver, engine: int) -> Generation | None:
+        """Keep what is needed to go on with a picture, or a partial one, that has left its engine; say whose it is.
+
+        Args:
+            engine: its number.
+        """
+        with self.lock:
+            generation, state = self._generations.get(message.id), message.state
+            if generation is None:
+                return None
+            if state.number < 0:
+                if generation.places[state.index].engine != engine:
+                    return None
+                generation.places[state.index] = generation.place(state)  # another one, which no engine has
+            elif (state.index, state.number) not in generation.shown:  # else from an engine that was lost
+                generation.previews.setdefault((state.index, state.number), Place(None, state.step, state=state))
+            return generation
 
     def end_late(self) -> None:
         """End what is well past its deadline, whatever its engine does."""
@@ -209,6 +232,7 @@ class Ledger:
             if generation is None:
                 return
             if message.number >= 0:
+                generation.previews.pop((message.index, message.number), None)
                 if (message.index, message.number) in generation.shown:
                     return
                 generation.shown.add((message.index, message.number))
@@ -216,7 +240,7 @@ class Ledger:
                 place = generation.places[message.index]
                 if place.decoded:
                     return
-                place.decoded, place.station = True, None
+                place.decoded, place.station, place.state = True, None, None
             self._packaging += 1
             self._packager.submit(generation, message, pixels)
 
@@ -266,6 +290,8 @@ class Ledger:
             generation.permit.leave(finished=not generation.failed)
         if all(each.left for each in generation.places):
             self._generations.pop(generation.id, None)
+            if generation.previews and not generation.failed:
+                self._on_end(generation)  # nobody waits any more for what is still to be shown
 
     def _count_batch(self, message: Ended, card: ModelCard | None) -> None:
         metrics, label = self._metrics, message.key.label

@@ -13,6 +13,7 @@ import zmq
 from server.core.card import ModelCard
 from server.core.costs import CostTable
 from server.core.messages import Baselines, Began, Changed, Ended, Ready
+from server.core.stages import ALL, Stages
 from server.front.engine import EngineLink
 
 PING_SECONDS = 2.0
@@ -69,6 +70,8 @@ class Member:
         self.start_link, self._limits = start, limits
         self.health = Health.DOWN if enlisted else Health.LOADING
         self.foreign = 0.0
+        self.stages: Stages = ALL
+        """What it can do; as long as it was never ready, it may be anything."""
         self.link: EngineLink | None = None
         self.cards: dict[str, ModelCard] = {}
         """By place; empty until it was ready once."""
@@ -163,7 +166,7 @@ class Member:
         self.costs = CostTable(widths)  # type: ignore[arg-type]
         self.cards = {card.place: card for card in message.cards}
         self.missing, self.health, self.usage = message.missing, Health.READY, False
-        self.clock = message.clock
+        self.clock, self.stages = message.clock, message.stages
 
     def changed(self, message: Changed) -> None:
         """One of its stations runs on something else."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 from server.core.card import ModelCard
+from server.core.costs import CostTable, JoinedCosts
+from server.core.stages import ALL, SETS, Stages
 from server.front.engine import EngineLink
 from server.front.member import Health, Member, WatchLimits
 
@@ -41,28 +43,60 @@ class Members(Sequence[Member]):
         """How many there are."""
         return len(self._members)
 
-    def of(self, index: int) -> Member:
-        """Return the one with this number."""
-        return next(member for member in self._members if member.index == index)
-
     @property
     def lead(self) -> Member | None:
-        """The first that is ready, or else was: its costs stand for all."""
+        """The first that is ready, or else was."""
         known = [member for member in self._members if member.cards]
         return next((member for member in known if member.health is Health.READY), known[0] if known else None)
+
+    @property
+    def costs(self) -> CostTable:
+        """What batches cost: as the lead knows, or where stages are apart, the first engine that has a station."""
+        lead, ordered = self.lead, sorted(self._members, key=lambda member: member.health is not Health.READY)
+        if lead is None or lead.stages == ALL:
+            return CostTable({}) if lead is None else lead.costs
+        return JoinedCosts([lead.costs, *(member.costs for member in ordered)])
 
     @property
     def cards(self) -> dict[str, ModelCard]:
         """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them."""
         lead, found = self.lead, dict[str, ModelCard]()
         for member in [*([lead] if lead else []), *self._members]:
-            found = {**member.cards, **found}
+            apart = {} if member.stages == ALL else {place: found[place] for place in member.cards if place in found}
+            joined = {place: card.joined(member.cards[place]) for place, card in apart.items()}
+            found = {**member.cards, **found, **joined}
         return found
 
     @property
-    def all_dead(self) -> bool:
-        """Whether none is left, nor will come."""
-        return self._listed is None and all(member.health is Health.DEAD for member in self._members)
+    def lacking(self) -> Stages:
+        """The stages that no engine does now."""
+        return ALL.difference(*(member.stages for member in self._members if member.health is Health.READY))
+
+    @property
+    def known(self) -> bool:
+        """Whether each stage has an engine that is ready, or was."""
+        return not ALL.difference(*(member.stages for member in self._members if member.cards))
+
+    @property
+    def pools(self) -> Sequence[tuple[Stages, Sequence[Member]]]:
+        """Sets of stages, and the engines that may work at any of them: their work takes at least its share of these.
+
+        Every set counts: that which takes longest says when work is done.
+        """
+        alive = [member for member in self._members if member.health is not Health.DEAD]
+        sets = [ALL] if all(member.stages == ALL for member in alive) else SETS
+        return [(stages, [member for member in alive if member.stages & stages]) for stages in sets]
+
+    @property
+    def all_dead(self) -> str | None:
+        """Why no engine is left nor will come for some stage; None where that is not so."""
+        if self._listed is not None:
+            return None
+        for stage in sorted(ALL):
+            able = [member for member in self._members if stage in member.stages]
+            if all(member.health is Health.DEAD for member in able):
+                return next((member.reason for member in able), "no engine has its stage")
+        return None
 
     def enlist(self, engines: Mapping[str, Callable[[], EngineLink]], foreign: Mapping[str, float]) -> None:
         """See :meth:`server.front.fleet.Fleet.enlist`."""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from statistics import fmean
 
 from server.core.admission import Admission
@@ -24,7 +25,7 @@ from server.films.replies import ReplyStore
 from server.films.runner import JobRunner
 from server.front.auth import KeyRing
 from server.front.builder import EngineBuilder
-from server.front.engine import EngineLink, EngineProcess
+from server.front.engine import EngineProcess
 from server.front.files import LinkedPictures
 from server.front.fleet import Fleet
 from server.front.generation import Event, FinishedPicture, Generation, GenerationSpec
@@ -119,7 +120,7 @@ class Service:
         self._recent_lock = threading.Lock()
         self.builder = EngineBuilder(settings, on_built=lambda: self.fleet.adopt())
         self.fleet = Fleet(
-            [(device, _starter(settings, device)) for device in settings.engine_devices] if starts is None else starts,
+            engine_starts(settings, EngineProcess) if starts is None else starts,
             self.metrics,
             package_threads=settings.package_threads,
             limits=WatchLimits(settings.watchdog_seconds, settings.watchdog_factor),
@@ -214,8 +215,7 @@ class Service:
     @property
     def costs(self) -> CostTable:
         """What batches cost now."""
-        lead = self.fleet.lead
-        return CostTable({}) if lead is None else lead.costs
+        return self.fleet.members.costs
 
     def check_accepting(self) -> None:
         """Raise 503 where the server is not taking requests."""
@@ -258,7 +258,7 @@ class Service:
         if not spec.film:  # films are bounded by videos_together, and wait as long as it takes
             pixels = count * spec.cascade.full_size.pixels
             self.check_possible(spec)
-            self._check_backlog(spec, pixels, costs[0])
+            self._check_backlog(spec, pixels, costs)
         permit = self.admission.acquire(count, pixels, account)
         try:
             now = time.monotonic()
@@ -308,18 +308,18 @@ class Service:
         told = {"model": spec.model, "how": how}
         return step_costs(self.costs, spec.cascade, spec.lane, partial_images=spec.partial_images, **told)
 
-    def _check_backlog(self, spec: GenerationSpec, pixels: int, alone: float) -> None:
+    def _check_backlog(self, spec: GenerationSpec, pixels: int, alone: tuple[float, ...]) -> None:
         """Refuse a request that would not be ready in time behind those that are here.
 
         Args:
             pixels: of its pictures in all.
-            alone: one picture's work (seconds) in batches of its own.
+            alone: one picture's work (seconds) in batches of its own, from each step on.
 
         Raises:
             RequestError: 429, with the seconds that are lacking.
         """
         count, shared = len(spec.seeds), self._costs(spec, "shared")[0]
-        before = self.fleet.backlog(alone) * shared / max(alone, 1e-9)
+        before = self.fleet.placing.backlog(alone, spec.cascade) * shared / max(alone[0], 1e-9)
         text = text_cost(self.costs, model=spec.model, how="shared")
         late = before + text + count * shared - self.settings.deadline_seconds
         if late > 0 and before > 0:  # in an empty house even what looks too slow is tried: costs are learnt from it
@@ -361,11 +361,12 @@ class Service:
 
     def _ready(self, cards: Sequence[ModelCard]) -> None:
         self.builder.look(cards)
-        if self._loaded:  # an engine that was started again, or another one of several
+        if self._loaded or not self.fleet.ready:  # an engine that was started again, or another one of several
             return
+        cards = tuple(self.fleet.cards.values())
         first = cards[0].schedules[cards[0].default]
         costs = step_costs(self.costs, first.cascade, first.lane, model=cards[0].place)
-        self.admission.expect(costs[0] / len(self.fleet.members))
+        self.admission.expect(self.fleet.placing.share(costs, first.cascade))
         films = [card for card in cards if card.films]
         if films:
             try:
@@ -392,5 +393,7 @@ class Service:
             window.append(picture.record.compute)
 
 
-def _starter(settings: ServerSettings, device: str) -> Callable[[], EngineLink]:
-    return lambda: EngineProcess.start(settings, device)
+def engine_starts(settings: ServerSettings, kind: type[EngineProcess]) -> Starts:
+    """Return what starts a process for each of the settings' devices."""
+    engines = zip(settings.engine_devices, settings.engine_stages, strict=True)
+    return [(device, partial(kind, settings, device, stages)) for device, stages in engines]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def take_snapshot(service: Service) -> Snapshot:
     """Return the state that the gauges show."""
-    lead, cards, now = service.fleet.lead, service.fleet.cards, time.monotonic()
+    costs, cards, now = service.costs, service.fleet.cards, time.monotonic()
     baselines = {of_model(place, each.kind): each for place, card in cards.items() for each in card.baselines}
     speedup = {
         (of_model(place, name), kind): ratio
@@ -35,7 +35,7 @@ def take_snapshot(service: Service) -> Snapshot:
         in_flight_items=service.admission.items,
         queue_capacity_items=service.admission.max_items,
         queue_depth=service.fleet.depths(),
-        batch_width={key.label: lead.costs.widest(key) for key in stations} if lead else {},
+        batch_width={key.label: costs.widest(key) for key in stations},
         engine_memory_bytes={
             of_model(place, name): held for place, card in cards.items() for name, held in card.memory_bytes.items()
         },

@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from server.core.costs import CostTable
 from server.core.policies import make_policy
+from server.core.stages import ALL, Stages, check_covered, parse_stages
 from server.front.auth import KeyRing
 from server.front.quotas import parse_rates
 from server.logs import LogFormat
@@ -53,6 +54,9 @@ class ServerSettings(BaseSettings):
     backend: str = Field("auto", description="engine backend, or 'eager' for none")
     device: str = Field("cpu", description="torch device of the one engine; devices says several")
     devices: Annotated[tuple[str, ...], NoDecode] = Field((), description="one engine each, such as cuda:0,cuda:1")
+    stages: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="of each of devices, such as low,high+decode; low is every size but the last; default: all"
+    )
     policy: str = Field("stagewise", description="scheduler: stagewise, fifo, dynamic:8:0.02, continuous:8")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto", description="of the networks; auto: the device's own"
@@ -132,7 +136,7 @@ class ServerSettings(BaseSettings):
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         """An empty variable means none."""
-        return () if value is None else _split_commas(value)
+        return () if value is None else split_commas(value)
 
     @field_validator("allowed_origins")
     @classmethod
@@ -151,7 +155,7 @@ class ServerSettings(BaseSettings):
     @classmethod
     def _split_keys(cls, value: Any) -> Any:
         """An empty variable means none."""
-        return () if value is None else _split_commas(value)
+        return () if value is None else split_commas(value)
 
     @field_validator("api_keys")
     @classmethod
@@ -164,13 +168,13 @@ class ServerSettings(BaseSettings):
     @field_validator("checkpoint", mode="before")
     @classmethod
     def _split_checkpoints(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, Path) else _split_commas(value)
+        return (value,) if isinstance(value, Path) else split_commas(value)
 
-    @field_validator("devices", mode="before")
+    @field_validator("devices", "stages", mode="before")
     @classmethod
     def _split_devices(cls, value: Any) -> Any:
         """An empty variable means the one device."""
-        return () if value is None else _split_commas(value)
+        return () if value is None else split_commas(value)
 
     @field_validator("policy")
     @classmethod
@@ -182,7 +186,7 @@ class ServerSettings(BaseSettings):
     @classmethod
     def _split_buckets(cls, value: Any) -> Any:
         """An empty variable means the backend's own."""
-        return _split_commas(value) or None if isinstance(value, str) else value
+        return split_commas(value) or None if isinstance(value, str) else value
 
     @field_validator("objects")
     @classmethod
@@ -203,6 +207,19 @@ class ServerSettings(BaseSettings):
             raise ValueError(
                 f"queue_items ({self.queue_items}) must hold at least one full request: max_images is {self.max_images}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_stage_has_an_engine(self) -> ServerSettings:
+        if self.stages and len(self.stages) != len(self.engine_devices):
+            raise ValueError(
+                f"stages has {len(self.stages)} entries, and there are {len(self.engine_devices)} engines: "
+                "say one for each of devices, such as devices=cuda:0,cuda:1 and stages=low,high+decode"
+            )
+        try:
+            check_covered(self.engine_stages)
+        except ValueError as error:
+            raise ValueError(f"stages: {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -267,6 +284,11 @@ class ServerSettings(BaseSettings):
         return self.devices or (self.device,)
 
     @property
+    def engine_stages(self) -> tuple[Stages, ...]:
+        """The stages of each engine."""
+        return tuple(map(parse_stages, self.stages)) or (ALL,) * len(self.engine_devices)
+
+    @property
     def video_database_url(self) -> str:
         """The SQLAlchemy URL of the database of video jobs."""
         if self.video_database is not None:
@@ -320,7 +342,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _split_commas(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
     """Accept a comma-separated string, which is how an environment variable says a list."""
     if isinstance(value, str):
         return tuple(entry for entry in (part.strip() for part in value.split(",")) if entry)

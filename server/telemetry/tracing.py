@@ -8,7 +8,7 @@ standard ``OTEL_*`` variables.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,9 +168,9 @@ class RequestTrace:
         if not any(picture.open for picture in self._pictures):
             self._reply = self.tracer.start_span("reply", self._context, attributes=self._about, start_time=now)
 
-    def engine_lost(self) -> None:
-        """The engine that had it has ended; what is not finished of it begins anew."""
-        for picture in self._pictures:
+    def engine_lost(self, indices: Iterable[int]) -> None:
+        """The engine that had these pictures has ended; they begin anew, or as they were handed over."""
+        for picture in (self._pictures[index] for index in indices):
             if picture.open:
                 picture.span.add_event("engine lost")
                 picture.since, picture.size = time.time_ns(), ""

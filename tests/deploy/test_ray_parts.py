@@ -75,6 +75,13 @@ def test_settings_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for wrong, reason in (
         ({"devices": "cuda:0,cuda:1"}, "each engine is a replica"),
         ({"build_missing": True}, "run rmd build ahead"),
+        ({"stages": "low,high+decode"}, "stages\n.*say pools"),
+        ({"pools": "low:1,high:1"}, "pools: no engine has decode"),
+        ({"pools": "low+high,decode:1"}, r"pools: 'low\+high' does not say how many"),
+        ({"pools": "low+high:0,decode:1"}, "does not say how many"),
+        ({"pools": "low+high:1,dekode:1"}, "pools: 'dekode' is no stage"),
+        ({"pools": "low+high:1,high+low:1,decode:1"}, "named twice"),
+        ({"pools": "low+high:1,decode:1", "max_engines": 3}, "leave min_engines, max_engines out"),
         ({"min_engines": 4}, r"max_engines \(1\) is less than min_engines \(4\)"),
         ({"fronts": 2}, "set video_database .* and objects"),
         ({"fronts": 2, **SHARED, "objects": None}, "set video_database .* and objects"),
@@ -84,6 +91,8 @@ def test_settings_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ValidationError, match=reason):
             ClusterSettings(api_keys="k", **wrong)
     assert ClusterSettings(api_keys="k", fronts=2, **SHARED).fronts == 2
+    pools = ClusterSettings(api_keys="k", pools="low:1, high+decode:2").engine_pools
+    assert pools == {frozenset({"low"}): 1, frozenset({"high", "decode"}): 2}
 
 
 def test_the_shipped_application_names_settings_that_exist() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from server.front import member as member_module
 from server.front.member import Health
-from server.front.service import Service
+from server.front.service import Service, engine_starts
 from tests.server.conftest import make_settings
 from tests.server.house import URL, House, pixels, running
 from tests.server.sick_engine import BREAKS, DIES, HANGS, SickEngine
@@ -36,8 +36,7 @@ def engines(checkpoint: Path, **changes: Any) -> Iterator[House]:
     """A front in this process, and real engine processes."""
     quick = {"measure_teacher": False, "serve_teacher": False, "threads": 1, "log_level": "error"}
     settings = make_settings(checkpoint, **{**quick, **changes})
-    starts = [(device, lambda device=device: SickEngine(settings, device)) for device in settings.engine_devices]
-    with running(Service(settings, no_jobs, starts)) as house:
+    with running(Service(settings, no_jobs, engine_starts(settings, SickEngine))) as house:
         until_all_ready(house)
         house.client.timeout = httpx.Timeout(100)
         yield house
@@ -91,7 +90,7 @@ def test_two_engines_share_the_work_and_one_is_enough(checkpoint: Path) -> None:
 
         def counting(generation: Any) -> None:
             place(generation)
-            served[generation.engine] += 1
+            served[generation.places[0].engine] += 1
 
         house.service.fleet._place = counting  # type: ignore[method-assign]
         undisturbed = pictures(draw_all(house))

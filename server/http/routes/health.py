@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from server.core.stages import ALL, name_of
 from server.front.service import Service, State
 
 router = APIRouter(tags=["health"])
@@ -45,7 +46,13 @@ async def ready(request: Request) -> JSONResponse:
         body["progress"] = {"done": progress.done, "total": progress.total, "text": progress.text}
     else:
         body["engines"] = [
-            {"device": each.device, "status": each.health.value, "restarts": each.restarts, "reason": each.reason}
+            {
+                "device": each.device,
+                "status": each.health.value,
+                "restarts": each.restarts,
+                "reason": each.reason,
+                **({} if each.stages == ALL else {"stages": name_of(each.stages)}),
+            }
             for each in service.fleet.members
         ]
     compiled = {label: widths for card in service.fleet.cards.values() for label, widths in card.compiled.items()}
@@ -77,7 +84,8 @@ def _lacking(service: Service) -> str:
         return f"the database fails: {service.database.fault}"
     if service.film_jobs is not None and not service.film_jobs.alive:
         return "the thread of the video jobs has ended: no film is made until the process is restarted"
-    return "no engine works at the moment; see engines"
+    lacking = service.fleet.members.lacking
+    return f"no engine works{'' if lacking == ALL else f' at {name_of(lacking)}'} at the moment; see engines"
 
 
 @router.get("/metrics", include_in_schema=False)

@@ -1,0 +1,150 @@
+"""Who is given what, and what goes before a newcomer, where engines do not all do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from server.core.admission import Admission
+from server.core.faults import deadline_error
+from server.core.messages import Cancel, HandedOver, Submit
+from server.core.stages import parse_stages
+from server.core.work import PictureRecord, PictureState, Work
+from server.front.engine import EngineLink
+from server.front.generation import Generation, GenerationSpec
+from server.front.ledger import Ledger
+from server.front.member import Health, WatchLimits
+from server.front.members import Members
+from server.front.placing import Placing
+from server.telemetry.metrics import Metrics, Snapshot
+from tests.server.core.desk import CARD, SCHEDULES
+
+CASCADE = SCHEDULES["2+2"].cascade
+COSTS = (12.0, 11.0, 10.0, 8.0, 6.0)
+"""Two low steps of 1 second, two high ones of 2, a decoding of 6."""
+
+
+class Desk:
+    """A front's books, and engines that nobody runs."""
+
+    def __init__(self, *engines: str) -> None:
+        self.members = Members([(f"gpu {i}", _no_engine) for i in range(len(engines))], WatchLimits())
+        for member, stages in zip(self.members, engines, strict=True):
+            member.stages, member.health, member.cards = parse_stages(stages), Health.READY, {"": CARD}
+        self.ledger = Ledger(
+            Metrics(_no_scrape), 1, lambda generation: self.placing.forget(generation), lambda *_: None
+        )
+        self.placing = Placing(self.members, self.ledger)
+        self.admission = Admission(99, 99)
+
+    def submit(self, name: str, n: int = 1) -> Generation:
+        spec = GenerationSpec("a", "2+2", CASCADE, "student", tuple(range(n)))
+        work = Work(id=name, prompt="a", schedule="2+2", seeds=spec.seeds)
+        generation = Generation(spec, work, self.admission.acquire(n, n), lambda event: None, COSTS)
+        self.ledger.add(generation)
+        self.placing.place(generation)
+        return generation
+
+    def hand_over(self, generation: Generation, index: int, step: int) -> None:
+        engine = generation.places[index].engine
+        assert engine is not None
+        state = PictureState(index=index, step=step, shape=(1,), latents=b"%d" % step, record=PictureRecord())
+        handed = self.ledger.handed_over(HandedOver(generation.id, state), engine)
+        assert handed is generation
+        self.placing.place(generation)
+
+    def given(self) -> list[tuple[int, str, Sequence[int], Sequence[tuple[int, int]]]]:
+        """What was sent since the last look: (engine, request, pictures that begin, (picture, step) that go on)."""
+        found = []
+        while self.placing.outbox:
+            member, command = self.placing.outbox.popleft()
+            assert isinstance(command, Submit) and command.sent
+            begin = [i for i in range(len(command.work.seeds)) if i not in command.work.done]
+            states = [(state.index, state.step) for state in command.states]
+            found.append((member.index, command.work.id, begin, states))
+        return found
+
+
+def _no_engine() -> EngineLink:
+    raise AssertionError("none is started")
+
+
+def _no_scrape() -> Snapshot:
+    raise AssertionError("nobody looks")
+
+
+def test_each_picture_goes_to_the_first_engine_of_its_next_stage() -> None:
+    desk = Desk("low", "high", "decode", "decode")
+    one = desk.submit("one", n=2)
+    assert desk.given() == [(0, "one", [0, 1], [])], "together, as they begin"
+    desk.hand_over(one, 1, step=2)
+    desk.hand_over(one, 0, step=2)
+    assert desk.given() == [(1, "one", [], [(1, 2)]), (1, "one", [], [(0, 2)])]
+    desk.hand_over(one, 1, step=4)
+    desk.hand_over(one, 0, step=4)
+    assert desk.given() == [(2, "one", [], [(1, 4)]), (3, "one", [], [(0, 4)])], "the other decoder is free"
+    assert desk.placing.work() == {"": 0.0, "gpu 0": 0.0, "gpu 1": 0.0, "gpu 2": 6.0, "gpu 3": 6.0}
+
+
+def test_a_lost_engine_s_pictures_go_on_from_their_last_hand_over() -> None:
+    desk = Desk("low", "high", "decode")
+    one = desk.submit("one", n=3)
+    desk.hand_over(one, 0, step=2)
+    desk.hand_over(one, 1, step=2)
+    desk.hand_over(one, 1, step=4)
+    desk.given()
+    desk.members[1].health = Health.DOWN
+    desk.ledger.begin_again(one, 1, suspect=True)
+    desk.placing.place(one)
+    assert desk.given() == [] and one.places[0].engine is None and one.strikes == 1, "none has its stage"
+    assert [place.step for place in one.places] == [2, 4, 0] and one.places[1].engine == 2
+    desk.members[1].health = Health.READY
+    desk.placing.place(one)
+    assert desk.given() == [(1, "one", [], [(0, 2)])]
+    desk.ledger.begin_again(one, 0, suspect=False)
+    desk.placing.place(one)
+    assert desk.given() == [(0, "one", [2], [])] and one.strikes == 1
+
+
+def test_what_an_engine_no_longer_has_is_not_taken_from_it() -> None:
+    """Such as the last words of one that was given up."""
+    desk = Desk("low", "high", "decode")
+    one = desk.submit("one")
+    desk.hand_over(one, 0, step=2)
+    state = one.places[0].state
+    assert state is not None and desk.ledger.handed_over(HandedOver("one", state), 0) is None
+    assert one.places[0].engine == 1
+
+
+def test_a_cancelled_request_is_forgotten_by_each_engine_that_has_some_of_it() -> None:
+    desk = Desk("low", "high", "decode")
+    one = desk.submit("one", n=2)
+    desk.hand_over(one, 0, step=2)
+    desk.given()
+    desk.ledger.settle(one, deadline_error())
+    assert [(member.index, command) for member, command in desk.placing.outbox] == [
+        (0, Cancel("one")),
+        (1, Cancel("one")),
+    ]
+    assert desk.admission.items == 0
+
+
+@pytest.mark.parametrize(
+    ("engines", "before", "share"),
+    [
+        (["all"] * 4, 36 / 4, 12 / 4),
+        (["low", "high", "decode", "decode"], 12.0, 4.0),  # high: 3 x 4 s on one engine
+        (["low+high", "decode"], 18.0, 6.0),  # decoding and the rest take the same
+        (["low", "high+decode"], 30.0, 10.0),
+        (["all", "decode"], 18.0, 6.0),  # decoding 3 x 6 s is shared by both: 18 s in all on the first
+    ],
+)
+def test_what_goes_before_a_newcomer_is_that_of_the_stages_which_take_longest(
+    engines: list[str], before: float, share: float
+) -> None:
+    desk = Desk(*engines)
+    for name in ("a", "b", "c"):
+        desk.submit(name)
+    assert desk.placing.backlog(COSTS, CASCADE) == pytest.approx(before)
+    assert desk.placing.share(COSTS, CASCADE) == pytest.approx(share)
