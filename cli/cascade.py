@@ -129,9 +129,16 @@ def retime(
 
 
 def _put(checkpoint: CheckpointFolder, name: str, cascade: Cascade) -> Path:
-    """Writes a schedule into a checkpoint's file; all else in it stays."""
+    """Writes a schedule into a checkpoint's file; all else in it stays.
+
+    Raises:
+        FileNotFoundError, ValueError: its small decoder is not there, or not the recorded one.
+    """
     from rmd.cascade_file import write_cascade_json
 
+    decoder = checkpoint.with_decoder(None).decoder_path
+    if decoder is not None and not decoder.is_dir():
+        raise FileNotFoundError(f"{checkpoint.path}: its decoder {decoder} is not a folder; put it back")
     return write_cascade_json(
         checkpoint.path,
         backbone=checkpoint.backbone_name,

@@ -211,6 +211,8 @@ class CascadePipeline:
         refuse_others(type(self).__name__, others)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type {output_type!r} is not pil, np, pt or latent")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"callback_on_step_end must be callable, not {type(callback_on_step_end).__name__}")
         each = count_of("num_images_per_prompt", num_images_per_prompt)
         texts = [text for text in texts_of(prompt) for _ in range(each)]
         seeds = seeds_of(len(texts), seed, generator)

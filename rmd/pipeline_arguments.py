@@ -113,7 +113,9 @@ def seeds_of(
         seed = [_draw_seed(one) for one in many]
     if seed is None:
         seed = secrets.randbelow(2**32)
-    several = isinstance(seed, Iterable) and not isinstance(seed, str | bytes)
+    # Arrays and tensors of no dimension are iterable by name alone.
+    several = isinstance(seed, Iterable) and not isinstance(seed, str | bytes | Mapping)
+    several = several and getattr(seed, "ndim", None) != 0
     given: list[Any] = list(seed) if several else [seed]  # type: ignore[arg-type]
     for one in given:
         if isinstance(one, bool) or not isinstance(one, numbers.Integral) or not 0 <= int(one) <= LARGEST_SEED:

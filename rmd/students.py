@@ -59,6 +59,11 @@ class StepList:
     licence: str = ""
     note: str = ""
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is published as a folder, which is an import's base, and not as what is put into one."""
+        return self.files.startswith(("whole folder", "transformer and scheduler", "no weights"))
+
 
 def _sides(*sides: int) -> tuple[Size, ...]:
     return tuple(Size.square(side) for side in sides)
@@ -244,9 +249,12 @@ _SD3 = {
     "hyper-sd3-4-cfg": _hyper_sd3(4, 3.0),
     "hyper-sd3-8-cfg": _hyper_sd3(8, 5.0),
     "hyper-sd3-16-cfg": _hyper_sd3(16, 7.0),
-    "pcm-sd3": _sd3("sd3-medium", _PCM_SD3, _PCM, "sd3/: deterministic 4-step LoRA", guidance_scale=1.2),
+    "pcm-sd3": _sd3(
+        "sd3-medium", _PCM_SD3, _PCM, "sd3/pcm_deterministic_4step_shift3.safetensors (LoRA)", guidance_scale=1.2
+    ),
     "pcm-sd3-stochastic": _sd3(
-        "sd3-medium", _PCM_SD3, _PCM, "sd3/: stochastic 4-step LoRA", guidance_scale=1.2, noise_rule="fresh"
+        "sd3-medium", _PCM_SD3, _PCM, "sd3/: stochastic 4-step LoRA, shift 3", guidance_scale=1.2,
+        noise_rule="fresh",
     ),
     # SwD, one step a scale, fresh noise and a bicubic U at every hand-over.
     "swd-sd3": _swd_sd3((1.0, 0.8959, 0.7371, 0.6022), (64, 80, 96, 128)),

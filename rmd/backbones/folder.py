@@ -23,7 +23,7 @@ from rmd.weight_files import PICKLE_SUFFIXES, check_index, check_safetensors, is
 _HUB_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "*.model")
 # What an import's record and NOTICE tell of the licence.
 _TEXTS = ("README.md", "NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
-_VARIANTS = "*.fp16.*"
+_VARIANTS = ("*.fp16.*", "*.fp16-*")  # whole, and in parts
 # The forms of a vocabulary: CLIP's, T5's, BERT's and everyone's.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
 
@@ -204,7 +204,7 @@ def _fetch(source: str, components: Sequence[str]) -> Path:
     if repository.count("/") != 1:
         raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
 
-    def fetch(names: Sequence[str], ignored: str | None) -> Path:
+    def fetch(names: Sequence[str], ignored: Sequence[str]) -> Path:
         patterns = ["model_index.json", *_TEXTS, *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
         try:
             return fetch_snapshot(repository, revision or None, patterns, ignored)
@@ -215,4 +215,4 @@ def _fetch(source: str, components: Sequence[str]) -> Path:
     # Some repositories hold the smaller variant of a network's weights alone.
     folders = [path / name for name in components]
     bare = [f.name for f in folders if (f / "config.json").is_file() and not any(f.glob("*.safetensors"))]
-    return fetch(bare, None) if bare else path
+    return fetch(bare, ()) if bare else path

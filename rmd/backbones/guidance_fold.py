@@ -17,9 +17,9 @@ from torch import Tensor
 from rmd.backbones.base import BackboneError
 
 _PROJECTION = "time_embedding.cond_proj.weight"
-_WEIGHT, _BIAS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias"
+FOLDED_WEIGHT, _BIAS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias"
 GUIDANCE_INPUT = "time_cond_proj_dim"
-TOUCHED = (_PROJECTION, _WEIGHT, _BIAS)
+TOUCHED = (_PROJECTION, FOLDED_WEIGHT, _BIAS)
 """The weights that folding looks at: the first goes, the last changes."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rmd.backbones.family import DiffusersBackbone
-from rmd.backbones.guidance_fold import GUIDANCE_INPUT
+from rmd.backbones.guidance_fold import FOLDED_WEIGHT, GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, contradictions
 from rmd.cascade import Cascade
@@ -219,7 +219,7 @@ def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> No
     target, config = work.kind.components[component], unfolded or work.configs[component]
     network = read_network(
         files,
-        Expected.of(target, config),
+        _expected(work, component, config),
         target,
         config,
         prefix=prefix,
@@ -231,6 +231,17 @@ def _read_one(work: Work, component: str, files: WeightFiles, prefix: str) -> No
     work.left_out += [f"{files.path.name}: {key}" for key in network.left_out]
 
 
+def _expected(work: Work, component: str, config: Mapping[str, Any]) -> Expected:
+    target = work.kind.components[component]
+    try:
+        return Expected.of(target, config)
+    except Exception as error:  # whatever the class makes of an odd value
+        raise ImportRefused(
+            f"{work.base.name}: {component}/config.json builds no {target.split(':')[1]} ({type(error).__name__}: "
+            f"{error}); copy it again"
+        ) from error
+
+
 def _check_texts(work: Work) -> None:
     """The base's own text encoders, which are copied or a LoRA changes: a loader would only warn of their odd keys."""
     folder = work.base.folder
@@ -238,7 +249,8 @@ def _check_texts(work: Work) -> None:
         if not (folder.path / component).is_dir():
             continue  # told with the other folders that are not there
         files, target = WeightFiles.open(folder.path / component), work.kind.components[component]
-        left = check_text_encoder(files, target, work.configs[component], allow_unmatched=work.request.allow_unmatched)
+        expected = _expected(work, component, work.configs[component])
+        left = check_text_encoder(files, expected, target, allow_unmatched=work.request.allow_unmatched)
         work.left_out += [f"{component}: {key}" for key in left]
 
 
@@ -252,6 +264,25 @@ def _text_encoders(work: Work) -> list[str]:
 
 
 # ---- LoRAs ------------------------------------------------------------------------------------------------------
+
+
+def lacks_student(work: Work) -> bool:
+    """Whether nothing says that the weights are the preset's student: no LoRA, no network, no folder of it."""
+    entry = STEP_LISTS.get(work.request.preset)
+    if entry is None or not entry.source or work.loras or work.network_files is not None:
+        return False
+    return not entry.whole and work.base.name != entry.source
+
+
+def _refuse_folded(work: Work) -> None:
+    """The bias was folded with the weight as it is without LoRAs."""
+    if work.request.fold_guidance is None:
+        return
+    for change in work.plan.changes.get(work.kind.denoiser_folder, {}).get(FOLDED_WEIGHT, ()):
+        raise ImportRefused(
+            f"{change.lora.path} changes {FOLDED_WEIGHT!r}, through which --fold-guidance folds the guidance: leave "
+            f"that module out of the LoRA, or merge it into the network first and give that as --network"
+        )
 
 
 def published_strength(preset: str) -> float:
@@ -296,6 +327,7 @@ def _read_loras(work: Work, given: Sequence[float]) -> None:
         work.configs[kind.denoiser_folder],
     )
     work.plan = plan_merge(work.loras, names, shapes)
+    _refuse_folded(work)
     _judge(work)
     for component in work.plan.changes:
         if component in texts:

@@ -91,7 +91,7 @@ def _refuse_pickles_alone(folder: Path, name: str, revision: str) -> None:
         )
 
 
-def fetch_snapshot(repository: str, revision: str | None, patterns: Sequence[str], ignored: str | None = None) -> Path:
+def fetch_snapshot(repository: str, revision: str | None, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
     """The folder of a hub's repository at a revision, with the files that the patterns name; fetched if not here yet.
 
     Raises:
@@ -100,7 +100,9 @@ def fetch_snapshot(repository: str, revision: str | None, patterns: Sequence[str
     hub = import_module("huggingface_hub")
     try:
         return Path(
-            hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignored)
+            hub.snapshot_download(
+                repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored)
+            )
         )
     except Exception as error:  # the client has many errors, and some come from the layers below it
         raise HubError(_hub_reason(repository, revision, error)) from error

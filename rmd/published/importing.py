@@ -20,11 +20,12 @@ from rmd.backbones.random_weights import resolve
 from rmd.cascade_file import write_cascade_json
 from rmd.published.card import model_card, notice
 from rmd.published.files import WeightFiles, finite, folder_weights, refuse_other_formats
-from rmd.published.gathering import ImportRequest, Work, gather, sources
+from rmd.published.gathering import ImportRequest, Work, gather, lacks_student, sources
 from rmd.published.networks import refuse_scaled
 from rmd.published.place import check_out, finished_file, whole_folder
 from rmd.published.record import import_record
 from rmd.published.writing import Progress, stored_dtype, write_network
+from rmd.students import STEP_LISTS
 from rmd.weight_files import PICKLE_SUFFIXES
 
 _COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -51,7 +52,7 @@ def import_model(
     Args:
         request: what to import.
         progress: called with what is being written, the bytes done and the bytes in all.
-        say: told whether a stopped run is gone on with.
+        say: told whether a stopped run is gone on with, and where nothing makes the base the preset's student.
 
     Raises:
         ImportRefused: a file is not taken or does not fit; the message says which, why, and the way out.
@@ -60,6 +61,12 @@ def import_model(
         FileNotFoundError: a file is missing.
     """
     work = gather(request)
+    if lacks_student(work):
+        entry = STEP_LISTS[request.preset]
+        say(
+            f"nothing is merged: {work.base.name}'s own weights will be sampled as {request.preset!r}, which is right "
+            f"only if they are that student's; it is published as {entry.source} ({entry.files}): --lora or --network"
+        )
     check_out(request.out, *sources(work))
     present = _present(work)
     total = _bytes(work, present)

@@ -139,7 +139,7 @@ def read_network(
 
 
 def check_text_encoder(
-    files: WeightFiles, target: str, config: Mapping[str, Any], *, allow_unmatched: bool = False
+    files: WeightFiles, expected: Expected, target: str, *, allow_unmatched: bool = False
 ) -> tuple[str, ...]:
     """Hold a text encoder's own files against its class, whose loader only warns of what is missing or over.
 
@@ -150,7 +150,6 @@ def check_text_encoder(
         ImportRefused: as :func:`read_network`.
     """
     refuse_scaled(files)
-    expected = Expected.of(target, config)
     ignored = [re.compile(rule) for rule in getattr(resolve(target), "_keys_to_ignore_on_load_unexpected", None) or ()]
     origin: dict[str, str] = {}
     over: list[str] = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rmd.published.files import WeightFiles
-from rmd.published.gathering import Work, published_strength
+from rmd.published.gathering import Work, lacks_student, published_strength
 from rmd.published.lora import Lora
 from rmd.published.source import licence_of
 from rmd.students import STEP_LISTS
@@ -51,7 +51,7 @@ def import_record(work: Work) -> dict[str, Any]:
             "sha256": student.digests(),
         }
     entry = STEP_LISTS.get(request.preset)
-    if entry is not None and entry.source:  # many a file says nothing of itself
+    if entry is not None and entry.source and not lacks_student(work):  # many a file says nothing of itself
         imported["student"] = {"source": entry.source, "licence": entry.licence or None}
     if request.fold_guidance is not None:
         imported["folded_guidance"] = request.fold_guidance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from cli.cascade import app
 from cli.main import app as main
 from rmd.backbones.registry import load_checkpoint
-from rmd.backbones.tiny import tiny_cascades, write_tiny_folder
+from rmd.backbones.tiny import tiny_cascades, write_tiny_decoder, write_tiny_folder
 from rmd.cascade_file import write_cascade_json
 from rmd.checkpoint import CheckpointFolder
 from rmd.naive import naive_cascade
@@ -185,6 +186,23 @@ def test_a_naive_cascade_is_written_and_says_what_it_is(tmp_path: Path) -> None:
     assert "not distilled for this schedule" in shown.stdout
     wrong = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive", "--map", "none"])
     assert "--naive takes no" in str(wrong.exception)
+
+
+def test_another_decoder_is_not_recorded_as_if_it_were_the_checkpoints(tmp_path: Path) -> None:
+    folder = write_tiny_folder("embedded", tmp_path / "tiny")
+    decoder = write_tiny_decoder("embedded", tmp_path / "small")
+    cascades = tiny_cascades("embedded")
+    write_cascade_json(folder, backbone="embedded", cascades=cascades, default="2+2", decoder="../small")
+    before = (folder / "cascade.json").read_bytes()
+    weights = next(decoder.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    arguments = ["retime", str(folder), "--timesteps", "1000,750,600,300"]
+    assert weights.name in str(CliRunner().invoke(app, arguments).exception)
+    shutil.rmtree(decoder)
+    assert "small is not a folder; put it back" in str(CliRunner().invoke(app, arguments).exception)
+    assert (folder / "cascade.json").read_bytes() == before
 
 
 def test_an_imported_checkpoint_takes_a_naive_cascade_as_a_further_schedule(tmp_path: Path) -> None:

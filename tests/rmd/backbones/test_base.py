@@ -141,6 +141,11 @@ def test_only_what_a_backbone_needs_is_fetched(tmp_path: Path, monkeypatch: pyte
     there = [f"unet/{name}" for name in ("config.json", *weights, "model.bin")]
     there += ["model_index.json", "vae/config.json", "vae/model.fp16.safetensors", "tokenizer/merges.txt"]
     there += ["all-in-one.safetensors", *(f"refiner/{name}" for name in weights)]
+    parts = ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]
+    parts += ["model.safetensors.index.fp16.json"]
+    there += [f"unet/{name}" for name in parts]
+    alone = {f"text_encoder/{name}" for name in ("config.json", *parts)}
+    there += alone
 
     def download(repository: str, revision: str | None, **patterns: Any) -> str:
         for name in filter_repo_objects(there, **patterns):
@@ -149,10 +154,10 @@ def test_only_what_a_backbone_needs_is_fetched(tmp_path: Path, monkeypatch: pyte
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert DiffusersFolder.open("hub:owner/name", ("unet", "vae", "tokenizer")).path == tmp_path
+    assert DiffusersFolder.open("hub:owner/name", ("unet", "vae", "text_encoder", "tokenizer")).path == tmp_path
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == {
         "model_index.json", "unet/config.json", "unet/model.safetensors",
-        "vae/config.json", "vae/model.fp16.safetensors", "tokenizer/merges.txt",
+        "vae/config.json", "vae/model.fp16.safetensors", "tokenizer/merges.txt", *alone,
     }  # fmt: skip
 
 

@@ -299,6 +299,22 @@ def test_a_guidance_input_is_folded_into_a_bias(
         imported("sdxl", network=tmp_path / "lcm" / "diffusion_pytorch_model.safetensors", fold_guidance=guidance)
 
 
+def test_a_lora_on_what_the_guidance_is_folded_through_is_refused(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    """The bias is folded with the weight as it is without the LoRA: another picture, without a word."""
+    config = UNet2DConditionModel.load_config(base("sdxl") / "unet")
+    asks = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 16})
+    asks.save_pretrained(tmp_path / "lcm")
+    rows, columns = asks.time_embedding.linear_1.weight.shape
+    module = "unet.time_embedding.linear_1"
+    factors = {f"{module}.lora_A.weight": torch.ones(4, columns), f"{module}.lora_B.weight": torch.ones(rows, 4)}
+    save(tmp_path / "style.safetensors", factors)
+    options: dict[str, Any] = {"network": tmp_path / "lcm", "preset": "lcm-sdxl-unet", "fold_guidance": 8.0}
+    with pytest.raises(ImportRefused, match=r"style\.safetensors changes 'time_embedding\.linear_1\.weight', through"):
+        imported("sdxl", loras=[(tmp_path / "style.safetensors", 1.0)], **options)
+
+
 def get_guidance_scale_embedding(w: Tensor, width: int) -> Tensor:
     """diffusers' own, which is a method of its pipelines."""
     code: Tensor = StableDiffusionXLPipeline.get_guidance_scale_embedding(None, w, embedding_dim=width)

@@ -484,3 +484,29 @@ def test_one_name_in_two_files(base: TinyFolder, tmp_path: Path) -> None:
         save(tmp_path / f"model-{number:05}-of-00002.safetensors", {"x": torch.ones(2)})
     with pytest.raises(ImportRefused, match="both hold 'x'"):
         WeightFiles.open(tmp_path)
+
+
+def test_a_base_without_any_student_is_said_and_credited_to_none(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    """A forgotten --lora: noise-like pictures, ready and without a word."""
+    told: list[str] = []
+    done = imported("sdxl", preset="lcm-sdxl", say=told.append)
+    (said,) = told
+    assert said.startswith("nothing is merged: ") and "latent-consistency/lcm-lora-sdxl" in said and "--lora" in said
+    assert "student" not in done.record["imported"]
+    assert "latent-consistency" not in (tmp_path / "out" / "README.md").read_text()
+    told.clear()
+    assert "student" in imported("sdxl", preset="sdxl-turbo", say=told.append).record["imported"]
+    assert not told, "published as a whole folder, which a base may be"
+
+
+def test_a_configuration_that_builds_no_network_is_named(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base("sdxl"), folder)
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "gelu_nope"}))
+    with pytest.raises(
+        ImportRefused, match=r"text_encoder/config\.json builds no CLIPTextModel \(KeyError: 'gelu_nope'\)"
+    ):
+        imported("sdxl", base=str(folder))
