@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rmd.backbones.executor import EagerExecutor
 from rmd.size import Size
+from server.core.stages import ALL, Stages
 from server.core.stations import StationKey
 from server.core.tickets import Ticket
 from server.device import process
@@ -65,9 +66,9 @@ class SickEngine(EngineProcess):
     Engines that are started as a server starts them: `test_an_engine_does_not_outlive_its_front`.
     """
 
-    def __init__(self, settings: ServerSettings, device: str) -> None:
+    def __init__(self, settings: ServerSettings, device: str, stages: Stages = ALL) -> None:
         Doorway.__init__(self)
-        self.process = Forked(engine_settings(settings, device, self.address))  # type: ignore[assignment]
+        self.process = Forked(engine_settings(settings, device, self.address, stages))  # type: ignore[assignment]
         self.pid = self.process.pid
 
 
