@@ -19,7 +19,8 @@ from rmd.weight_files import PICKLE_SUFFIXES
 HUB_PREFIX = "hub:"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@[\w./-]+$")
 _CHECKPOINT_FILES = (
-    "*.json", "*.safetensors", "*/merges.txt", "*/vocab.txt", "*/*.model", "*/*.jinja", "README.md", "NOTICE",
+    "*.json", "*.safetensors", "*/merges.txt", "*/vocab.txt", "*/*.model", "*/*.jinja",
+    "README.md", "NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt",
 )  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
