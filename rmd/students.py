@@ -34,6 +34,7 @@ class StepList:
         base: the model that it was distilled from, see `rmd.backbones.student_fit`; None for any of the backbone.
         source: repository of the weights; empty where none are needed.
         files: which of its files, and how they are published.
+        whole: they are a folder, which is an import's base, and not what is put into one.
         licence: of the weights; empty where it is not known.
         note: what a user has to know.
     """
@@ -56,13 +57,9 @@ class StepList:
     base: str | None = None
     source: str = ""
     files: str = ""
+    whole: bool = False
     licence: str = ""
     note: str = ""
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is published as a folder, which is an import's base, and not as what is put into one."""
-        return self.files.startswith(("whole folder", "transformer and scheduler", "no weights"))
 
 
 def _sides(*sides: int) -> tuple[Size, ...]:
@@ -94,7 +91,7 @@ def _sdxl(timesteps: tuple[float, ...], source: str, files: str, licence: str, *
 def _turbo(timesteps: tuple[float, ...]) -> StepList:
     return _sdxl(
         timesteps, "stabilityai/sdxl-turbo", "whole folder", "Stability AI, no commercial use?",
-        sizes=_sides(512) * len(timesteps), noise_rule="ancestral", starts_at_sigma=True,
+        sizes=_sides(512) * len(timesteps), noise_rule="ancestral", starts_at_sigma=True, whole=True,
         note="made for 512 px",
     )  # fmt: skip
 
@@ -191,12 +188,13 @@ _SDXL = {
 _PIXART = {
     "pixart-lcm": StepList(
         "pixart", _GRID_4, _sides(1024) * 4, noise_rule="fresh", base="pixart-1024",
-        source="PixArt-alpha/PixArt-LCM-XL-2-1024-MS", files="whole folder", licence="openrail++",
+        source="PixArt-alpha/PixArt-LCM-XL-2-1024-MS", files="whole folder", whole=True,
+        licence="openrail++",
     ),
     "pixart-dmd": StepList(
         "pixart", (400,), _sides(512), base="pixart-512",
         source="PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512", licence="",
-        files="transformer and scheduler; the rest from PixArt-alpha/PixArt-XL-2-1024-MS",
+        files="transformer and scheduler; the rest from PixArt-alpha/PixArt-XL-2-1024-MS", whole=True,
         note="told timestep 400, from unit noise; made for 512 px",
     ),
     "flash-pixart": StepList(
@@ -239,11 +237,11 @@ _SD3 = {
     # The scheduler spaces the sigmas between already shifted ends, hence the last, nearly clean step.
     "sd3.5-large-turbo": _sd3(
         "sd3.5-large", euler_timesteps(4, 3.0), "stabilityai/stable-diffusion-3.5-large-turbo", "whole folder",
-        licence="Stability AI Community?", note="the large model only",
+        whole=True, licence="Stability AI Community?", note="the large model only",
     ),
     "sd3.5-medium-turbo": _sd3(
         "sd3.5-medium", euler_timesteps(8, 3.0), "tensorart/stable-diffusion-3.5-medium-turbo",
-        "whole folder, or its 8-step LoRA", licence="Stability AI Community", guidance_scale=1.5,
+        "whole folder, or its 8-step LoRA", whole=True, licence="Stability AI Community", guidance_scale=1.5,
         note="guidance 1.5, so two passes a step",
     ),
     "hyper-sd3-4-cfg": _hyper_sd3(4, 3.0),
@@ -303,8 +301,8 @@ def _rmd(timesteps: tuple[float, ...], flow_shift: float, note: str) -> StepList
     return StepList(
         "wan-14b", timesteps, _RMD_SIZES, noise_rule="mixed", eta=0.9, transition_noise_intensity=0.0,
         prediction="velocity", flow_shift=flow_shift, source="github.com/Skylar-aigc/RMD-Inference-Acceleration",
-        files="no weights are published; a folder student_model-N that its trainer wrote", licence="Apache-2.0 (code)",
-        note=note,
+        files="no weights are published; a folder student_model-N that its trainer wrote", whole=True,
+        licence="Apache-2.0 (code)", note=note,
     )  # fmt: skip
 
 

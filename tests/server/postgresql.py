@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+
+from tests.server.standstill import standing_still
 
 _USER = "postgres"  # PostgreSQL refuses to run as root; its package makes this user
 
@@ -52,14 +53,8 @@ class PostgreSQL:
         """Stop all its processes; connections are taken for it, by the kernel, and nothing is answered."""
         main = (self.folder / "data" / "postmaster.pid").read_text().split()[0]
         found = subprocess.run(["ps", "-o", "pid=", "--ppid", main], check=True, capture_output=True, text=True)
-        processes = [int(each) for each in [main, *found.stdout.split()]]
-        for each in processes:
-            os.kill(each, signal.SIGSTOP)
-        try:
+        with standing_still(int(each) for each in [main, *found.stdout.split()]):
             yield
-        finally:
-            for each in processes:
-                os.kill(each, signal.SIGCONT)
 
     def _run(self, program: str, *arguments: str) -> None:
         user = _USER if os.geteuid() == 0 else None

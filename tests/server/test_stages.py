@@ -25,6 +25,7 @@ from server.start.settings import ServerSettings
 from tests.server.conftest import load_on_cpu, make_settings
 from tests.server.house import Gate, House, running, serving
 from tests.server.shared_engine import SharedEngine, front
+from tests.server.standstill import standing_still
 from tests.server.test_processes import draw_all, engines, pictures, pid, until_all_ready
 from tests.server.test_videos import content, ended, post, read
 from tests.server.thread_engine import ThreadEngine
@@ -178,15 +179,8 @@ LOW, HIGH, DECODE = range(3)
 def stopped(house: House, *indices: int) -> Iterator[None]:
     """Engines that stand still until the block ends, or are killed in it."""
     until_all_ready(house)
-    pids = [pid(house, index) for index in indices]
-    for each in pids:
-        os.kill(each, signal.SIGSTOP)
-    try:
+    with standing_still([pid(house, index) for index in indices]):
         yield
-    finally:
-        for each in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(each, signal.SIGCONT)
 
 
 def steps(house: House, size: str = "") -> float:
