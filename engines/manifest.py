@@ -51,6 +51,7 @@ class Manifest:
         constants: constant's name -> how it is made from the network's parameters; where those lie inside the engine
             only those whose values fit one parameter alone.
         embedded_bytes: weights inside the engine.
+        streams: in how many equal parts it runs its rows, side by side.
         relative_l2: against eager in the same dtype, on the checkpoint it was built from, the worst of its batches;
             None when not measured.
         tolerance: what relative_l2 had to stay under.
@@ -66,6 +67,7 @@ class Manifest:
     weights_mode: WeightsMode
     constants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     embedded_bytes: int = 0
+    streams: int = 1
     relative_l2: float | None = None
     tolerance: float | None = None
     build_seconds: float = 0.0
@@ -106,6 +108,7 @@ class Manifest:
             "weights_mode": self.weights_mode,
             "constants": {name: dict(recipe) for name, recipe in sorted(self.constants.items())},
             "embedded_bytes": self.embedded_bytes,
+            "streams": self.streams,
             "relative_l2": self.relative_l2,
             "tolerance": self.tolerance,
             "build_seconds": self.build_seconds,
@@ -143,6 +146,7 @@ class Manifest:
                 weights_mode=WeightsMode(data["weights_mode"]),
                 constants=data["constants"],
                 embedded_bytes=int(data["embedded_bytes"]),
+                streams=int(data.get("streams", 1)),
                 relative_l2=data["relative_l2"],
                 tolerance=data["tolerance"],
                 build_seconds=float(data["build_seconds"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engines.compilers.inductor.engine import PACKAGE, InductorEngine, load_pack
 from engines.compilers.inductor.packing import UnexplainedConstantError, compile_packed
 from engines.compilers.inductor.rewrites import rewriting
 from engines.compilers.inductor.settings import options_of, settings_of, takes_templates
+from engines.compilers.inductor.streams import as_many_threads, streams_of, why_not_in_streams
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec, WeightsMode
@@ -42,6 +44,7 @@ class InductorCompiler(Compiler):
         "engines.compilers.inductor.joined",
         "engines.compilers.inductor.joined_bert",
         "engines.compilers.inductor.joined_sd3",
+        "engines.compilers.inductor.streams",
         "engines.compilers.inductor.packing",
         "engines.compilers.inductor.rewrites",
         "engines.compilers.inductor.settings",
@@ -72,7 +75,10 @@ class InductorCompiler(Compiler):
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """See :meth:`Compiler.settings`."""
         packed = self.weights_mode(request) is WeightsMode.PACKED
-        return settings_of(request.target, request.dtype, rewriting(request.module) if packed else None)
+        settings = settings_of(request.target, request.dtype, rewriting(request.module) if packed else None)
+        if takes_templates(settings):
+            settings["streams"] = streams_of(int(settings["threads"]), max(t.shape[0] for t in request.inputs.values()))
+        return settings
 
     def weights_mode(self, request: EngineRequest) -> WeightsMode:
         """Packed on the CPU where every constant can be traced to its parameter, shared elsewhere.
@@ -89,20 +95,37 @@ class InductorCompiler(Compiler):
     def build(self, module: nn.Module, spec: EngineSpec, folder: Path) -> Manifest:
         """See :meth:`Compiler.build`."""
         watch = Stopwatch()
-        inputs = example_tensors(spec, spec.target.device)
+        streams, note = int(spec.settings.get("streams", 1)), ""
+        if streams > 1:
+            with as_many_threads(int(spec.settings["threads"]) // streams):
+                manifest = self._build(module, spec, folder, streams)
+            reason = why_not_in_streams(folder / PACKAGE)
+            if not reason:
+                return manifest.updated(build_seconds=watch.seconds)
+            note = f"not run in {streams} streams: {reason}"
+            log.info("%s: %s", spec.title, note)
+            for left in folder.iterdir():
+                left.unlink()
+        manifest = self._build(module, spec, folder, 1)
+        return manifest.updated(build_seconds=watch.seconds, note="; ".join(filter(None, (note, manifest.note))))
+
+    def _build(self, module: nn.Module, spec: EngineSpec, folder: Path, streams: int) -> Manifest:
+        inputs = {
+            name: tensor[: spec.batch // streams] for name, tensor in example_tensors(spec, spec.target.device).items()
+        }
         note = ""
         if spec.weights_mode is WeightsMode.PACKED:
             try:
                 names, output, recipes, fixed = compile_packed(module, inputs, folder / PACKAGE, spec.settings)
                 save_constants(fixed, folder)
-                return self._manifest(spec, names, output, WeightsMode.PACKED, recipes, watch)
+                return self._manifest(spec, names, output, WeightsMode.PACKED, recipes, streams)
             except UnexplainedConstantError as error:
                 note = f"weights are not packed: {error}"
                 log.info("%s: %s", spec.title, note)
                 (folder / PACKAGE).unlink(missing_ok=True)
         options = options_of(spec.settings, packed=False)
         names, output, recipes = self._compile_shared(module, inputs, folder, options)
-        return self._manifest(spec, names, output, WeightsMode.SHARED, recipes, watch).updated(note=note)
+        return self._manifest(spec, names, output, WeightsMode.SHARED, recipes, streams).updated(note=note)
 
     def _compile_shared(
         self, module: nn.Module, inputs: Mapping[str, Tensor], folder: Path, options: Mapping[str, Any]
@@ -136,17 +159,18 @@ class InductorCompiler(Compiler):
         output: Tensor,
         mode: WeightsMode,
         recipes: Mapping[str, Recipe],
-        watch: Stopwatch,
+        streams: int,
     ) -> Manifest:
         by_name = {item.name: item for item in spec.inputs}
+        row = TensorSpec.of("output", output)
         return Manifest(
             spec,
             {},
             tuple(by_name[name] for name in names),
-            TensorSpec.of("output", output),
+            replace(row, shape=(spec.batch, *row.shape[1:])),
             mode,
             constants={name: recipe.to_dict() for name, recipe in recipes.items()},
-            build_seconds=watch.seconds,
+            streams=streams,
         )
 
     def load(self, manifest: Manifest, folder: Path, weights: WeightBank) -> Engine:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engines.compilers.engine import Engine, EngineMemory
+from engines.compilers.inductor.streams import StreamedCode
 from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
 from engines.weights.bank import WeightBank, hollow
@@ -38,31 +39,29 @@ class InductorEngine(Engine):
 
     def __init__(self, manifest: Manifest, folder: Path, weights: WeightBank) -> None:
         super().__init__(manifest)
-        self._loader: Any = load_package(folder / PACKAGE, manifest.spec.target.device)
-        _check_extensions(self._loader.get_metadata(), manifest)
+        self._code: StreamedCode | PackagedCode | None = _load(manifest, folder)
+        _check_extensions(self._code.get_metadata(), manifest)
         self._weights = weights
         self._borrowed: list[Recipe] = []
         self._inside = saved_constants(folder, self.device)
         self._private = sum(tensor.nbytes for tensor in self._inside.values()) + manifest.bytes
-        # The loader keeps pointers only: these tensors must live as long as it does.
+        # The code keeps pointers only: these tensors must live as long as it does.
         self._constants: dict[str, Tensor] = dict(self._inside)
         try:
             for name, entry in manifest.constants.items():
                 recipe = Recipe.from_dict(entry)
                 self._constants[name] = weights.lend(recipe)
                 self._borrowed.append(recipe)
-            self._loader.load_constants(self._constants, False, True, True)
+            self._code.load_constants(self._constants)
         except BaseException:
             self.unload()
             raise
 
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
-        if self._loader is None:
+        if self._code is None:
             raise EngineError(f"engine {self.manifest.spec.title} was unloaded")
-        # boxed_run, not the package's __call__: that one parses the call's tree specification anew each time.
         with torch.inference_mode():
-            outputs: list[Tensor] = self._loader.boxed_run([_plain(tensor) for tensor in inputs])
-        return outputs[0]
+            return self._code.run([_plain(tensor) for tensor in inputs])
 
     def refit(self, state: Mapping[str, Tensor]) -> None:
         """In place in the bank: every engine of the component follows."""
@@ -74,13 +73,41 @@ class InductorEngine(Engine):
 
     def unload(self) -> None:
         """See :meth:`Engine.unload`. What it borrowed is freed with the last borrower, parameters with their bank."""
-        self._loader = None
+        self._code = None
         self._constants = {}
         for recipe in self._borrowed:
             self._weights.take_back(recipe)
         for tensor in self._inside.values():
             hollow(tensor)
         self._borrowed, self._inside = [], {}
+
+
+class PackagedCode:
+    """A package's machine code, by torch's own binding."""
+
+    def __init__(self, package: Path, device: str) -> None:
+        self._loader: Any = load_package(package, device)
+
+    def get_metadata(self) -> Mapping[str, str]:
+        """What AOTInductor noted of the machine it compiled for."""
+        noted: Mapping[str, str] = self._loader.get_metadata()
+        return noted
+
+    def load_constants(self, constants: Mapping[str, Tensor]) -> None:
+        """Read the constants from where they lie: they must live as long as this does."""
+        self._loader.load_constants(dict(constants), False, True, True)
+
+    def run(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The one output."""
+        # boxed_run, not the package's __call__: that one parses the call's tree specification anew each time.
+        outputs: list[Tensor] = self._loader.boxed_run(list(inputs))
+        return outputs[0]
+
+
+def _load(manifest: Manifest, folder: Path) -> StreamedCode | PackagedCode:
+    if manifest.streams > 1:
+        return StreamedCode(folder / PACKAGE, manifest.streams, int(manifest.spec.settings["threads"]))
+    return PackagedCode(folder / PACKAGE, manifest.spec.target.device)
 
 
 def _plain(tensor: Tensor) -> Tensor:
