@@ -140,7 +140,22 @@ def _open(request: ImportRequest) -> Work:
         raise ImportRefused(f"preset {request.preset!r} does not fit {request.base}: {'; '.join(against)}")
     # Refuses a velocity network's scheduler, a guidance input and the like, before anything is read.
     kind.from_config({name: work.configs[name] for name in (kind.denoiser_folder, "scheduler")}, device="meta")
+    for tokenizer in tokenizers_of(work):
+        base.folder.require(tokenizer)
+        base.folder.tokenizer(tokenizer)
     return work
+
+
+def networks_of(work: Work) -> list[str]:
+    """The networks that the result has: those of the family, but for optional ones that the base leaves out."""
+    kind = work.kind
+    return [name for name in kind.components if name not in kind.optional or work.base.folder.has(name)]
+
+
+def tokenizers_of(work: Work) -> list[str]:
+    """Those of the result's text encoders."""
+    networks = networks_of(work)
+    return [name for name in work.kind.tokenizers if name.replace("tokenizer", "text_encoder") in networks]
 
 
 def _take_networks_config(work: Work) -> None:

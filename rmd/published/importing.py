@@ -20,7 +20,7 @@ from rmd.backbones.random_weights import resolve
 from rmd.cascade_file import write_cascade_json
 from rmd.published.card import model_card, notice
 from rmd.published.files import WeightFiles, finite, folder_weights, refuse_other_formats
-from rmd.published.gathering import ImportRequest, Work, gather, lacks_student, sources
+from rmd.published.gathering import ImportRequest, Work, gather, lacks_student, networks_of, sources, tokenizers_of
 from rmd.published.networks import refuse_scaled
 from rmd.published.place import check_out, finished_file, whole_folder
 from rmd.published.record import import_record
@@ -116,11 +116,9 @@ def _identity(work: Work) -> str:
 
 def _present(work: Work) -> list[str]:
     """Sub-folders of the result: components with their tokenizers, and the scheduler."""
-    kind, folder = work.kind, work.base.folder
-    networks = [name for name in kind.components if name not in kind.optional or folder.has(name)]
-    tokenizers = [name for name in kind.tokenizers if name.replace("tokenizer", "text_encoder") in networks]
-    folder.require(*(name for name in networks if name not in work.networks), *tokenizers, "scheduler")
-    return [*networks, *tokenizers, "scheduler"]
+    networks = networks_of(work)
+    work.base.folder.require(*(name for name in networks if name not in work.networks))
+    return [*networks, *tokenizers_of(work), "scheduler"]
 
 
 def _target_dtypes(work: Work, component: str) -> dict[str, torch.dtype]:

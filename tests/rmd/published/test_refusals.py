@@ -22,6 +22,8 @@ from rmd.backbones.base import BackboneError
 from rmd.backbones.folder import DiffusersFolder
 from rmd.checkpoint import CheckpointFolder
 from rmd.published.files import ImportRefused, WeightFiles
+from rmd.published.gathering import ImportRequest
+from rmd.published.importing import import_model
 from rmd.published.place import whole_folder
 from rmd.published.source import licence_of
 from tests.rmd.published.conftest import TinyFolder, kohya, random_lora, save, weights
@@ -103,6 +105,34 @@ def test_bases_that_are_none(base: TinyFolder, imported: Import, tmp_path: Path)
     (pickled / "vae" / "diffusion_pytorch_model.safetensors").rename(pickled / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ImportRefused, match=r"diffusion_pytorch_model\.bin is a pickled file"):
         imported("sdxl", base=str(pickled))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing", None, r"broken/tokenizer_2 has no vocabulary"),
+        ("tokenizer.json", "{", r"no tokenizer could be read from .*broken/tokenizer_2"),
+    ],
+)
+def test_a_base_without_a_vocabulary_is_refused_before_any_weight_is_read(
+    base: TinyFolder, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    """The merge of a real base takes minutes; its files' digests alone do."""
+    folder = Path(shutil.copytree(base("sdxl"), tmp_path / "broken"))
+    for file in (folder / "tokenizer_2").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    if content is not None:
+        (folder / "tokenizer_2" / name).write_text(content)
+    told: list[str] = []
+    request = ImportRequest(base=str(folder), preset="sdxl-turbo", out=tmp_path / "out")
+    with pytest.raises(BackboneError, match=message):
+        import_model(request, progress=lambda what, _done, _total: told.append(what))
+    assert told == []
+    shutil.rmtree(folder / "tokenizer_2")
+    with pytest.raises(BackboneError, match="lacks the component 'tokenizer_2'"):
+        import_model(request)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 def test_a_student_that_gives_x0_is_recognised_by_its_scheduler(imported: Import) -> None:
