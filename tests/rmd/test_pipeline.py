@@ -133,7 +133,7 @@ def test_a_callback_that_changes_the_prediction_is_refused_by_name(pipe: Cascade
         state["pred_original_sample"] = None if _i == 0 else "nothing"
 
     for change in (returned, in_place, put):
-        with pytest.raises(ValueError, match="'pred_original_sample' is for looking at, and was changed.*: change 'lat"):
+        with pytest.raises(ValueError, match=r"'pred_original_sample' is for looking at, and was changed.*'latents'"):
             pipe("a fox", seed=5, callback_on_step_end=change)
 
     def same(_pipe: CascadePipeline, _i: int, _t: float, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
