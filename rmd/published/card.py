@@ -8,7 +8,7 @@ from typing import Any
 
 from rmd.cascade import Cascade
 from rmd.published.place import finished_file
-from rmd.published.record import strength_of
+from rmd.published.strength import strength_of
 
 _NOTICES = ("NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
