@@ -30,7 +30,7 @@ from rmd.published.networks import (
 )
 from rmd.published.originals import DENOISER_PREFIX, PARTS
 from rmd.published.source import Base, open_base
-from rmd.published.strength import Strength, holds_student, strengths
+from rmd.published.strength import Strength, holds_student, refuse_twice, strengths
 from rmd.published.writing import LARGEST_FILE
 from rmd.students import STEP_LISTS
 
@@ -108,6 +108,7 @@ def gather(request: ImportRequest) -> Work:
     work.loras = [
         Lora.open(path, strength.value) for (path, _), strength in zip(request.loras, work.strengths, strict=True)
     ]
+    refuse_twice(work.loras, work.strengths, folder)
     _read_networks(work)
     _check_texts(work)
     _place_loras(work)

@@ -10,6 +10,7 @@ from typing import Any
 from rmd.checkpoint import CASCADE_FILE
 from rmd.fields import read_json
 from rmd.published.files import ImportRefused
+from rmd.published.lora import Lora
 from rmd.students import STEP_LISTS
 
 
@@ -74,6 +75,38 @@ def holds_student(base: Path, preset: str) -> bool:
     schedules = recorded.get("schedules")
     known = schedules.values() if isinstance(schedules, dict) else ()
     return any(isinstance(schedule, dict) and schedule.get("name") == preset for schedule in known)
+
+
+def refuse_twice(loras: Sequence[Lora], given: Sequence[Strength], base: Path) -> None:
+    """Refuse a LoRA that would be added to the same weights twice.
+
+    Raises:
+        ImportRefused: the same weights are given twice, or, without a strength, are in the base already.
+    """
+    record = _recorded(base).get("distillation")
+    imported = record.get("imported") if isinstance(record, dict) else None
+    before = imported.get("loras") if isinstance(imported, dict) else None
+    merged = [
+        sorted(map(str, lora["sha256"].values()))
+        for lora in (before if isinstance(before, list) else [])
+        if isinstance(lora, dict) and isinstance(lora.get("sha256"), dict)
+    ]
+    if len(loras) < 2 and not merged:
+        return  # nothing to compare a digest with
+    seen: dict[tuple[str, ...], tuple[Lora, Strength]] = {}
+    for lora, strength in zip(loras, given, strict=True):
+        digests = sorted(lora.files.digests().values())
+        other = seen.setdefault(tuple(digests), (lora, strength))
+        if other[0] is not lora:
+            raise ImportRefused(
+                f"--lora {lora.path} holds the same weights as {other[0].path} and would be added twice: give it once, "
+                f"with the strength that you want, --lora {lora.path}:{strength.value + other[1].value:g} for both"
+            )
+        if digests in merged and strength.said_by != "option":
+            raise ImportRefused(
+                f"--lora {lora.path} is in {base} already, as its {CASCADE_FILE} says: leave it out, or say how much "
+                f"is to be added to it, --lora {lora.path}:1"
+            )
 
 
 def strength_of(lora: Mapping[str, Any], preset: str) -> str:

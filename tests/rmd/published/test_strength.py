@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,19 @@ def test_whose_lora_it_is_must_be_said_where_it_cannot_be_known(
             imported("sd3", preset=PRESET, **more)
     done = imported("sd3", loras=((student, None), (style, 0.5)), preset="sd3")
     assert told(done) == [(1.0, "default"), (0.5, "option")]
+
+
+def test_one_lora_given_twice_is_refused(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    """It was added twice, without a word."""
+    file = lora(base("sd3"), tmp_path / "style.safetensors")
+    copy = Path(shutil.copy(file, tmp_path / "copy.safetensors"))
+    for loras, way in (
+        (((file, None), (file, None)), "style.safetensors:2"),
+        (((file, 0.5), (copy, 0.25)), "copy.safetensors:0.75"),
+    ):
+        with pytest.raises(ImportRefused, match=rf"the same weights as .*style\.safetensors.*give it once.*{way}"):
+            imported("sd3", loras=loras)
+    once = imported("sd3", loras=((file, None),), out=tmp_path / "once").folder
+    with pytest.raises(ImportRefused, match=r"copy\.safetensors is in .*once already, .*leave it out, or say how much"):
+        imported("sd3", base=str(once), loras=((copy, None),))
+    assert told(imported("sd3", base=str(once), loras=((copy, 0.25),))) == [(0.25, "option")]
