@@ -21,6 +21,7 @@ from rmd.cascade_file import write_cascade_json
 from rmd.published.card import model_card, notice
 from rmd.published.files import WeightFiles, finite, folder_weights, refuse_other_formats
 from rmd.published.gathering import ImportRequest, Work, gather, lacks_student, networks_of, sources, tokenizers_of
+from rmd.published.lora import PEFT_CONFIG
 from rmd.published.networks import refuse_scaled
 from rmd.published.place import check_out, finished_file, whole_folder
 from rmd.published.record import import_record
@@ -78,8 +79,10 @@ def import_model(
         if progress is not None:
             progress(what, done, total)
 
+    _load_copied(work)
     with whole_folder(request.out, _identity(work), say) as scratch:
-        for component in present:
+        # What is copied is read through on the way: its faults are told before the long merge.
+        for component in sorted(present, key=work.networks.__contains__):
             _write_component(work, component, scratch, report)
         _write_json(scratch / "scheduler" / "scheduler_config.json", work.configs["scheduler"])
         index = {
@@ -106,12 +109,27 @@ def _identity(work: Work) -> str:
     """What an import's files are made of: every file that is read, as it is now, and what is done with them."""
     request = work.request
     read = [file for path in sources(work) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    read += [] if work.network_files is None else work.network_files.files  # where an index was named
+    # Where an index was named, or the weights of a PEFT folder, whose settings scale them.
+    read += [] if work.network_files is None else work.network_files.files
+    read += [file for lora in work.loras for file in (*lora.files.files, lora.files.files[0].parent / PEFT_CONFIG)]
     states = [
         (str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in read if file.is_file()
     ]
     chosen = {item.name: str(getattr(request, item.name)) for item in fields(request) if item.name != "out"}
     return json.dumps([version("rmd"), chosen, states])
+
+
+def _load_copied(work: Work) -> None:
+    """Load what is copied and small, as a user would: a decoder of another class or shape is told before the merge.
+
+    Text encoders are large, and were held against their class by their headers.
+    """
+    folder, kind = work.base.folder, work.kind
+    for component, target in kind.components.items():
+        if component in work.networks or component.startswith("text_encoder") or not folder.has(component):
+            continue
+        refuse_scaled(WeightFiles.open(folder.path / component))
+        folder.load(component, target, torch.bfloat16, torch.device("cpu"), weights=True)
 
 
 def _present(work: Work) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -473,6 +474,49 @@ import_model(ImportRequest(base={str(base("pixart"))!r}, preset="pixart", backbo
     imported("pixart", say=said.append)
     assert said[1:] == ["starting anew: what a stopped run left was made of other files or settings"]
     assert not (tmp_path / "out" / "transformer" / next(iter(finished))).exists()
+
+
+def test_a_peft_adapters_settings_are_part_of_what_a_run_goes_on_with(
+    base: TinyFolder, imported: Import, tmp_path: Path, lora: dict[str, Tensor]
+) -> None:
+    """Named by its weight file, it was gone on with after its alpha had changed: half of one scale, half of another."""
+    file = save(tmp_path / "peft" / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in lora.items()})
+    settings = file.parent / "adapter_config.json"
+    settings.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    request = ImportRequest(str(base("wan-1.3b")), "wan", tmp_path / "out", loras=((file, 1.0),), backbone="wan-1.3b")
+
+    def interrupt(what: str, _done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    for alpha, told in ((4, ""), (4, "going on with"), (8, "starting anew: what a stopped run left was made of other")):
+        settings.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+        if alpha == 4:
+            os.utime(settings, (1, 1))  # the same file, as far as can be told
+        with pytest.raises(KeyboardInterrupt):
+            import_model(request, interrupt, said.append)
+        assert "".join(said).startswith(told) and len(said) == bool(told)
+        said.clear()
+
+
+def test_a_base_with_a_damaged_decoder_is_refused_before_the_merge(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(base("sdxl"), tmp_path / "damaged"))
+    (file,) = (folder / "vae").glob("*.safetensors")
+    state = weights(folder / "vae")
+    name = next(name for name in state if name.startswith("decoder.") and name.endswith(".weight"))
+    for changed, error, message in (
+        ({key: value for key, value in state.items() if key != name}, BackboneError, "damaged/vae lacks 1 weights of"),
+        ({**state, "decoder.more.weight": torch.ones(2)}, BackboneError, "damaged/vae holds 1 weights that"),
+        ({**state, name: torch.full_like(state[name], torch.nan)}, ImportRefused, "holds values that are not finite"),
+    ):
+        save(file, changed, {"format": "pt"})
+        told: list[str] = []
+        request = ImportRequest(base=str(folder), preset="sdxl-turbo", out=tmp_path / "out")
+        with pytest.raises(error, match=message):
+            import_model(request, progress=lambda what, _done, _total, told=told: told.append(what))
+        assert "unet" not in told
 
 
 def test_what_an_interrupted_run_has_finished_stays_and_what_a_failed_one_wrote_goes(tmp_path: Path) -> None:
