@@ -22,7 +22,9 @@ from diffusers import (
 )
 from safetensors import safe_open
 from torch import Tensor
+from typer.testing import CliRunner
 
+from cli.main import app as main
 from rmd.backbones.random_weights import resolve
 from rmd.backbones.registry import get_backbone
 from rmd.cascade_file import write_cascade_json
@@ -30,7 +32,7 @@ from rmd.checkpoint import CheckpointFolder, TeacherSpec
 from rmd.published.exporting import ADAPTERS, export_adapters, export_difference, keep_adapters
 from rmd.published.lora_pictures import picture_error
 from rmd.weight_files import file_digest
-from tests.rmd.published.conftest import TinyFolder, closed_to_others, weights
+from tests.rmd.published.conftest import TinyFolder, closed_to_others, save, weights
 from training.distill.adapters import adapted_layers, learnt_adapters
 
 PIPELINES = {
@@ -216,6 +218,36 @@ def test_pictures_of_a_full_rank_lora_are_the_checkpoints_but_for_what_it_cannot
         assert done.left_out == ()
         errors.append(picture_error(checkpoint, done, ["a fox"]))
     assert errors[1] < 1e-5 < 1e-3 < errors[0]
+
+
+def test_a_text_encoder_that_differs_too_is_named(imported: Any, base: TinyFolder, tmp_path: Path) -> None:
+    """It was left out without a word, and the pictures, drawn with it, were told to be the checkpoint's."""
+    state = weights(base("sdxl") / "text_encoder")
+    key = next(name for name in state if name.endswith("q_proj.weight"))
+    rows, columns = state[key].shape
+    unet = next(name for name in weights(base("sdxl") / "unet") if name.endswith("attn1.to_q.weight"))
+    side = weights(base("sdxl") / "unet")[unet].shape[0]
+    both: dict[str, Tensor] = {}
+    for module, (out, into) in (
+        (f"text_encoder.{key}", (rows, columns)),
+        (f"unet.{unet}", (side, side)),
+    ):
+        both[module.replace(".weight", ".lora_A.weight")] = torch.ones(1, into)
+        both[module.replace(".weight", ".lora_B.weight")] = torch.ones(out, 1)
+    file = save(tmp_path / "both.safetensors", both)
+    checkpoint = CheckpointFolder.read(imported("sdxl", loras=((file, 1.0),)).folder)
+    out = tmp_path / "lora.safetensors"
+    assert export_difference(checkpoint, out, base("sdxl"), rank=2).elsewhere == {"text_encoder": 1}
+    run = ["export", "--checkpoint", str(checkpoint.path), "--base", str(base("sdxl")), "--lora", str(out)]
+    shown = CliRunner().invoke(main, [*run, "--rank", "100", "--no-pictures"])
+    assert shown.exit_code == 0 and "not in the LoRA: text_encoder, 1 of whose weights differ" in shown.output
+    # Only rounded, it is the same one.
+    file = save(tmp_path / "unet.safetensors", {name: value for name, value in both.items() if name.startswith("unet")})
+    single = imported("sdxl", loras=((file, 1.0),), out=tmp_path / "rounded").folder
+    (vae,) = (single / "vae").glob("*.safetensors")
+    save(vae, {name: value.half() for name, value in weights(single / "vae").items()}, {"format": "pt"})
+    write_cascade_json(single, backbone="sdxl", cascades=checkpoint.cascades, default=checkpoint.default)
+    assert export_difference(CheckpointFolder.read(single), out, base("sdxl"), rank=2).elsewhere == {}
 
 
 def test_the_header_says_where_it_comes_from(student: Student, base: TinyFolder, tmp_path: Path) -> None:
