@@ -112,13 +112,17 @@ def export_adapters(
 
     Raises:
         ValueError: nobody reads that format, or ``out`` does not fit it.
+        ImportRefused: adapters that are not finite, as trained or in that dtype.
     """
     denoiser, lora = Denoiser.of(checkpoint.backbone_name, checkpoint.path), Lora.open(checkpoint.path / ADAPTERS)
     modules: dict[str, Factors] = {}
     for name, parts in lora.modules.items():
         down, up = (lora.files[parts[part]] for part in ("down", "up"))
         factors = Factors(down, lora.scale(name) * up)
-        modules[name.removeprefix(f"{denoiser.component}.")] = factors if dtype is None else factors.to(dtype)
+        factors = factors if dtype is None else factors.to(dtype)
+        for part in (factors.down, factors.up):
+            finite(part, name, lora.path)
+        modules[name.removeprefix(f"{denoiser.component}.")] = factors
     check_target(out, layout or default_format(denoiser.family), denoiser.family, checkpoint.path)
     origin = {key: value for key, value in lora.files.metadata.items() if key.startswith(("rmd.", "modelspec."))}
     return ExportedLora(write_lora(out, modules, denoiser, layout, describe(checkpoint) | origin), modules)

@@ -30,6 +30,7 @@ from rmd.backbones.registry import get_backbone
 from rmd.cascade_file import write_cascade_json
 from rmd.checkpoint import CheckpointFolder, TeacherSpec
 from rmd.published.exporting import ADAPTERS, export_adapters, export_difference, keep_adapters
+from rmd.published.files import ImportRefused
 from rmd.published.lora_pictures import picture_error
 from rmd.weight_files import file_digest
 from tests.rmd.published.conftest import TinyFolder, closed_to_others, save, weights
@@ -288,6 +289,21 @@ def test_what_does_not_fit_is_refused(student: Student, base: TinyFolder, tmp_pa
         export_difference(CheckpointFolder.read(base("pixart")), tmp_path / "x", base("pixart"), rank=2)
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
     assert (checkpoint.path / ADAPTERS).is_file()
+
+
+def test_adapters_that_are_not_finite_are_refused(student: Student, tmp_path: Path) -> None:
+    """A difference's factors were checked, and trained ones were not."""
+    checkpoint = student("sd3", ["attention"])
+    with safe_open(checkpoint.path / ADAPTERS, framework="pt") as file:
+        header = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    name = next(name for name in state if ".lora_A." in name)
+    out = tmp_path / "lora.safetensors"
+    for value, dtype in ((math.nan, None), (1e6, torch.float16)):  # which float16 does not hold
+        save(checkpoint.path / ADAPTERS, {**state, name: torch.full_like(state[name], value)}, header)
+        with pytest.raises(ImportRefused, match=r"pytorch_lora_weights\.safetensors: tensor .*attn.* are not finite"):
+            export_adapters(checkpoint, out, dtype=dtype)
+    assert not out.exists()
 
 
 def test_an_export_replaces_nothing_but_a_lora(student: Student, base: TinyFolder, tmp_path: Path) -> None:
