@@ -196,7 +196,10 @@ def _write_component(work: Work, component: str, scratch: Path, report: Progress
                 for name, tensor in weights.items():
                     finite(tensor, name, file)
             with finished_file(folder / file.name) as partial:
-                shutil.copyfile(file, partial)
+                try:
+                    shutil.copyfile(file, partial)
+                except OSError as error:  # a full disk, for one
+                    raise OSError(f"{folder / file.name} could not be written: {error}") from error
         report(component, file.stat().st_size)
 
 

@@ -406,16 +406,18 @@ def test_sources_and_strangers_are_never_replaced(base: TinyFolder, imported: Im
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("room", "component"), [(20_000, "(text_encoder|vae)"), (200_000, "transformer")])
+def test_a_full_disk_leaves_the_old_checkpoint(imported: Import, tmp_path: Path, room: int, component: str) -> None:
+    """As it copies, and as it merges, whose file alone is larger than 200 kB."""
     import resource
 
     imported("pixart")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(OSError, match=r"transformer.* could not be written: .*File too large"):
+        with pytest.raises(OSError, match=rf"{component}.* could not be written: .*File too large"):
             imported("pixart")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
