@@ -67,14 +67,15 @@ def write(
     """Write a preset into a folder as its cascade.json, so that `rmd build`, `generate` and `serve` take it.
 
     A folder whose files contradict the preset (another base, another parametrisation) is refused. `--naive` is a
-    cascade without training: the file and whatever serves it say so. A checkpoint of that preset, such as `rmd import`
-    wrote, takes it as a further schedule.
+    cascade without training: the file, the folder's README and whatever serves it say so. A checkpoint of that preset,
+    such as `rmd import` wrote, takes it as a further schedule.
     """
     from rmd.backbones.student_fit import check_student
     from rmd.cascade_file import write_cascade_json
     from rmd.checkpoint import CASCADE_FILE
     from rmd.presets import preset as named
     from rmd.presets import preset_backbone
+    from rmd.published.card import add_note
     from rmd.weight_files import check_weights
 
     if not (folder / "model_index.json").is_file():
@@ -92,6 +93,7 @@ def write(
         default=cascade.schedule_name,
         distillation={"method": "none", "note": cascade.note} if cascade.note else {},
     )
+    add_note(folder, cascade)
     typer.echo(f"{written}: {cascade.note}" if cascade.note else str(written))
 
 
@@ -153,6 +155,7 @@ def _put(checkpoint: CheckpointFolder, name: str, cascade: Cascade) -> Path:
 def _add_naive(folder: Path, preset: str, schedule: str | None, naive: bool) -> None:
     """A student's checkpoint gets its naive cascade as a further schedule."""
     from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
+    from rmd.published.card import add_note
 
     there = f"{folder / CASCADE_FILE} is there already"
     if not naive:
@@ -166,6 +169,7 @@ def _add_naive(folder: Path, preset: str, schedule: str | None, naive: bool) -> 
     if name in checkpoint.cascades:
         raise ValueError(f"{there}, with a schedule {name!r}")
     written = _put(checkpoint, name, cascade)
+    add_note(folder, cascade)
     typer.echo(f"{written}: schedule {name} beside {checkpoint.default}, {cascade.note}")
 
 

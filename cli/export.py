@@ -68,6 +68,11 @@ def command(
         typer.echo(f"{value:8.4f}  {name}")
     if written.left_out:
         typer.echo(f"left at the base's: {len(written.left_out)} biases, norms and tables, which a LoRA cannot hold")
+    for component, count in written.elsewhere.items():
+        typer.echo(
+            f"not in the LoRA: {component}, {count} of whose weights differ from the base's; the pictures are drawn "
+            f"with the checkpoint's own, and whoever uses the LoRA needs that too"
+        )
     used = next(iter(written.modules.values())).rank
     errors = f"relative error {written.layers_error:.4f}, of all parameters {written.error:.4f}"
     typer.echo(f"{written.path}: rank {used}, {len(written.modules)} layers, {errors}")

@@ -20,7 +20,7 @@ def command(
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            help="A LoRA, FILE or FILE:STRENGTH (by default the preset's), or a PEFT folder; may be given often."
+            help="A LoRA, FILE or FILE:STRENGTH (by default its publication's), or a PEFT folder; may be given often."
         ),
     ] = None,
     config: Annotated[
@@ -51,7 +51,7 @@ def command(
     from rmd.dtypes import parse_dtype
     from rmd.published.gathering import ImportRequest
     from rmd.published.importing import import_model
-    from rmd.published.record import strength_of
+    from rmd.published.strength import strength_of
 
     request = ImportRequest(
         base=base,

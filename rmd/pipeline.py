@@ -198,14 +198,15 @@ class CascadePipeline:
             batch_size: how many are drawn together; all when None.
             callback_on_step_end: called after each step with this pipeline, the step's index, its timestep of 1000 and
                 ``{"latents": the state that follows, "pred_original_sample": the step's prediction}``. It may return a
-                mapping with other "latents" to go on with.
+                mapping with other "latents" to go on with; the prediction is for looking at.
             return_dict: False for a tuple of the output's fields.
 
         Returns:
             ``images`` or ``frames``, and the seeds.
 
         Raises:
-            ValueError: an empty prompt, no such schedule, or counts that do not match.
+            ValueError: an empty prompt, no such schedule, counts that do not match, or a callback that changed what it
+                may not.
             TypeError: an argument that a cascade does not have; the message says where it went.
         """
         refuse_others(type(self).__name__, others)
@@ -242,12 +243,13 @@ class CascadePipeline:
         predictions: list[Tensor] = []
 
         def keep(_index: int, _step: Step, x0_hat: Tensor) -> None:
-            predictions[:] = [x0_hat]
+            predictions[:] = [x0_hat.clone()]  # the last step's is the state itself
 
         def tell(index: int, step: Step, latents: Tensor) -> Tensor | None:
             assert callback is not None
-            state = {"latents": latents, "pred_original_sample": predictions[0]}
-            return latents_of(callback(self, index, float(step.timestep), state), latents)
+            state = {"latents": latents, "pred_original_sample": predictions[0].clone()}
+            answer = callback(self, index, float(step.timestep), state)
+            return latents_of(answer, state, latents, predictions[0])
 
         hooks = {} if callback is None else {"on_step": keep, "on_state": tell}
         with torch.inference_mode():

@@ -66,20 +66,32 @@ def count_of(name: str, value: Any) -> int:
     return int(value)
 
 
-def latents_of(answer: Any, latents: Tensor) -> Tensor | None:
+def latents_of(answer: Any, shown: Mapping[str, Any], latents: Tensor, prediction: Tensor) -> Tensor | None:
     """What a callback wants to go on with, if anything, where and in the dtype in which the state is.
+
+    Args:
+        answer: what it returned; where that is None, what it made of ``shown`` counts.
+        shown: the mapping that it was given.
+        latents: the state that was in it.
+        prediction: the step's prediction, of which it was given a copy: the state is made of it already.
 
     Raises:
         TypeError: its answer is no mapping, or its latents are no tensor of floating-point numbers.
         ValueError: they are of another shape, or something else is to be changed.
     """
-    if answer is None:
-        return None
+    copy = shown.get("pred_original_sample")
+    answer = shown if answer is None else answer
     if not isinstance(answer, Mapping):
         raise TypeError(f"callback_on_step_end must return None or a mapping, not {type(answer).__name__}")
     for name in answer:
         if name not in ("latents", "pred_original_sample"):  # the second may come back with all that was given
             raise ValueError(f"callback_on_step_end may change 'latents' alone, and returned {name!r}")
+    for own in (copy, answer.get("pred_original_sample")):
+        if own is not None and not _same(own, prediction):
+            raise ValueError(
+                "callback_on_step_end: 'pred_original_sample' is for looking at, and was changed; the state that "
+                "follows is made of it already: change 'latents'"
+            )
     other = answer.get("latents")
     if other is None:
         return None
@@ -90,6 +102,12 @@ def latents_of(answer: Any, latents: Tensor) -> Tensor | None:
     if other.shape != latents.shape:
         raise ValueError(f"callback_on_step_end: 'latents' must keep their shape {tuple(latents.shape)}")
     return other.to(latents)
+
+
+def _same(value: Any, expected: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != expected.shape:
+        return False
+    return torch.allclose(value.to(expected), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def seeds_of(

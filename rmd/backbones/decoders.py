@@ -13,55 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from rmd.backbones.base import BackboneError
 from rmd.backbones.folder import read_object
 from rmd.backbones.random_weights import resolve
+from rmd.backbones.tiny_decoder import COLOURS
 from rmd.checkpoint import DECODER_RECORD
 from rmd.weight_files import folder_digest
 
 TINY = "diffusers:AutoencoderTiny"
 WAN = "diffusers:AutoencoderKLWan"
-_COLOURS = 3
 # Of two Wan autoencoders with these in common, one can decode what the other has encoded.
 _WAN_LATENTS = ("z_dim", "latents_mean", "latents_std", "scale_factor_temporal", "scale_factor_spatial", "patch_size")
-
-
-class TinyDecoder(nn.Module):
-    """``AutoencoderTiny``'s decoder, from the denoiser's own latents to pictures in about [-1, 1].
-
-    As diffusers' pipelines do, latents are divided by the folder's ``scaling_factor`` and ``shift_factor`` is added:
-    1 and 0 for decoders of the taesd kind, which read latents as the denoiser leaves them.
-
-    With ``out_channels`` of 3 p^2 the network draws packed pixels, p x p a position, and they are unpacked here. On a
-    CPU the wide, shallow maps at full size are what a decoder's time goes to; packed, it has none.
-    """
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.decoder = vae.decoder
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.shift_factor = float(vae.config.shift_factor or 0.0)
-        self.patch = math.isqrt(int(vae.config.out_channels) // _COLOURS)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, 8 H, 8 W) in about [-1, 1] from latents (B, C, H, W)."""
-        if (self.scaling_factor, self.shift_factor) != (1.0, 0.0):
-            latents = latents / self.scaling_factor + self.shift_factor
-        drawn: Tensor = self.decoder(latents)
-        return F.pixel_shuffle(drawn, self.patch) if self.patch > 1 else drawn
-
-
-class TinyFilmDecoder(TinyDecoder):
-    """The same on every frame alone, for autoencoders that do not compress time."""
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Films (B, 3, T, 8 H, 8 W) in about [-1, 1] from latents (B, C, T, H, W)."""
-        frames = latents.shape[2]
-        pictures: Tensor = super().forward(latents.transpose(1, 2).flatten(0, 1))
-        return pictures.view(-1, frames, *pictures.shape[1:]).transpose(1, 2)
 
 
 def read_small_decoder(
@@ -116,12 +78,12 @@ def _wrong_tiny(config: Mapping[str, Any], channels: int, compression: int, own:
         wrong.append(f"latent_channels is {config['latent_channels']}, expected {channels}")
     try:
         colours, levels = int(config["out_channels"]), len(config["num_decoder_blocks"])
-        patch = math.isqrt(colours // _COLOURS)
+        patch = math.isqrt(colours // COLOURS)
         side = int(config["upsampling_scaling_factor"]) ** (levels - 1) * patch
         found = float(config["scaling_factor"]), float(config["shift_factor"] or 0.0)
     except (TypeError, ValueError):
         return [*wrong, "config.json does not hold the numbers of an AutoencoderTiny"]
-    if patch < 1 or colours != _COLOURS * patch**2:
+    if patch < 1 or colours != COLOURS * patch**2:
         wrong.append(f"out_channels is {colours}, expected 3, or 3 p^2 for packed pixels")
     elif side != compression:
         wrong.append(f"it draws {side} pixels a latent position along a side, expected {compression}")
@@ -193,7 +155,7 @@ def small_decoder_config(
         raise ValueError(f"{len(blocks)} levels of blocks do not make {compression} pixels a latent position")
     return {
         "latent_channels": channels,
-        "out_channels": _COLOURS * (compression // doubled) ** 2,
+        "out_channels": COLOURS * (compression // doubled) ** 2,
         "decoder_block_out_channels": [width] * len(blocks),
         "num_decoder_blocks": list(blocks),
         # The class has an encoder as well; this project never encodes with it.

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from rmd.backbones.base import BackboneError
-from rmd.backbones.decoders import TinyFilmDecoder
 from rmd.backbones.embedded import EmbeddedBackbone, EmbeddedDecoder, EmbeddedEncoder
+from rmd.backbones.tiny_decoder import TinyFilmDecoder
 from rmd.backbones.wrappers import FilmDenoiser
 from rmd.size import Size
 

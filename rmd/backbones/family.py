@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Conditioning, usable_device
-from rmd.backbones.decoders import TINY, TinyDecoder, read_small_decoder
+from rmd.backbones.decoders import TINY, read_small_decoder
 from rmd.backbones.executor import EagerExecutor
 from rmd.backbones.folder import DiffusersFolder, load_network
 from rmd.backbones.random_weights import build_random
+from rmd.backbones.tiny_decoder import TinyDecoder
 from rmd.backbones.wrappers import ImageEncoder
 from rmd.noise_schedule import NoiseSchedule, RectifiedFlow, VariancePreserving
 from rmd.profiles import PROFILES

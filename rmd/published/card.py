@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rmd.cascade import Cascade
-from rmd.published.record import strength_of
+from rmd.published.place import finished_file
+from rmd.published.strength import strength_of
 
 _NOTICES = ("NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
@@ -30,6 +31,7 @@ def model_card(name: str, cascade: Cascade, record: Mapping[str, Any]) -> str:
     )
     student = imported.get("student")
     licence = (student and student["licence"]) or "not confirmed"
+    note = f"\n{note_line(cascade)}\n" if cascade.note else ""
     whose = f", which is of `{student['source']}` (licence, as it was read: {licence})" if student else ""
     return f"""# {name}
 
@@ -44,12 +46,32 @@ Schedule **{cascade.schedule_name}** ({cascade.num_steps} steps, guidance {casca
 | step | size | timestep |
 |---:|---|---:|
 {steps}
-
+{note}
 ```
 rmd generate --checkpoint path/to/{name} "a prompt"
 rmd serve --checkpoint path/to/{name}
 ```
 """
+
+
+def note_line(cascade: Cascade) -> str:
+    """A schedule's note in a README."""
+    return f"**Schedule {cascade.schedule_name}: {cascade.note}.**"
+
+
+def add_note(folder: Path, cascade: Cascade) -> None:
+    """Say a schedule's note in a folder's README too, which stays otherwise as it is; a folder without one gets one.
+
+    A README that is a link (a hub's cache has such) is replaced, and what it leads to stays.
+    """
+    if not cascade.note:
+        return
+    path, line = folder / "README.md", note_line(cascade).encode()
+    before = path.read_bytes() if path.is_file() else f"# {folder.resolve().name}\n".encode()
+    if line in before:
+        return
+    with finished_file(path) as partial:
+        partial.write_bytes(before + (b"" if before.endswith(b"\n") else b"\n") + b"\n" + line + b"\n")
 
 
 def _row(part: str, entry: Mapping[str, Any]) -> str:

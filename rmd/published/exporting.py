@@ -87,6 +87,7 @@ class ExportedLora:
         layers_error: the same of those layers together.
         error: the same of all parameters together, with those that a LoRA cannot hold.
         left_out: changed parameters that a LoRA cannot hold: biases, norms, tables.
+        elsewhere: other networks than the denoiser that differ from the base's, and in how many weights.
         base: what the LoRA is to be added to; None of adapters.
     """
 
@@ -96,6 +97,7 @@ class ExportedLora:
     layers_error: float = 0.0
     error: float = 0.0
     left_out: Sequence[str] = ()
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
     base: Base | None = None
 
 
@@ -110,13 +112,17 @@ def export_adapters(
 
     Raises:
         ValueError: nobody reads that format, or ``out`` does not fit it.
+        ImportRefused: adapters that are not finite, as trained or in that dtype.
     """
     denoiser, lora = Denoiser.of(checkpoint.backbone_name, checkpoint.path), Lora.open(checkpoint.path / ADAPTERS)
     modules: dict[str, Factors] = {}
     for name, parts in lora.modules.items():
         down, up = (lora.files[parts[part]] for part in ("down", "up"))
         factors = Factors(down, lora.scale(name) * up)
-        modules[name.removeprefix(f"{denoiser.component}.")] = factors if dtype is None else factors.to(dtype)
+        factors = factors if dtype is None else factors.to(dtype)
+        for part in (factors.down, factors.up):
+            finite(part, name, lora.path)
+        modules[name.removeprefix(f"{denoiser.component}.")] = factors
     check_target(out, layout or default_format(denoiser.family), denoiser.family, checkpoint.path)
     origin = {key: value for key, value in lora.files.metadata.items() if key.startswith(("rmd.", "modelspec."))}
     return ExportedLora(write_lora(out, modules, denoiser, layout, describe(checkpoint) | origin), modules)
@@ -192,7 +198,29 @@ def export_difference(
     origin = describe_base(opened.name, changes.base, _licence(opened.folder.path))
     written = write_lora(out, modules, denoiser, layout, origin | describe(checkpoint))
     total = math.sqrt((lost + beyond) / (whole + beyond))
-    return ExportedLora(written, modules, errors, math.sqrt(lost / whole), total, tuple(others), opened)
+    elsewhere = _elsewhere(checkpoint, opened, denoiser.component)
+    return ExportedLora(written, modules, errors, math.sqrt(lost / whole), total, tuple(others), elsewhere, opened)
+
+
+def _elsewhere(checkpoint: CheckpointFolder, base: Base, denoiser: str) -> dict[str, int]:
+    """Networks beside the denoiser that both have, with how many weights differ; of a hub's base nothing is there."""
+    found: dict[str, int] = {}
+    for component in getattr(get_backbone(checkpoint.backbone_name), "components", ()):
+        folders = [folder / component for folder in (checkpoint.path, base.folder.path)]
+        if component == denoiser or not all(any(folder.glob("*.safetensors")) for folder in folders):
+            continue
+        ours, theirs = (WeightFiles.open(folder) for folder in folders)
+        if sorted(ours.digests().values()) == sorted(theirs.digests().values()):
+            continue
+        # In the dtype that the checkpoint has: a network that was only rounded is the same one.
+        differing = [
+            name
+            for name in ours
+            if name not in theirs or not torch.equal(ours[name], theirs[name].to(ours.entries[name].dtype))
+        ]
+        if differing:
+            found[component] = len(differing)
+    return found
 
 
 def _square(tensor: Tensor) -> float:

@@ -45,13 +45,16 @@ def squared_singular_values(change: Tensor) -> Tensor:
 def best_factors(change: Tensor, rank: int) -> Factors:
     """The product of that rank which is nearest to a change (out, in, ...) in the Frobenius norm (Eckart, Young).
 
-    The singular values' square roots are in both factors, so that both fit sixteen bits. A rank beyond the matrix's own
+    The singular values' square roots are in both factors, so that both fit sixteen bits. A rank beyond the change's own
     is filled up with zeros.
     """
     matrix = _matrix(change)
     squares, vectors = torch.linalg.eigh(_gram(matrix))
-    vectors = vectors[:, -rank:].flip(1)
-    roots = squares[-rank:].flip(0).clamp_min(torch.finfo(torch.float64).tiny) ** 0.25
+    # What is lost in the largest one's rounding is no direction: divided by its root, it is infinite.
+    least = squares[-1] * len(squares) * torch.finfo(torch.float64).eps
+    squares, vectors = squares[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    vectors = vectors * (squares > least)
+    roots = squares.clamp_min(least.clamp_min(torch.finfo(torch.float64).tiny)) ** 0.25
     if matrix.shape[0] <= matrix.shape[1]:
         up, down = vectors * roots, (vectors.T @ matrix) / roots[:, None]
     else:

@@ -33,6 +33,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ROWS = 1024
 SCALED = re.compile(
     r"(^|\.)(scale_weight|scale_input|weight_scale|weight_scale_inv|input_scale|scaled_fp8|comfy_quant|SCB)(\.|$)"
 )
@@ -114,6 +115,22 @@ class WeightFiles(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape by name."""
         return {name: entry.shape for name, entry in self.entries.items()}
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same values; read by rows, since a table of words takes gigabytes."""
+        if self.entries[name].shape != self.entries[other].shape:
+            return False
+        if not self.entries[name].shape:
+            return torch.equal(self[name].double(), self[other].double())
+        with (
+            safe_open(self.entries[name].file, framework="pt") as first,
+            safe_open(self.entries[other].file, framework="pt") as second,
+        ):
+            ours, theirs = first.get_slice(name), second.get_slice(other)
+            return all(
+                torch.equal(ours[row : row + _ROWS].double(), theirs[row : row + _ROWS].double())
+                for row in range(0, self.entries[name].shape[0], _ROWS)
+            )
 
     def digests(self) -> dict[str, str]:
         """sha256 of every file by its name."""

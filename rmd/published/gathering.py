@@ -30,6 +30,7 @@ from rmd.published.networks import (
 )
 from rmd.published.originals import DENOISER_PREFIX, PARTS
 from rmd.published.source import Base, open_base
+from rmd.published.strength import Strength, holds_student, refuse_twice, strengths
 from rmd.published.writing import LARGEST_FILE
 from rmd.students import STEP_LISTS
 
@@ -45,7 +46,7 @@ class ImportRequest:
         preset: the cascade that the student is sampled with.
         out: the checkpoint folder to write.
         network: the student's network (file, index or folder) in place of the base's.
-        loras: files or PEFT folders, each with its strength; None is the preset's own, see :func:`strengths`.
+        loras: files or PEFT folders, each with its strength; of None see :func:`rmd.published.strength.strengths`.
         config: with a single file: the diffusers folder that has what the file has not.
         backbone: of those that share the preset's family, which one; by default the preset's own.
         dtype: of the weights that are written anew; by default as published (eight bits become bfloat16).
@@ -77,6 +78,7 @@ class Work:
         configs: of the components and the scheduler, as they are written.
         unfolded: the denoiser's, where its guidance input is folded away.
         network_files: of the request's network, if it has one.
+        strengths: of the LoRAs, in their order.
         plan: what the LoRAs add, and where.
         left_out: keys without a place, with their file's name.
     """
@@ -90,6 +92,7 @@ class Work:
     unfolded: Mapping[str, Any] | None = None
     network_files: WeightFiles | None = None
     loras: list[Lora] = field(default_factory=list)
+    strengths: list[Strength] = field(default_factory=list)
     plan: Plan = field(default_factory=lambda: Plan({}, ()))
     left_out: list[str] = field(default_factory=list)
 
@@ -99,11 +102,16 @@ def gather(request: ImportRequest) -> Work:
 
     Raises: see :func:`rmd.published.importing.import_model`.
     """
-    given = strengths(request)
     work = _open(request)
+    folder = work.base.folder.path
+    work.strengths = strengths(request.preset, request.loras, request.network, folder)
+    work.loras = [
+        Lora.open(path, strength.value) for (path, _), strength in zip(request.loras, work.strengths, strict=True)
+    ]
+    refuse_twice(work.loras, work.strengths, folder)
     _read_networks(work)
     _check_texts(work)
-    _read_loras(work, given)
+    _place_loras(work)
     return work
 
 
@@ -140,7 +148,22 @@ def _open(request: ImportRequest) -> Work:
         raise ImportRefused(f"preset {request.preset!r} does not fit {request.base}: {'; '.join(against)}")
     # Refuses a velocity network's scheduler, a guidance input and the like, before anything is read.
     kind.from_config({name: work.configs[name] for name in (kind.denoiser_folder, "scheduler")}, device="meta")
+    for tokenizer in tokenizers_of(work):
+        base.folder.require(tokenizer)
+        base.folder.tokenizer(tokenizer)
     return work
+
+
+def networks_of(work: Work) -> list[str]:
+    """The networks that the result has: those of the family, but for optional ones that the base leaves out."""
+    kind = work.kind
+    return [name for name in kind.components if name not in kind.optional or work.base.folder.has(name)]
+
+
+def tokenizers_of(work: Work) -> list[str]:
+    """Those of the result's text encoders."""
+    networks = networks_of(work)
+    return [name for name in work.kind.tokenizers if name.replace("tokenizer", "text_encoder") in networks]
 
 
 def _take_networks_config(work: Work) -> None:
@@ -271,6 +294,8 @@ def lacks_student(work: Work) -> bool:
     entry = STEP_LISTS.get(work.request.preset)
     if entry is None or not entry.source or work.loras or work.network_files is not None:
         return False
+    if holds_student(work.base.folder.path, work.request.preset):
+        return False
     return not entry.whole and work.base.name != entry.source
 
 
@@ -285,32 +310,8 @@ def _refuse_folded(work: Work) -> None:
         )
 
 
-def published_strength(preset: str) -> float:
-    """The strength at which a preset's own instructions merge its LoRA; 1 where they name none."""
-    entry = STEP_LISTS.get(preset)
-    return 1.0 if entry is None else entry.lora_strength
-
-
-def strengths(request: ImportRequest) -> list[float]:
-    """The strength of each LoRA: as asked for, else the one that the preset's student is published with.
-
-    Raises:
-        ImportRefused: none is asked for, that one is not 1, and the LoRA need not be the student's.
-    """
-    own = published_strength(request.preset)
-    bare = [path for path, strength in request.loras if strength is None]
-    if bare and own != 1 and (len(request.loras) > 1 or request.network is not None):
-        raise ImportRefused(
-            f"--lora {bare[0]}: preset {request.preset!r} is published with its LoRA at {own:g}, and which LoRA is the "
-            f"student's is not known here: give each its strength, --lora FILE:{own:g} the student's, --lora FILE:1 "
-            f"such as a style"
-        )
-    return [own if strength is None else strength for _, strength in request.loras]
-
-
-def _read_loras(work: Work, given: Sequence[float]) -> None:
+def _place_loras(work: Work) -> None:
     kind, folder = work.kind, work.base.folder
-    work.loras = [Lora.open(path, strength) for (path, _), strength in zip(work.request.loras, given, strict=True)]
     if not work.loras:
         return
     shapes: dict[str, Mapping[str, tuple[int, ...]]] = {

@@ -20,7 +20,8 @@ from rmd.backbones.random_weights import resolve
 from rmd.cascade_file import write_cascade_json
 from rmd.published.card import model_card, notice
 from rmd.published.files import WeightFiles, finite, folder_weights, refuse_other_formats
-from rmd.published.gathering import ImportRequest, Work, gather, lacks_student, sources
+from rmd.published.gathering import ImportRequest, Work, gather, lacks_student, networks_of, sources, tokenizers_of
+from rmd.published.lora import PEFT_CONFIG
 from rmd.published.networks import refuse_scaled
 from rmd.published.place import check_out, finished_file, whole_folder
 from rmd.published.record import import_record
@@ -78,8 +79,10 @@ def import_model(
         if progress is not None:
             progress(what, done, total)
 
+    _load_copied(work)
     with whole_folder(request.out, _identity(work), say) as scratch:
-        for component in present:
+        # What is copied is read through on the way: its faults are told before the long merge.
+        for component in sorted(present, key=work.networks.__contains__):
             _write_component(work, component, scratch, report)
         _write_json(scratch / "scheduler" / "scheduler_config.json", work.configs["scheduler"])
         index = {
@@ -106,7 +109,9 @@ def _identity(work: Work) -> str:
     """What an import's files are made of: every file that is read, as it is now, and what is done with them."""
     request = work.request
     read = [file for path in sources(work) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    read += [] if work.network_files is None else work.network_files.files  # where an index was named
+    # Where an index was named, or the weights of a PEFT folder, whose settings scale them.
+    read += [] if work.network_files is None else work.network_files.files
+    read += [file for lora in work.loras for file in (*lora.files.files, lora.files.files[0].parent / PEFT_CONFIG)]
     states = [
         (str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in read if file.is_file()
     ]
@@ -114,13 +119,24 @@ def _identity(work: Work) -> str:
     return json.dumps([version("rmd"), chosen, states])
 
 
+def _load_copied(work: Work) -> None:
+    """Load what is copied and small, as a user would: a decoder of another class or shape is told before the merge.
+
+    Text encoders are large, and were held against their class by their headers.
+    """
+    folder, kind = work.base.folder, work.kind
+    for component, target in kind.components.items():
+        if component in work.networks or component.startswith("text_encoder") or not folder.has(component):
+            continue
+        refuse_scaled(WeightFiles.open(folder.path / component))
+        folder.load(component, target, torch.bfloat16, torch.device("cpu"), weights=True)
+
+
 def _present(work: Work) -> list[str]:
     """Sub-folders of the result: components with their tokenizers, and the scheduler."""
-    kind, folder = work.kind, work.base.folder
-    networks = [name for name in kind.components if name not in kind.optional or folder.has(name)]
-    tokenizers = [name for name in kind.tokenizers if name.replace("tokenizer", "text_encoder") in networks]
-    folder.require(*(name for name in networks if name not in work.networks), *tokenizers, "scheduler")
-    return [*networks, *tokenizers, "scheduler"]
+    networks = networks_of(work)
+    work.base.folder.require(*(name for name in networks if name not in work.networks))
+    return [*networks, *tokenizers_of(work), "scheduler"]
 
 
 def _target_dtypes(work: Work, component: str) -> dict[str, torch.dtype]:
@@ -180,7 +196,10 @@ def _write_component(work: Work, component: str, scratch: Path, report: Progress
                 for name, tensor in weights.items():
                     finite(tensor, name, file)
             with finished_file(folder / file.name) as partial:
-                shutil.copyfile(file, partial)
+                try:
+                    shutil.copyfile(file, partial)
+                except OSError as error:  # a full disk, for one
+                    raise OSError(f"{folder / file.name} could not be written: {error}") from error
         report(component, file.stat().st_size)
 
 

@@ -121,7 +121,8 @@ def read_network(
         allow_unmatched: keys without a place go into ``left_out`` instead of being an error.
 
     Raises:
-        ImportRefused: weights are missing, over, or of another shape; fp8 with scales; a velocity network.
+        ImportRefused: weights are missing, over, of another shape, or two values of one; fp8 with scales; a velocity
+            network.
     """
     refuse_scaled(files)
     keys = [key for key in files if key.startswith(prefix)]
@@ -133,6 +134,7 @@ def read_network(
         over = [key for key in keys if plain[key] not in expected.shapes]
         shapes = {name: files.entries[key].shape for name, key in direct.items()}
         left = _checked(files, expected, shapes, direct, over, allow_unmatched)
+        _check_ties(files, expected, direct)
         dtypes = {name: files.entries[key].dtype for name, key in direct.items()}
         return Network(files, shapes, dtypes, (*left, *tables), _renamed=direct)
     return _convert(files, expected, target, config, plain, keys, tables, prefix, allow_unmatched)
@@ -164,7 +166,9 @@ def check_text_encoder(
         else:
             origin[name] = key
     shapes = {name: files.entries[key].shape for name, key in origin.items()}
-    return (*_checked(files, expected, shapes, origin, over, allow_unmatched), *tables)
+    left = _checked(files, expected, shapes, origin, over, allow_unmatched)
+    _check_ties(files, expected, origin)
+    return (*left, *tables)
 
 
 def _convert(
@@ -248,6 +252,17 @@ def _checked(
             f"out (--allow-unmatched) makes another model than was published"
         )
     return tuple(over)
+
+
+def _check_ties(files: WeightFiles, expected: Expected, origin: Mapping[str, str]) -> None:
+    """Refuse two names of one weight with two values: a loader takes either, and says nothing."""
+    for name, key in origin.items():
+        for other in sorted(expected.ties[name] & origin.keys()):
+            if name < other and not files.same(key, origin[other]):
+                raise ImportRefused(
+                    f"{files.path}: {key!r} and {origin[other]!r} are one weight of {expected.kind} and hold different "
+                    f"values; fetch the file again, or remove the one that was not trained"
+                )
 
 
 def refuse_scaled(files: WeightFiles) -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from rmd.checkpoint import CASCADE_FILE
 
-_TOP = frozenset({CASCADE_FILE, "model_index.json", "README.md", "NOTICE", "pytorch_lora_weights.safetensors"})
+_MADE_OF = ".made-of"
+_TOP = frozenset(
+    {CASCADE_FILE, _MADE_OF, "model_index.json", "README.md", "NOTICE", "pytorch_lora_weights.safetensors"}
+)
 _COMPONENTS = frozenset(
     ["unet", "transformer", "vae", "scheduler"]
     + [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
@@ -80,9 +83,6 @@ def _is_copy(path: Path, name: Path, sources: Sequence[Path]) -> bool:
     return any(other.is_file() and filecmp.cmp(path, other) for other in others)
 
 
-_MADE_OF = ".made-of"
-
-
 @contextmanager
 def whole_folder(out: Path, made_of: str = "", say: Callable[[str], None] = lambda _text: None) -> Iterator[Path]:
     """A scratch folder beside ``out`` that becomes ``out`` when the block ends well, and is removed when it fails.
@@ -117,8 +117,8 @@ def whole_folder(out: Path, made_of: str = "", say: Callable[[str], None] = lamb
                 say(f"put {out} back, which a stopped run had moved away to replace it")
             _prepare(scratch, made_of, say)
             yield scratch
-            (scratch / _MADE_OF).unlink(missing_ok=True)
             replace_folder(scratch, out)
+            (out / _MADE_OF).unlink(missing_ok=True)  # not before: a run that is killed in between goes on by it
         except Exception:
             shutil.rmtree(scratch, ignore_errors=True)
             raise

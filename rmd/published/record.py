@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from rmd.published.files import WeightFiles
-from rmd.published.gathering import Work, lacks_student, published_strength
+from rmd.published.gathering import Work, lacks_student
 from rmd.published.lora import Lora
 from rmd.published.source import licence_of
+from rmd.published.strength import Strength
 from rmd.students import STEP_LISTS
 
 
@@ -38,8 +38,7 @@ def import_record(work: Work) -> dict[str, Any]:
         },
         "network": None,
         "loras": [
-            _lora_record(work, lora, asked is not None)
-            for lora, (_, asked) in zip(work.loras, request.loras, strict=True)
+            _lora_record(work, lora, strength) for lora, strength in zip(work.loras, work.strengths, strict=True)
         ],
         "left_out": list(work.left_out),
     }
@@ -58,17 +57,7 @@ def import_record(work: Work) -> dict[str, Any]:
     return {"method": "import", "preset": request.preset, "imported": imported}
 
 
-def strength_of(lora: Mapping[str, Any], preset: str) -> str:
-    """A recorded LoRA's strength in words, with where it comes from."""
-    told, own = f"{lora['strength']:g}", published_strength(preset)
-    if own == 1:
-        return told
-    if lora["strength_from"] == "preset":
-        return f"{told}, as {preset} is published"
-    return told if lora["strength"] == own else f"{told}, while {preset} is published at {own:g}"
-
-
-def _lora_record(work: Work, lora: Lora, asked: bool) -> dict[str, Any]:
+def _lora_record(work: Work, lora: Lora, strength: Strength) -> dict[str, Any]:
     scales = {
         round(change.scale, 6)
         for parameters in work.plan.changes.values()
@@ -79,7 +68,7 @@ def _lora_record(work: Work, lora: Lora, asked: bool) -> dict[str, Any]:
     return {
         "name": lora.path.name,
         "strength": lora.strength,
-        "strength_from": "option" if asked else "preset" if published_strength(work.request.preset) != 1 else "default",
+        "strength_from": strength.said_by,
         "scales": sorted(scales),
         "parameters": work.plan.modules(lora),
         "licence": licence_of(lora.files, lora.path if lora.path.is_dir() else None),

@@ -129,6 +129,7 @@ def report(model: ModelCard, generation: Generation, pictures: Sequence[Finished
         teacher_age_seconds={b.kind: round(time.monotonic() - b.measured, 1) for b in model.baselines},
         teacher_spread={baseline.kind: round(baseline.spread, 2) for baseline in model.baselines},
         cut_tokens=generation.cut_tokens,
+        note=spec.cascade.note,
         speedup={kind: round(ratio, 3) for kind, ratio in model.speedups(compute).items()},
     )
 

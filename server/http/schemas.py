@@ -183,6 +183,7 @@ class RmdReport(BaseModel):
         description="teacher_seconds over seconds.compute, by kind; left out where the timings are not steady."
     )
     cut_tokens: int = Field(description="Tokens at the prompt's end that no text encoder heard.")
+    note: str = Field(description="Of the schedule, such as that the weights were not distilled for it; mostly empty.")
 
 
 class ImageData(BaseModel):

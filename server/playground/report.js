@@ -125,6 +125,7 @@ function facts({ when, model, schedule, size, rmd }) {
     ["drawn", new Date(when).toLocaleString()],
   ];
   if (company > 1) shown.push(["shared a batch of", String(company)]);
+  if (rmd.note) shown.push(["note", rmd.note]);
   if (rmd.cut_tokens) shown.push(["not heard", `the prompt's last ${rmd.cut_tokens} tokens`]);
   const pairs = shown.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value)));
   return make("dl", "facts", ...pairs);

@@ -182,10 +182,25 @@ def test_a_naive_cascade_is_written_and_says_what_it_is(tmp_path: Path) -> None:
     checkpoint = CheckpointFolder.read(folder)
     assert checkpoint.default == "2+2" and checkpoint.default_cascade == naive_cascade("dmd2-sdxl", "2+2")
     assert checkpoint.distillation["method"] == "none" and "not distilled" in checkpoint.distillation["note"]
+    assert (folder / "README.md").read_text() == f"# dmd2\n\n**Schedule 2+2: {checkpoint.default_cascade.note}.**\n"
     shown = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive"])
     assert "not distilled for this schedule" in shown.stdout
     wrong = CliRunner().invoke(app, ["show", "--preset", "dmd2-sdxl", "--schedule", "2+2", "--naive", "--map", "none"])
     assert "--naive takes no" in str(wrong.exception)
+
+
+def test_a_card_that_is_a_link_into_a_cache_stays_what_it_was(tmp_path: Path) -> None:
+    folder = write_tiny_folder("sdxl", tmp_path / "dmd2")
+    (folder / "cascade.json").unlink()
+    (tmp_path / "blob").write_bytes("# a card \xe9".encode("latin-1"))
+    (folder / "README.md").symlink_to(tmp_path / "blob")
+    arguments = ["write", str(folder), "--preset", "dmd2-sdxl", "--naive", "--schedule", "2+2"]
+    for _ in range(2):  # written again after cascade.json was removed, it is still said once
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+        card = (folder / "README.md").read_bytes()
+        assert card.startswith(b"# a card \xe9\n\n**Schedule 2+2: not distilled") and card.count(b"not distilled") == 1
+        (folder / "cascade.json").unlink()
+    assert (tmp_path / "blob").read_bytes() == b"# a card \xe9"
 
 
 def test_another_decoder_is_not_recorded_as_if_it_were_the_checkpoints(tmp_path: Path) -> None:
@@ -210,6 +225,8 @@ def test_an_imported_checkpoint_takes_a_naive_cascade_as_a_further_schedule(tmp_
     imported = ["import", "--base", str(base), "--preset", "dmd2-sdxl", "--out", str(out)]
     assert CliRunner().invoke(main, imported).exit_code == 0
     before = CheckpointFolder.read(out)
+    card = (out / "README.md").read_text()
+    assert "not distilled" not in card
     arguments = ["write", str(out), "--naive", "--schedule", "2+2", "--preset"]
     other = CliRunner().invoke(app, [*arguments, "lcm-sdxl"])
     assert "its weights are sampled as dmd2-sdxl, not as lcm-sdxl" in str(other.exception)
@@ -222,6 +239,8 @@ def test_an_imported_checkpoint_takes_a_naive_cascade_as_a_further_schedule(tmp_
     after = CheckpointFolder.read(out)
     assert replace(after, cascades=before.cascades) == before, "the record of the import and the default stay"
     assert after.cascades == {**before.cascades, "2+2": naive_cascade("dmd2-sdxl", "2+2")}
+    note = naive_cascade("dmd2-sdxl", "2+2").note
+    assert (out / "README.md").read_text() == f"{card}\n**Schedule 2+2: {note}.**\n"
     twice = CliRunner().invoke(app, [*arguments, "dmd2-sdxl"])
     assert "is there already, with a schedule '2+2'" in str(twice.exception)
     (out / "unet" / "config.json").write_text((out / "unet" / "config.json").read_text() + " ")

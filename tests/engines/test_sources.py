@@ -20,6 +20,8 @@ from engines.errors import EngineError
 from engines.sources import module_digest, with_helpers
 from engines.spec import graph_digest
 from engines.target import Target
+from rmd.backbones.registry import load_checkpoint
+from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
 from tests.engines.conftest import Net, net_request, net_spec
 
 # Imported by compilers, and yet without a say in what an engine computes.
@@ -104,6 +106,31 @@ def test_comments_and_docstrings_of_our_own_code_are_no_part_of_a_key(tmp_path: 
             patch.setattr(module, "__file__", str(changed))
             assert (module_digest("engines.build.progress") == before) is same
     module_digest.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["embedded", "embedded-video"])
+def test_a_small_decoders_key_holds_its_graphs_file_and_none_that_reads_folders(tmp_path: Path, name: str) -> None:
+    """A word in what reads a diffusers folder had every small decoder built anew."""
+    folder, small = write_tiny_folder(name, tmp_path / "tiny"), write_tiny_decoder(name, tmp_path / "small")
+    backbone, _ = load_checkpoint(folder, dtype=torch.float32, decoder=small, weights=False)
+    decoder = backbone.component_modules()["decoder"]
+    before = graph_digest(decoder)
+
+    def with_a_line_more(module: str) -> str:
+        changed = tmp_path / "changed.py"
+        changed.write_text(Path(sys.modules[module].__file__ or "").read_text() + "\nONE_MORE = 1\n")
+        module_digest.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[module], "__file__", str(changed))
+            digest = graph_digest(decoder)
+        module_digest.cache_clear()
+        return digest
+
+    readers = ("folder", "decoders", "random_weights", "family", "registry")
+    for module in (*(f"rmd.backbones.{reader}" for reader in readers), "rmd.weight_files", "rmd.checkpoint"):
+        assert with_a_line_more(module) == before, module
+    assert with_a_line_more(type(decoder).__module__) != before
+    assert with_a_line_more("diffusers.models.autoencoders.vae") != before
 
 
 @pytest.mark.parametrize("name", COMPILERS)

@@ -120,6 +120,44 @@ def test_a_callback_sees_every_step_and_may_change_the_state(pipe: CascadePipeli
     assert torch.equal(plain, doubled), "the state stays in its own dtype"
 
 
+def test_a_callback_that_changes_the_prediction_is_refused_by_name(pipe: CascadePipeline) -> None:
+    """It was ignored in silence; diffusers' pipelines read back whatever they give."""
+
+    def returned(_pipe: CascadePipeline, _i: int, _t: float, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"pred_original_sample": state["pred_original_sample"] * 0}
+
+    def in_place(_pipe: CascadePipeline, _i: int, _t: float, state: dict[str, Tensor]) -> None:
+        state["pred_original_sample"].zero_()
+
+    def put(_pipe: CascadePipeline, _i: int, _t: float, state: dict[str, Any]) -> None:
+        state["pred_original_sample"] = None if _i == 0 else "nothing"
+
+    for change in (returned, in_place, put):
+        with pytest.raises(ValueError, match=r"'pred_original_sample' is for looking at, and was changed.*'latents'"):
+            pipe("a fox", seed=5, callback_on_step_end=change)
+
+    def same(_pipe: CascadePipeline, _i: int, _t: float, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: value.clone() for name, value in state.items()}
+
+    plain = drawn(pipe, "a fox", seed=5, output_type="latent").images
+    assert torch.equal(plain, drawn(pipe, "a fox", seed=5, output_type="latent", callback_on_step_end=same).images)
+
+
+def test_a_callback_changes_the_state_in_place_and_in_its_mapping_too(pipe: CascadePipeline) -> None:
+    last = pipe.cascade().num_steps - 1
+
+    def in_place(_pipe: CascadePipeline, index: int, _t: float, state: dict[str, Tensor]) -> None:
+        if index == last:
+            state["latents"].zero_()
+
+    def put(_pipe: CascadePipeline, index: int, _t: float, state: dict[str, Tensor]) -> None:
+        if index == last:
+            state["latents"] = torch.zeros_like(state["latents"])
+
+    for change in (in_place, put):
+        assert not drawn(pipe, "a fox", seed=5, output_type="latent", callback_on_step_end=change).images.any()
+
+
 def test_schedules_and_the_teacher(pipe: CascadePipeline) -> None:
     assert pipe.schedules == ("2+2", "0+4", "teacher")
     pictures = [np.asarray(drawn(pipe, "a fox", seed=5, schedule=name).images[0]) for name in pipe.schedules]

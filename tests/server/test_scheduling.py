@@ -85,7 +85,10 @@ def test_a_schedule_that_the_weights_were_not_distilled_for_says_so(checkpoint: 
     with serving(replace(model, card=card), make_settings(checkpoint)) as house:
         schedules = house.client.get("/v1/models/tiny").json()["rmd"]["schedules"]
         assert schedules["2+2"]["note"] == "not distilled for this schedule" and "note" not in schedules["0+4"]
-        drawn = picture(house.draw("a", seed=1))
+        reply = house.draw("a", seed=1)
+        assert reply.json()["rmd"]["note"] == "not distilled for this schedule"
+        assert house.draw("a", seed=1, schedule="0+4").json()["rmd"]["note"] == ""
+        drawn = picture(reply)
     with serving(model, make_settings(checkpoint)) as house:
         assert abs(drawn - picture(house.draw("a", seed=1))).max() > 8, "its list of noise intensities is obeyed"
 

@@ -15,8 +15,8 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from rmd.backbones.decoders import TinyDecoder
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
+from rmd.backbones.tiny_decoder import TinyDecoder
 from rmd.dtypes import dtype_name, native_dtype
 from rmd.presets import preset
 from training.embedded.data.dataset import PictureSet, Record

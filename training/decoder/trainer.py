@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from rmd.backbones.base import weights_dtype
-from rmd.backbones.decoders import TinyDecoder, small_decoder_config
+from rmd.backbones.decoders import small_decoder_config
+from rmd.backbones.tiny_decoder import TinyDecoder
 from rmd.machine import device_name
 from rmd.size import Size
 from training.decoder.losses import PatchDiscriminator, discriminator_loss, perceptual_loss

@@ -22,15 +22,18 @@ from diffusers import (
 )
 from safetensors import safe_open
 from torch import Tensor
+from typer.testing import CliRunner
 
+from cli.main import app as main
 from rmd.backbones.random_weights import resolve
 from rmd.backbones.registry import get_backbone
 from rmd.cascade_file import write_cascade_json
 from rmd.checkpoint import CheckpointFolder, TeacherSpec
 from rmd.published.exporting import ADAPTERS, export_adapters, export_difference, keep_adapters
+from rmd.published.files import ImportRefused
 from rmd.published.lora_pictures import picture_error
 from rmd.weight_files import file_digest
-from tests.rmd.published.conftest import TinyFolder, closed_to_others, weights
+from tests.rmd.published.conftest import TinyFolder, closed_to_others, save, weights
 from training.distill.adapters import adapted_layers, learnt_adapters
 
 PIPELINES = {
@@ -218,6 +221,36 @@ def test_pictures_of_a_full_rank_lora_are_the_checkpoints_but_for_what_it_cannot
     assert errors[1] < 1e-5 < 1e-3 < errors[0]
 
 
+def test_a_text_encoder_that_differs_too_is_named(imported: Any, base: TinyFolder, tmp_path: Path) -> None:
+    """It was left out without a word, and the pictures, drawn with it, were told to be the checkpoint's."""
+    state = weights(base("sdxl") / "text_encoder")
+    key = next(name for name in state if name.endswith("q_proj.weight"))
+    rows, columns = state[key].shape
+    unet = next(name for name in weights(base("sdxl") / "unet") if name.endswith("attn1.to_q.weight"))
+    side = weights(base("sdxl") / "unet")[unet].shape[0]
+    both: dict[str, Tensor] = {}
+    for module, (out, into) in (
+        (f"text_encoder.{key}", (rows, columns)),
+        (f"unet.{unet}", (side, side)),
+    ):
+        both[module.replace(".weight", ".lora_A.weight")] = torch.ones(1, into)
+        both[module.replace(".weight", ".lora_B.weight")] = torch.ones(out, 1)
+    file = save(tmp_path / "both.safetensors", both)
+    checkpoint = CheckpointFolder.read(imported("sdxl", loras=((file, 1.0),)).folder)
+    out = tmp_path / "lora.safetensors"
+    assert export_difference(checkpoint, out, base("sdxl"), rank=2).elsewhere == {"text_encoder": 1}
+    run = ["export", "--checkpoint", str(checkpoint.path), "--base", str(base("sdxl")), "--lora", str(out)]
+    shown = CliRunner().invoke(main, [*run, "--rank", "100", "--no-pictures"])
+    assert shown.exit_code == 0 and "not in the LoRA: text_encoder, 1 of whose weights differ" in shown.output
+    # Only rounded, it is the same one.
+    file = save(tmp_path / "unet.safetensors", {name: value for name, value in both.items() if name.startswith("unet")})
+    single = imported("sdxl", loras=((file, 1.0),), out=tmp_path / "rounded").folder
+    (vae,) = (single / "vae").glob("*.safetensors")
+    save(vae, {name: value.half() for name, value in weights(single / "vae").items()}, {"format": "pt"})
+    write_cascade_json(single, backbone="sdxl", cascades=checkpoint.cascades, default=checkpoint.default)
+    assert export_difference(CheckpointFolder.read(single), out, base("sdxl"), rank=2).elsewhere == {}
+
+
 def test_the_header_says_where_it_comes_from(student: Student, base: TinyFolder, tmp_path: Path) -> None:
     checkpoint = student("sd3", ["attention"])
     (checkpoint.path / "README.md").write_text("---\nlicense: openrail++\n---\n", encoding="utf-8")
@@ -256,6 +289,21 @@ def test_what_does_not_fit_is_refused(student: Student, base: TinyFolder, tmp_pa
         export_difference(CheckpointFolder.read(base("pixart")), tmp_path / "x", base("pixart"), rank=2)
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
     assert (checkpoint.path / ADAPTERS).is_file()
+
+
+def test_adapters_that_are_not_finite_are_refused(student: Student, tmp_path: Path) -> None:
+    """A difference's factors were checked, and trained ones were not."""
+    checkpoint = student("sd3", ["attention"])
+    with safe_open(checkpoint.path / ADAPTERS, framework="pt") as file:
+        header = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    name = next(name for name in state if ".lora_A." in name)
+    out = tmp_path / "lora.safetensors"
+    for value, dtype in ((math.nan, None), (1e6, torch.float16)):  # which float16 does not hold
+        save(checkpoint.path / ADAPTERS, {**state, name: torch.full_like(state[name], value)}, header)
+        with pytest.raises(ImportRefused, match=r"pytorch_lora_weights\.safetensors: tensor .*attn.* are not finite"):
+            export_adapters(checkpoint, out, dtype=dtype)
+    assert not out.exists()
 
 
 def test_an_export_replaces_nothing_but_a_lora(student: Student, base: TinyFolder, tmp_path: Path) -> None:

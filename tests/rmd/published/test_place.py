@@ -143,3 +143,37 @@ replace_folder(Path({str(scratch)!r}), Path({str(out)!r}))
     assert [path.name for path in out.iterdir()] == (["old"] if killed_at == "os.rename" else ["new"])
     assert said == ([f"put {out} back, which a stopped run had moved away to replace it"] * (killed_at == "os.rename"))
     assert list(tmp_path.glob(".out*")) == [stranger.parent] and stranger.exists()
+
+
+@pytest.mark.parametrize(("event", "place", "name"), [("os.rename", 1, "out"), ("os.remove", 0, "out/.made-of")])
+def test_a_run_that_was_killed_as_it_replaced_goes_on(tmp_path: Path, event: str, place: int, name: str) -> None:
+    """Between the two renames, where it said that the files left were made of other settings; and just after them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "cascade.json").touch()
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+from rmd.published.place import whole_folder
+def kill(event, arguments):
+    if event == {event!r} and str(arguments[{place}]) == {str(tmp_path / name)!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+with whole_folder(Path({str(out)!r}), "these files") as scratch:
+    (scratch / "cascade.json").write_text("whole")
+    sys.addaudithook(kill)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    between = event == "os.rename"
+    assert out.exists() is not between and (tmp_path / ".out.importing").exists() is between
+    check_out(out)
+    said: list[str] = []
+    with whole_folder(out, "these files", say=said.append) as scratch:
+        assert (scratch / "cascade.json").exists() is between
+        (scratch / "cascade.json").touch()
+    assert said == between * [
+        f"put {out} back, which a stopped run had moved away to replace it",
+        "going on with the files that a stopped run has finished",
+    ]
+    assert [path.name for path in out.iterdir()] == ["cascade.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

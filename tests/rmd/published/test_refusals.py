@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from rmd.backbones.base import BackboneError
 from rmd.backbones.folder import DiffusersFolder
 from rmd.checkpoint import CheckpointFolder
 from rmd.published.files import ImportRefused, WeightFiles
+from rmd.published.gathering import ImportRequest
+from rmd.published.importing import import_model
 from rmd.published.place import whole_folder
 from rmd.published.source import licence_of
 from tests.rmd.published.conftest import TinyFolder, kohya, random_lora, save, weights
@@ -103,6 +106,34 @@ def test_bases_that_are_none(base: TinyFolder, imported: Import, tmp_path: Path)
     (pickled / "vae" / "diffusion_pytorch_model.safetensors").rename(pickled / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ImportRefused, match=r"diffusion_pytorch_model\.bin is a pickled file"):
         imported("sdxl", base=str(pickled))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing", None, r"broken/tokenizer_2 has no vocabulary"),
+        ("tokenizer.json", "{", r"no tokenizer could be read from .*broken/tokenizer_2"),
+    ],
+)
+def test_a_base_without_a_vocabulary_is_refused_before_any_weight_is_read(
+    base: TinyFolder, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    """The merge of a real base takes minutes; its files' digests alone do."""
+    folder = Path(shutil.copytree(base("sdxl"), tmp_path / "broken"))
+    for file in (folder / "tokenizer_2").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    if content is not None:
+        (folder / "tokenizer_2" / name).write_text(content)
+    told: list[str] = []
+    request = ImportRequest(base=str(folder), preset="sdxl-turbo", out=tmp_path / "out")
+    with pytest.raises(BackboneError, match=message):
+        import_model(request, progress=lambda what, _done, _total: told.append(what))
+    assert told == []
+    shutil.rmtree(folder / "tokenizer_2")
+    with pytest.raises(BackboneError, match="lacks the component 'tokenizer_2'"):
+        import_model(request)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
 def test_a_student_that_gives_x0_is_recognised_by_its_scheduler(imported: Import) -> None:
@@ -375,16 +406,18 @@ def test_sources_and_strangers_are_never_replaced(base: TinyFolder, imported: Im
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("room", "component"), [(20_000, "(text_encoder|vae)"), (200_000, "transformer")])
+def test_a_full_disk_leaves_the_old_checkpoint(imported: Import, tmp_path: Path, room: int, component: str) -> None:
+    """As it copies, and as it merges, whose file alone is larger than 200 kB."""
     import resource
 
     imported("pixart")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(OSError, match=r"transformer.* could not be written: .*File too large"):
+        with pytest.raises(OSError, match=rf"{component}.* could not be written: .*File too large"):
             imported("pixart")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -443,6 +476,49 @@ import_model(ImportRequest(base={str(base("pixart"))!r}, preset="pixart", backbo
     imported("pixart", say=said.append)
     assert said[1:] == ["starting anew: what a stopped run left was made of other files or settings"]
     assert not (tmp_path / "out" / "transformer" / next(iter(finished))).exists()
+
+
+def test_a_peft_adapters_settings_are_part_of_what_a_run_goes_on_with(
+    base: TinyFolder, imported: Import, tmp_path: Path, lora: dict[str, Tensor]
+) -> None:
+    """Named by its weight file, it was gone on with after its alpha had changed: half of one scale, half of another."""
+    file = save(tmp_path / "peft" / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in lora.items()})
+    settings = file.parent / "adapter_config.json"
+    settings.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    request = ImportRequest(str(base("wan-1.3b")), "wan", tmp_path / "out", loras=((file, 1.0),), backbone="wan-1.3b")
+
+    def interrupt(what: str, _done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    for alpha, told in ((4, ""), (4, "going on with"), (8, "starting anew: what a stopped run left was made of other")):
+        settings.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": alpha}))
+        if alpha == 4:
+            os.utime(settings, (1, 1))  # the same file, as far as can be told
+        with pytest.raises(KeyboardInterrupt):
+            import_model(request, interrupt, said.append)
+        assert "".join(said).startswith(told) and len(said) == bool(told)
+        said.clear()
+
+
+def test_a_base_with_a_damaged_decoder_is_refused_before_the_merge(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(base("sdxl"), tmp_path / "damaged"))
+    (file,) = (folder / "vae").glob("*.safetensors")
+    state = weights(folder / "vae")
+    name = next(name for name in state if name.startswith("decoder.") and name.endswith(".weight"))
+    for changed, error, message in (
+        ({key: value for key, value in state.items() if key != name}, BackboneError, "damaged/vae lacks 1 weights of"),
+        ({**state, "decoder.more.weight": torch.ones(2)}, BackboneError, "damaged/vae holds 1 weights that"),
+        ({**state, name: torch.full_like(state[name], torch.nan)}, ImportRefused, "holds values that are not finite"),
+    ):
+        save(file, changed, {"format": "pt"})
+        told: list[str] = []
+        request = ImportRequest(base=str(folder), preset="sdxl-turbo", out=tmp_path / "out")
+        with pytest.raises(error, match=message):
+            import_model(request, progress=lambda what, _done, _total, told=told: told.append(what))
+        assert "unet" not in told
 
 
 def test_what_an_interrupted_run_has_finished_stays_and_what_a_failed_one_wrote_goes(tmp_path: Path) -> None:

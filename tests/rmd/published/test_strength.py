@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,35 @@ from tests.rmd.published.test_lora_merge import ATTENTION, fused
 Import = Callable[..., Any]
 
 
-def test_a_lora_without_a_strength_takes_its_presets(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
-    """Hyper-SD's card merges its SD3 LoRAs at 0.125, by diffusers' `fuse_lora(lora_scale=0.125)`."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION)
-    state = random_lora(SD3Transformer2DModel.from_pretrained(base("sd3") / "transformer"), config)
+PRESET = "hyper-sd3-8-cfg"
+PUBLISHED = "Hyper-SD3-8steps-CFG-lora.safetensors"
+
+
+def lora(base: Path, place: Path, seed: int = 0) -> Path:
+    """A LoRA of a tiny SD3, as diffusers writes it."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION}
+    state = random_lora(SD3Transformer2DModel.from_pretrained(base / "transformer"), LoraConfig(**settings), seed)
     StableDiffusion3Pipeline.save_lora_weights(
-        tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=settings
+        place.parent,
+        weight_name=place.name,
+        transformer_lora_layers=state,
+        transformer_lora_adapter_metadata=settings,
     )
-    file = tmp_path / "pytorch_lora_weights.safetensors"
+    return place
+
+
+def told(done: Any) -> list[tuple[float, str]]:
+    return [(lora["strength"], lora["strength_from"]) for lora in done.record["imported"]["loras"]]
+
+
+def test_a_students_lora_without_a_strength_takes_its_presets(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    """Hyper-SD's card merges its SD3 LoRAs at 0.125, by diffusers' `fuse_lora(lora_scale=0.125)`."""
+    file = lora(base("sd3"), tmp_path / PUBLISHED)
     oracle = fused(StableDiffusion3Pipeline, base("sd3"), [(file, 0.125)], ["transformer"])["transformer"]
 
-    options: dict[str, Any] = {"preset": "hyper-sd3-8-cfg"}
-    done = imported("sd3", loras=((file, None),), **options)
+    done = imported("sd3", loras=((file, None),), preset=PRESET)
     (recorded,) = done.record["imported"]["loras"]
     assert (recorded["strength"], recorded["strength_from"]) == (0.125, "preset")
     before = weights(base("sd3") / "transformer")
@@ -42,10 +59,60 @@ def test_a_lora_without_a_strength_takes_its_presets(base: TinyFolder, imported:
     assert "which is of `ByteDance/Hyper-SD` (licence, as it was read: not confirmed)" in card
     assert "LoRA at 0.125, as hyper-sd3-8-cfg is published (factors 0.25)" in card
 
-    imported("sd3", loras=((file, 1.0),), **options)
+    assert told(imported("sd3", loras=((file, 1.0),), preset=PRESET)) == [(1.0, "option")]
     assert "LoRA at 1, while hyper-sd3-8-cfg is published at 0.125" in (tmp_path / "out" / "README.md").read_text()
-    for more in ({"loras": ((file, None), (file, 0.5))}, {"loras": ((file, None),), "network": file / "none"}):
-        with pytest.raises(ImportRefused, match=r"published with its LoRA at 0\.125, .* FILE:0\.125 the student's"):
-            imported("sd3", **options, **more)
-    other = imported("sd3", loras=((file, None), (file, 0.5)), preset="sd3").record["imported"]["loras"]
-    assert [(lora["strength"], lora["strength_from"]) for lora in other] == [(1.0, "default"), (0.5, "option")]
+
+
+def test_a_style_on_a_student_is_merged_at_1(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    """It was merged at the student's 0.125."""
+    student, style = lora(base("sd3"), tmp_path / PUBLISHED), lora(base("sd3"), tmp_path / "style.safetensors", 7)
+    options: dict[str, Any] = {"preset": PRESET}
+    done = imported("sd3", loras=((style, None), (student, None)), **options)
+    assert told(done) == [(1.0, "default"), (0.125, "preset")]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "LoRA at 1, since it is not hyper-sd3-8-cfg's own (factors 2)" in card
+
+    on = str(imported("sd3", loras=((student, None),), out=tmp_path / "student", **options).folder)
+    said: list[str] = []
+    imported("sd3", base=on, say=said.append, **options)
+    assert said == [], "a base that is the student already lacks none"
+    done = imported("sd3", base=on, loras=((style, None),), **options)
+    assert told(done) == [(1.0, "default")] and done.record["imported"]["student"]
+    oracle = fused(StableDiffusion3Pipeline, Path(on), [(style, 1.0)], ["transformer"])["transformer"]
+    assert_equal_weights(weights(tmp_path / "out" / "transformer"), oracle, weights(Path(on) / "transformer"))
+    assert told(imported("sd3", base=on, loras=((style, 0.3),), **options)) == [(0.3, "option")]
+
+
+def test_whose_lora_it_is_must_be_said_where_it_cannot_be_known(
+    base: TinyFolder, imported: Import, tmp_path: Path
+) -> None:
+    student, style = lora(base("sd3"), tmp_path / PUBLISHED), lora(base("sd3"), tmp_path / "style.safetensors", 7)
+    never = imported("sd3", preset=PRESET, out=tmp_path / "never").folder  # nothing made that one the student
+    for more in (
+        {"loras": ((style, None),)},
+        {"loras": ((style, None),), "base": str(never)},
+        {"loras": ((student, None),), "network": tmp_path / "none"},
+        {"loras": ((student, 1.0), (style, None)), "network": tmp_path / "none"},
+    ):
+        with pytest.raises(
+            ImportRefused, match=rf"published with its LoRA {PUBLISHED} at 0\.125, .* FILE:0\.125 for the"
+        ):
+            imported("sd3", preset=PRESET, **more)
+    done = imported("sd3", loras=((student, None), (style, 0.5)), preset="sd3")
+    assert told(done) == [(1.0, "default"), (0.5, "option")]
+
+
+def test_one_lora_given_twice_is_refused(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    """It was added twice, without a word."""
+    file = lora(base("sd3"), tmp_path / "style.safetensors")
+    copy = Path(shutil.copy(file, tmp_path / "copy.safetensors"))
+    for loras, way in (
+        (((file, None), (file, None)), "style.safetensors:2"),
+        (((file, 0.5), (copy, 0.25)), "copy.safetensors:0.75"),
+    ):
+        with pytest.raises(ImportRefused, match=rf"the same weights as .*style\.safetensors.*give it once.*{way}"):
+            imported("sd3", loras=loras)
+    once = imported("sd3", loras=((file, None),), out=tmp_path / "once").folder
+    with pytest.raises(ImportRefused, match=r"copy\.safetensors is in .*once already, .*leave it out, or say how much"):
+        imported("sd3", base=str(once), loras=((copy, None),))
+    assert told(imported("sd3", base=str(once), loras=((copy, 0.25),))) == [(0.25, "option")]

@@ -117,3 +117,27 @@ def test_what_a_class_leaves_out_itself_is_said(base: TinyFolder, imported: Impo
         base("pixart"), tmp_path / "whole", "text_encoder", lambda state: state.update({key: torch.ones(2, 2)})
     )
     assert list(imported("pixart", base=str(folder)).left_out) == [f"text_encoder: {key}"]
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3", "wan-1.3b"])
+def test_one_weight_under_two_names_with_two_values_is_refused(
+    base: TinyFolder, imported: Import, tmp_path: Path, name: str
+) -> None:
+    """T5's table of words has two names; transformers takes one of them, and says nothing."""
+    component, kind = FAMILIES[name]
+    shared, tied = "shared.weight", "encoder.embed_tokens.weight"
+
+    def both(state: dict[str, Tensor], by: float = 0.0) -> None:
+        table = state[shared if shared in state else tied]
+        last = torch.zeros_like(table)
+        last[-1, -1] = by
+        state.update({shared: table, tied: table + last})
+
+    folder = other(base(name), tmp_path / "same", component, both)
+    assert list(imported(name, base=str(folder)).left_out) == []
+    folder = other(base(name), tmp_path / "two", component, lambda state: both(state, 0.5))
+    match = (
+        rf"two/{component}: .*'(shared|encoder\.embed_tokens)\.weight' and .* are one weight of {kind} and hold diff"
+    )
+    with pytest.raises(ImportRefused, match=match):
+        imported(name, base=str(folder))
