@@ -258,7 +258,7 @@ class Fleet:
         self.members.forget_gone()
         for member in self.members:
             if member.link is None:
-                if member.restart_due and not self._stopping:
+                if member.restart_due and self.members.named(member) and not self._stopping:
                     self._start_again(member)
                 continue
             if not member.link.running:
@@ -316,10 +316,10 @@ class Fleet:
                 self._on_progress(message.done, message.total, message.text)
         elif isinstance(message, Ready):
             member.ready(message)
+            self._give_up_if_dead()
             self._on_ready(message.cards)
             if not all(card.complete for card in message.cards):  # what was built while it loaded
                 self._outbox.append((member, Adopt()))
-            self._give_up_if_dead()
             self._place_all()
         elif isinstance(message, Changed):
             member.changed(message)

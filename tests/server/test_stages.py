@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from server.core.stages import ALL, name_of, parse_stages
 from server.device.loading import load_model
-from server.device.model import DeviceModel
+from server.device.model import DeviceModel, Loaded
 from server.front import member as member_module
 from server.front.engine import engine_settings
 from server.front.service import Service
@@ -119,6 +119,32 @@ def test_a_film_of_stages_apart_has_the_bytes_of_one_engine(film_checkpoint: Pat
             assert read(house, job)["progress"] == 100
             films.append(content(house, job))
     assert films[0] == films[1]
+
+
+def test_a_model_that_one_stage_could_not_load_is_not_offered(checkpoint: Path, film_checkpoint: Path) -> None:
+    """Its films would be denoised, and wait for ever to be decoded."""
+    settings, why = make_settings((checkpoint, film_checkpoint), **QUICK), "OSError: no space"
+    film, missing = film_checkpoint.name, {checkpoint.name: why, film_checkpoint.name: why}
+
+    def holding(stages: str, *indices: int) -> tuple[str, Any]:
+        told = engine_settings(settings, "cpu", "nowhere", parse_stages(stages))
+        models = [load_model(told, lambda *_: None, index) for index in indices]
+        held = Loaded(
+            models, {name: why for name, why in missing.items() if name not in {m.card.model_id for m in models}}
+        )
+        return "cpu", lambda: ThreadEngine(load=lambda report: held)
+
+    with running(Service(settings, open_jobs, [holding("low+high", 0, 1), holding("decode", 0)])) as house:
+        until_all_ready(house)
+        assert [each["id"] for each in house.client.get("/v1/models").json()["data"]] == [checkpoint.name]
+        assert house.client.get("/health/ready").json()["not_loaded"] == {film: why}
+        refused = house.client.post("/v1/videos", data={"prompt": "a"})
+        assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_makes_pictures"
+        assert drawn(house, seed=3)
+    nothing = Service(settings, open_jobs, [holding("low+high", 0), holding("decode", 1)])
+    unserved = pytest.raises(AssertionError, match="no checkpoint could be loaded by an engine of every stage: tiny")
+    with unserved, running(nothing):
+        pass
 
 
 def test_what_is_cancelled_behind_its_hand_over_is_not_decoded(checkpoint: Path) -> None:
