@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import zmq
 
 from server.core.card import ModelCard
@@ -246,7 +247,13 @@ class Fleet:
     def _hear(self, member: Member) -> None:
         """Take in everything that an engine has said."""
         while member.link is not None:
-            received = member.link.receive()
+            try:
+                received = member.link.receive()
+            except (msgspec.DecodeError, StopIteration) as error:  # it is of another version, or ill
+                log.error("the engine on %s says what means nothing here: %s", member.device, error)
+                member.reason = "it speaks another version's language"
+                member.link.kill()
+                return
             if received is None:
                 return
             with self._lock:

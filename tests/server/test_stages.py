@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.core.messages import Lost, Submit
 from server.core.stages import ALL, name_of, parse_stages
+from server.core.work import PictureRecord, PictureState, Work
 from server.device.loading import load_model
 from server.device.model import DeviceModel, Loaded
 from server.front import member as member_module
@@ -268,6 +270,43 @@ def test_a_stage_without_engines_for_good_ends_the_server(checkpoint: Path, monk
         assert [each["status"] for each in body["engines"]] == ["ready", "dead"]
         assert [each["stages"] for each in body["engines"]] == ["low+high", "decode"]
         assert house.draw().status_code == 503
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"shape": (1, 4, 9, 9), "latents": bytes(16)},
+        {"shape": (), "latents": b""},
+        {"shape": (-1, 4), "latents": bytes(16)},
+        {"shape": (1,), "latents": bytes(4), "index": 7},
+        {"shape": (1, 1, 3, 3), "latents": bytes(36)},
+    ],
+)
+def test_a_hand_over_that_cannot_be_costs_its_request_and_not_the_engine(
+    checkpoint: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with apart(make_settings(checkpoint, **QUICK), "low+high,decode") as house:
+        until_all_ready(house)
+        fleet = house.service.fleet
+        heard = list[Lost]()
+        monkeypatch.setattr(fleet._ledger, "lost", heard.append)
+        work = Work(id="odd", prompt="a", schedule="2+2", seeds=(1,), done=(0,))
+        odd = PictureState(**{"index": 0, "step": 4, "record": PictureRecord(), **state})
+        fleet._outbox.append((fleet.members[DECODE - 1], Submit(work, (odd,))))
+        fleet._wake()
+        house.until(lambda: [each.id for each in heard] == ["odd"], "the word that it has failed")
+        assert drawn(house, seed=3)
+        assert fleet.members[DECODE - 1].restarts == 0
+
+
+def test_an_engine_that_says_what_means_nothing_is_started_again(checkpoint: Path) -> None:
+    """As one of another version: it costs nobody but itself."""
+    with apart(make_settings(checkpoint, **QUICK), "low+high,decode") as house:
+        until_all_ready(house)
+        undisturbed, member = drawn(house, seed=3), house.service.fleet.members[1]
+        member.link.engine._door._frames.append(b"\x93no message")
+        house.until(lambda: member.restarts == 1 and house.service.ready, "another one")
+        assert house.service.alive and drawn(house, seed=3) == undisturbed
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
