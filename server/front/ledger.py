@@ -273,6 +273,8 @@ class Ledger:
                 else:
                     self.fail(generation, f"{type(result).__name__}: {result}")
                 return
+            if isinstance(result, PartialPicture) and generation.places[message.index].left:
+                return  # its picture has passed it
             if isinstance(result, PartialPicture) and not generation.partial:
                 generation.partial = True
                 generation.took(self._metrics.first_partial_seconds, time.monotonic() - generation.arrived)
