@@ -83,6 +83,7 @@ class Fleet:
         self._metrics = metrics
         for member in self.members:  # from the start: a counter that appears with its first end hides it from alerts
             metrics.engine_restarts.labels(str(member.index))
+            metrics.device_busy_seconds.labels(str(member.index))
         self._on_progress, self._on_ready = on_progress, on_ready
         self._on_failed = on_failed
         self._ledger = Ledger(metrics, package_threads, self._forget, on_picture)
@@ -300,6 +301,8 @@ class Fleet:
             if member.batch is not None:
                 self._ledger.trace(member.batch, message, member.time_of(message), member.index)
             member.ended(message)
+            if message.rows:
+                self._metrics.device_busy_seconds.labels(str(member.index)).inc(message.seconds)
             self._ledger.ended(message, members, member.cards.get(message.key.model))
             if self._stopping and message.batch >= self._last_batches.get(member.index, 0):
                 # The batches that run are finished, and no further ones of theirs.

@@ -303,7 +303,6 @@ class Ledger:
             return
         metrics.batch_size.labels(label).observe(message.company)
         metrics.step_seconds.labels(label).observe(message.seconds)
-        metrics.device_busy_seconds.inc(message.seconds)
         if message.key.kind == "denoise" and card is not None:
             metrics.steps.labels(label).inc(message.company)
             metrics.tokens.labels(label).inc(message.rows * card.tokens.get(str(message.key.size), 0))
