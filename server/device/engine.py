@@ -152,7 +152,7 @@ class Engine:
         if isinstance(command, Submit):
             try:
                 states = [(state, self._load_latents(state)) for state in command.states]
-                self._loop.submit(command.work, time.monotonic(), states)
+                self._loop.submit(command.work, time.monotonic(), states, command.elsewhere)
             except torch.AcceleratorError as error:
                 raise DeviceBroken(f"{type(error).__name__}: {error}") from error
             except (LookupError, ValueError, RuntimeError) as error:  # such as a schedule that its checkpoint lacks

@@ -11,7 +11,7 @@ import pytest
 from server.core.admission import Admission
 from server.core.faults import deadline_error
 from server.core.messages import Cancel, HandedOver, Pixels, Submit
-from server.core.stages import parse_stages
+from server.core.stages import name_of, parse_stages
 from server.core.work import PictureRecord, PictureState, Work
 from server.front.engine import EngineLink
 from server.front.generation import (
@@ -104,6 +104,28 @@ def test_each_picture_goes_to_the_first_engine_of_its_next_stage() -> None:
     desk.hand_over(one, 0, step=4)
     assert desk.given() == [(2, "one", [], [(1, 4)]), (3, "one", [], [(0, 4)])], "the other decoder is free"
     assert desk.placing.work() == {"": 0.0, "gpu 0": 0.0, "gpu 1": 0.0, "gpu 2": 6.0, "gpu 3": 6.0}
+
+
+def test_an_engine_that_could_go_on_leaves_it_to_one_that_is_free_sooner() -> None:
+    """Else one that only decodes would have nothing to do beside those that do everything."""
+    desk = Desk("all", "decode")
+
+    def elsewhere() -> list[tuple[int, str]]:
+        sent = [(member.index, command) for member, command in desk.placing.outbox]
+        desk.placing.outbox.clear()
+        return [(index, name_of(command.elsewhere)) for index, command in sent if isinstance(command, Submit)]
+
+    one = desk.submit("one")
+    assert elsewhere() == [(0, "")], "nothing waits there"
+    two, three = desk.submit("two", n=2), desk.submit("three")
+    assert elsewhere() == [(0, "decode"), (0, "decode")]
+    desk.hand_over(two, 0, step=4)
+    desk.hand_over(two, 1, step=4)
+    assert elsewhere() == [(1, "")] * 2
+    desk.ledger.settle(one, deadline_error())
+    desk.hand_over(three, 0, step=4)
+    desk.submit("four")
+    assert elsewhere() == [(0, ""), (0, "")], "the decoder has 12 s to do, and the other one less"
 
 
 def test_a_lost_engine_s_pictures_go_on_from_their_last_hand_over() -> None:

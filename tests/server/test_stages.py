@@ -93,7 +93,7 @@ def test_stages_apart_give_the_bytes_of_one_engine(checkpoint: Path, whole: dict
             for each in house.service.fleet.members
         }
         assert sum(busy.values()) == pytest.approx(house.metric("rmd_step_seconds_sum")), "no batch twice"
-        assert all(seconds > 0 for engine, seconds in busy.items() if layout != "all,decode" or engine == "0")
+        assert all(busy.values()), "each has done something"
         assert timeless(house) == whole["models"]
         loops = [member.link.engine._loop for member in house.service.fleet.members]
         house.until(lambda: not any(loop._requests for loop in loops), "engines to forget what is done")
