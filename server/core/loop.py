@@ -87,11 +87,18 @@ class Loop:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def submit(self, work: Work, now: float, states: Sequence[tuple[PictureState, Any]] = ()) -> None:
+    def submit(
+        self,
+        work: Work,
+        now: float,
+        states: Sequence[tuple[PictureState, Any]] = (),
+        elsewhere: Stages = frozenset(),
+    ) -> None:
         """Take a request, or more of one. What this engine has of it already is left as it is.
 
         Args:
             states: pictures that other engines handed over, and their data as the device takes it.
+            elsewhere: stages of these pictures that are not to be done here.
         """
         request = self._requests.get(work.id)
         if request is None:
@@ -109,6 +116,8 @@ class Loop:
         if request.conditioning is None and self._recall(request):
             self._emit(Encoded(work.id, request.text_tokens, request.cut_tokens))
         for ticket in arriving:
+            if isinstance(ticket, Picture):
+                ticket.elsewhere = elsewhere
             self._stations.join(ticket.station(), ticket, now)
 
     def _request(self, work: Work) -> Request:
@@ -265,7 +274,7 @@ class Loop:
         station = None
         if key.kind == "decode" or request.over:
             self._left(ticket)
-        elif ticket.stage not in self._stages:
+        elif ticket.stage not in self._stages - ticket.elsewhere:
             station = ticket.station()
             self._leaving.append(ticket.handed_over(self._dump(ticket.data)))
             request.pictures.remove(ticket)
@@ -290,7 +299,10 @@ class Loop:
     def _show(self, picture: Picture, data: Any, key: StationKey, now: float) -> None:
         assert key.size is not None
         number = picture.request.shown.index(picture.step)
-        if not self._stages >= {"high", "decode"}:  # its picture leaves too, and nothing of the request stays here
+        if picture.elsewhere or not self._stages >= {
+            "high",
+            "decode",
+        }:  # its picture leaves too, and nothing of the request stays here
             self._leaving.append(picture.handed_over(self._dump(data), number, key.size))
             return
         preview = Preview(picture, data, key.size, number)

@@ -25,11 +25,14 @@ class Submit(_Struct, frozen=True):
 
     Attributes:
         sent: monotonic seconds of the front's host; 0 where not told.
+        elsewhere: later stages of these pictures that another engine will be free for sooner: they are handed over
+            before them, though this engine has them too.
     """
 
     work: Work
     states: tuple[PictureState, ...] = ()
     sent: float = 0.0
+    elsewhere: Stages = frozenset()
 
 
 class Cancel(_Struct, frozen=True):

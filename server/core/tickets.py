@@ -10,7 +10,7 @@ from rmd.cascade import Cascade
 from rmd.size import Size
 from server.core.card import partial_steps
 from server.core.messages import HandedOver
-from server.core.stages import Stage, stage_at, station_at
+from server.core.stages import Stage, Stages, stage_at, station_at
 from server.core.stations import StationKey
 from server.core.work import PictureRecord, PictureState, Work
 
@@ -110,13 +110,20 @@ class Ticket(abc.ABC):
 
 
 class Picture(Ticket):
-    """One picture or film. ``step`` is the next denoising step; ``stepped``: its share of the batches of those done."""
+    """One picture or film.
+
+    Attributes:
+        step: its next denoising step.
+        stepped: its share of the batches of those done.
+        elsewhere: stages that are not to be done here, see :class:`server.core.messages.Submit`.
+    """
 
     def __init__(self, request: Request, index: int, seed: int) -> None:
         super().__init__(request)
         self.index, self.seed, self.step = index, seed, 0
         self.record = PictureRecord()
         self.stepped = 0.0
+        self.elsewhere: Stages = frozenset()
 
     @property
     def rows(self) -> int:  # type: ignore[override]

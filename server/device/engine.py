@@ -152,8 +152,10 @@ class Engine:
         if isinstance(command, Submit):
             try:
                 states = [(state, self._load_latents(state)) for state in command.states]
-                self._loop.submit(command.work, time.monotonic(), states)
-            except (KeyError, ValueError) as error:  # such as a schedule that this engine's checkpoint lacks
+                self._loop.submit(command.work, time.monotonic(), states, command.elsewhere)
+            except torch.AcceleratorError as error:
+                raise DeviceBroken(f"{type(error).__name__}: {error}") from error
+            except (LookupError, ValueError, RuntimeError) as error:  # such as a schedule that its checkpoint lacks
                 self._door.send(Lost(command.work.id, "failed", f"{type(error).__name__}: {error}"))
         elif isinstance(command, Cancel):
             self._loop.cancel(command.id)

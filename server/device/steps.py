@@ -152,7 +152,13 @@ def dump_latents(latents: Tensor) -> tuple[tuple[int, ...], bytes]:
 
 
 def load_latents(state: PictureState, device: torch.device) -> Tensor:
-    """Return what :func:`dump_latents` was given on another engine."""
+    """Return what :func:`dump_latents` was given on another engine.
+
+    Raises:
+        ValueError: they are not of their shape.
+    """
+    if 4 * math.prod(state.shape) != len(state.latents):
+        raise ValueError(f"latents of {len(state.latents)} bytes were handed over, said to be float32 of {state.shape}")
     return torch.frombuffer(bytearray(state.latents), dtype=torch.float32).view(state.shape).to(device)
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import zmq
 
 from server.core.card import ModelCard
@@ -82,6 +83,7 @@ class Fleet:
         self._metrics = metrics
         for member in self.members:  # from the start: a counter that appears with its first end hides it from alerts
             metrics.engine_restarts.labels(str(member.index))
+            metrics.device_busy_seconds.labels(str(member.index))
         self._on_progress, self._on_ready = on_progress, on_ready
         self._on_failed = on_failed
         self._ledger = Ledger(metrics, package_threads, self._forget, on_picture)
@@ -246,7 +248,13 @@ class Fleet:
     def _hear(self, member: Member) -> None:
         """Take in everything that an engine has said."""
         while member.link is not None:
-            received = member.link.receive()
+            try:
+                received = member.link.receive()
+            except (msgspec.DecodeError, StopIteration) as error:  # it is of another version, or ill
+                log.error("the engine on %s says what means nothing here: %s", member.device, error)
+                member.reason = "it speaks another version's language"
+                member.link.kill()
+                return
             if received is None:
                 return
             with self._lock:
@@ -258,7 +266,7 @@ class Fleet:
         self.members.forget_gone()
         for member in self.members:
             if member.link is None:
-                if member.restart_due and not self._stopping:
+                if member.restart_due and self.members.named(member) and not self._stopping:
                     self._start_again(member)
                 continue
             if not member.link.running:
@@ -293,6 +301,8 @@ class Fleet:
             if member.batch is not None:
                 self._ledger.trace(member.batch, message, member.time_of(message), member.index)
             member.ended(message)
+            if message.rows:
+                self._metrics.device_busy_seconds.labels(str(member.index)).inc(message.seconds)
             self._ledger.ended(message, members, member.cards.get(message.key.model))
             if self._stopping and message.batch >= self._last_batches.get(member.index, 0):
                 # The batches that run are finished, and no further ones of theirs.
@@ -316,10 +326,10 @@ class Fleet:
                 self._on_progress(message.done, message.total, message.text)
         elif isinstance(message, Ready):
             member.ready(message)
+            self._give_up_if_dead()
             self._on_ready(message.cards)
             if not all(card.complete for card in message.cards):  # what was built while it loaded
                 self._outbox.append((member, Adopt()))
-            self._give_up_if_dead()
             self._place_all()
         elif isinstance(message, Changed):
             member.changed(message)

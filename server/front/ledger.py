@@ -273,6 +273,8 @@ class Ledger:
                 else:
                     self.fail(generation, f"{type(result).__name__}: {result}")
                 return
+            if isinstance(result, PartialPicture) and generation.places[message.index].left:
+                return  # its picture has passed it
             if isinstance(result, PartialPicture) and not generation.partial:
                 generation.partial = True
                 generation.took(self._metrics.first_partial_seconds, time.monotonic() - generation.arrived)
@@ -301,7 +303,6 @@ class Ledger:
             return
         metrics.batch_size.labels(label).observe(message.company)
         metrics.step_seconds.labels(label).observe(message.seconds)
-        metrics.device_busy_seconds.inc(message.seconds)
         if message.key.kind == "denoise" and card is not None:
             metrics.steps.labels(label).inc(message.company)
             metrics.tokens.labels(label).inc(message.rows * card.tokens.get(str(message.key.size), 0))

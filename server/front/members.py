@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import overload
 
 from server.core.card import ModelCard
 from server.core.costs import CostTable, JoinedCosts
-from server.core.stages import ALL, SETS, Stages
+from server.core.stages import ALL, SETS, Stage, Stages
 from server.front.engine import EngineLink
 from server.front.member import Health, Member, WatchLimits
 
@@ -59,13 +59,21 @@ class Members(Sequence[Member]):
 
     @property
     def cards(self) -> dict[str, ModelCard]:
-        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them."""
-        lead, found = self.lead, dict[str, ModelCard]()
-        for member in [*([lead] if lead else []), *self._members]:
+        """The models that engines hold, by place, in the order of the checkpoints; as the lead knows them.
+
+        Each has an engine at every stage that any model has one at: what some engine could not load ends nowhere.
+        """
+        lead, found, knowing = self.lead, dict[str, ModelCard](), [member for member in self._members if member.cards]
+        for member in [*([lead] if lead else []), *knowing]:
             apart = {} if member.stages == ALL else {place: found[place] for place in member.cards if place in found}
             joined = {place: card.joined(member.cards[place]) for place, card in apart.items()}
             found = {**member.cards, **found, **joined}
-        return found
+        stages = _stages_of(knowing)
+        return {
+            place: card
+            for place, card in found.items()
+            if _stages_of(member for member in knowing if place in member.cards) == stages
+        }
 
     @property
     def lacking(self) -> Stages:
@@ -89,7 +97,11 @@ class Members(Sequence[Member]):
 
     @property
     def all_dead(self) -> str | None:
-        """Why no engine is left nor will come for some stage; None where that is not so."""
+        """Why no engine is left nor will come for some stage, or no model has one at each; else None."""
+        if self.known and not self.cards:
+            reasons = {name: why for member in self._members for name, why in member.missing.items()}
+            told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+            return f"no checkpoint could be loaded by an engine of every stage: {told}"
         if self._listed is not None:
             return None
         for stage in sorted(ALL):
@@ -112,8 +124,26 @@ class Members(Sequence[Member]):
             member.start_link = engines.get(member.device, member.start_link)  # keys may have changed
             member.foreign = foreign.get(member.device, 0.0)
 
+    def named(self, member: Member) -> bool:
+        """Whether an engine may be there to be found, or to be started."""
+        return self._listed is None or member.device in self._listed
+
     def forget_gone(self) -> None:
-        """Forget those that have ended and are not named any more."""
-        listed = self._listed
-        if listed is not None:
-            self._members = [each for each in self._members if each.link is not None or each.device in listed]
+        """Forget those that have ended and are not named any more.
+
+        But not the last that knew a stage: until another one has loaded, what is served and what it costs is known from
+        it, and requests wait.
+        """
+        here = [each for each in self._members if each.link is not None or self.named(each)]
+        known = _stages_of(each for each in here if each.cards)
+        kept = list[Member]()
+        for gone in reversed([each for each in self._members if each not in here and each.cards]):
+            if gone.stages - known:
+                kept.append(gone)
+                known |= gone.stages
+        if len(here) + len(kept) < len(self._members):
+            self._members = [each for each in self._members if each in here or each in kept]
+
+
+def _stages_of(members: Iterable[Member]) -> Stages:
+    return frozenset[Stage]().union(*(member.stages for member in members))

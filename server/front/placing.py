@@ -11,7 +11,7 @@ from msgspec import structs
 
 from rmd.cascade import Cascade
 from server.core.messages import Cancel, Command, Submit
-from server.core.stages import Stage, costs_in, stage_at
+from server.core.stages import Stage, Stages, costs_in, stage_at
 from server.front.generation import Generation, Place
 from server.front.ledger import Ledger
 from server.front.member import Health, Member
@@ -64,9 +64,30 @@ class Placing:
             return member.foreign + ledger.work_before(own, member.index, member.stages)
 
         member = min(able, key=before) if able[1:] else able[0]
+        elsewhere = self._elsewhere(generation, stage, places, member)
         for place in places:
             place.engine = member.index
-        self.outbox.append((member, structs.replace(wanted, sent=time.monotonic())))
+        self.outbox.append((member, structs.replace(wanted, sent=time.monotonic(), elsewhere=elsewhere)))
+
+    def _elsewhere(self, generation: Generation, stage: Stage, places: Sequence[Place], member: Member) -> Stages:
+        """Return the later stages of an engine's that another one, which cannot do this stage, is free for sooner.
+
+        Without these, engines that have some of the stages beside others that have all would never be given anything.
+        """
+        others = [
+            each
+            for each in self._members
+            if each.health is Health.READY and stage not in each.stages and generation.work.model in each.cards
+        ]
+        if not others:
+            return frozenset()
+
+        def busy(one: Member) -> float:
+            return one.foreign + self._ledger.work_before(math.inf, one.index, one.stages)
+
+        until = busy(member) + (len(places) - 1) * generation.remaining(places[0], member.stages)
+        free = [each.stages for each in others if busy(each) < until]
+        return (member.stages & frozenset[Stage]().union(*free)) - {stage}
 
     def forget(self, generation: Generation) -> None:
         """A request has ended early: nobody is to make it any longer."""

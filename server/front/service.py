@@ -361,7 +361,7 @@ class Service:
 
     def _ready(self, cards: Sequence[ModelCard]) -> None:
         self.builder.look(cards)
-        if self._loaded or not self.fleet.ready:  # an engine that was started again, or another one of several
+        if self._loaded or not (self.fleet.ready and self.alive):  # an engine that was started again, or one of several
             return
         cards = tuple(self.fleet.cards.values())
         first = cards[0].schedules[cards[0].default]

@@ -255,7 +255,7 @@ class Metrics:
             registry=self.registry,
         )
         self.device_busy_seconds = Counter(
-            "rmd_device_busy_seconds", "Seconds that engines spent in batches.", registry=self.registry
+            "rmd_device_busy_seconds", "Seconds that an engine spent in batches.", ["engine"], registry=self.registry
         )
         self.engine_restarts = Counter(
             "rmd_engine_restarts", "Times an engine process was started again.", ["engine"], registry=self.registry

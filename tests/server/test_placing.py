@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from server.core.admission import Admission
 from server.core.faults import deadline_error
-from server.core.messages import Cancel, HandedOver, Submit
-from server.core.stages import parse_stages
+from server.core.messages import Cancel, HandedOver, Pixels, Submit
+from server.core.stages import name_of, parse_stages
 from server.core.work import PictureRecord, PictureState, Work
 from server.front.engine import EngineLink
-from server.front.generation import Generation, GenerationSpec
+from server.front.generation import (
+    Advanced,
+    Event,
+    Failed,
+    FinishedPicture,
+    Generation,
+    GenerationSpec,
+    PartialPicture,
+)
 from server.front.ledger import Ledger
 from server.front.member import Health, WatchLimits
 from server.front.members import Members
@@ -37,22 +47,31 @@ class Desk:
         )
         self.placing = Placing(self.members, self.ledger)
         self.admission = Admission(99, 99)
+        self.events: list[Event] = []
 
     def submit(self, name: str, n: int = 1) -> Generation:
         spec = GenerationSpec("a", "2+2", CASCADE, "student", tuple(range(n)))
         work = Work(id=name, prompt="a", schedule="2+2", seeds=spec.seeds)
-        generation = Generation(spec, work, self.admission.acquire(n, n), lambda event: None, COSTS)
+        generation = Generation(spec, work, self.admission.acquire(n, n), self.events.append, COSTS)
         self.ledger.add(generation)
         self.placing.place(generation)
         return generation
 
-    def hand_over(self, generation: Generation, index: int, step: int) -> None:
+    def hand_over(self, generation: Generation, index: int, step: int, number: int = -1) -> None:
         engine = generation.places[index].engine
         assert engine is not None
-        state = PictureState(index=index, step=step, shape=(1,), latents=b"%d" % step, record=PictureRecord())
+        told: dict[str, Any] = {"shape": (1,), "latents": b"%d" % step, "record": PictureRecord(), "number": number}
+        state = PictureState(index=index, step=step, **told)
         handed = self.ledger.handed_over(HandedOver(generation.id, state), engine)
         assert handed is generation
         self.placing.place(generation)
+
+    def decode(self, generation: Generation, index: int, number: int = -1) -> None:
+        """Its pixels come, and are compressed."""
+        told = Pixels(generation.id, index, (8, 8, 3), "8x8", number, PictureRecord())
+        self.ledger.decoded(told, memoryview(bytes(192)))
+        while self.ledger.depths(())["package"]:
+            time.sleep(0.001)
 
     def given(self) -> list[tuple[int, str, Sequence[int], Sequence[tuple[int, int]]]]:
         """What was sent since the last look: (engine, request, pictures that begin, (picture, step) that go on)."""
@@ -85,6 +104,28 @@ def test_each_picture_goes_to_the_first_engine_of_its_next_stage() -> None:
     desk.hand_over(one, 0, step=4)
     assert desk.given() == [(2, "one", [], [(1, 4)]), (3, "one", [], [(0, 4)])], "the other decoder is free"
     assert desk.placing.work() == {"": 0.0, "gpu 0": 0.0, "gpu 1": 0.0, "gpu 2": 6.0, "gpu 3": 6.0}
+
+
+def test_an_engine_that_could_go_on_leaves_it_to_one_that_is_free_sooner() -> None:
+    """Else one that only decodes would have nothing to do beside those that do everything."""
+    desk = Desk("all", "decode")
+
+    def elsewhere() -> list[tuple[int, str]]:
+        sent = [(member.index, command) for member, command in desk.placing.outbox]
+        desk.placing.outbox.clear()
+        return [(index, name_of(command.elsewhere)) for index, command in sent if isinstance(command, Submit)]
+
+    one = desk.submit("one")
+    assert elsewhere() == [(0, "")], "nothing waits there"
+    two, three = desk.submit("two", n=2), desk.submit("three")
+    assert elsewhere() == [(0, "decode"), (0, "decode")]
+    desk.hand_over(two, 0, step=4)
+    desk.hand_over(two, 1, step=4)
+    assert elsewhere() == [(1, "")] * 2
+    desk.ledger.settle(one, deadline_error())
+    desk.hand_over(three, 0, step=4)
+    desk.submit("four")
+    assert elsewhere() == [(0, ""), (0, "")], "the decoder has 12 s to do, and the other one less"
 
 
 def test_a_lost_engine_s_pictures_go_on_from_their_last_hand_over() -> None:
@@ -128,6 +169,21 @@ def test_a_cancelled_request_is_forgotten_by_each_engine_that_has_some_of_it() -
         (1, Cancel("one")),
     ]
     assert desk.admission.items == 0
+
+
+def test_a_partial_picture_that_its_picture_has_passed_is_left_out() -> None:
+    """Decoders are several: the one with the partial picture may be the slower."""
+    desk = Desk("low", "high", "decode", "decode")
+    one = desk.submit("one", n=2)
+    desk.hand_over(one, 0, step=1, number=0)
+    desk.hand_over(one, 1, step=1, number=0)
+    for step in (2, 4):
+        desk.hand_over(one, 0, step)
+    desk.decode(one, 0)
+    desk.decode(one, 0, number=0)
+    desk.decode(one, 1, number=0)
+    told = [(type(event), event.index) for event in desk.events if not isinstance(event, Failed | Advanced)]
+    assert told == [(FinishedPicture, 0), (PartialPicture, 1)], "nothing of a picture behind its end"
 
 
 @pytest.mark.parametrize(

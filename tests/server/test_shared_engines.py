@@ -13,7 +13,10 @@ import zmq
 from msgspec import structs
 
 from server.core.messages import Stop, Submit
+from server.core.stages import parse_stages
+from server.device.loading import load_model
 from server.device.model import DeviceModel
+from server.front.engine import engine_settings
 from server.front.member import Health
 from server.front.remote import KeyPair, RemoteEngine
 from server.front.service import Service
@@ -164,3 +167,35 @@ def test_an_engine_that_leaves_finishes_its_work(model: DeviceModel, gate: Gate,
         house.until(lambda: [each.device for each in house.service.fleet.members] == ["stays"], "the other forgotten")
     stays.door.leave()
     stays.thread.join(30)
+
+
+@pytest.mark.parametrize("layout", ["all", "low+high,decode"])
+def test_what_is_served_stays_known_while_no_engine_is_named(settings: ServerSettings, layout: str) -> None:
+    """As while a cluster puts another one in the place of the only one that died: models take minutes to load."""
+    models = {stages: load_part(settings, stages) for stages in layout.split(",")}
+    shared = {stages: SharedEngine(model) for stages, model in models.items()}
+    last = list(shared)[-1]
+    rest = {stages: engine for stages, engine in shared.items() if stages != last}
+    with front(settings, "front", **shared) as house:
+        house.until(lambda: house.service.ready, "all of them")
+        told, picture = house.client.get("/v1/models").json()["data"][0]["id"], drawn(house.draw(seed=1))
+        shared[last].door.leave()
+        shared[last].thread.join(30)
+        enlist(house.service, "front", rest)
+        house.until(lambda: member(house, last).health is Health.DOWN, "its end")
+        time.sleep(0.5)  # the fleet looks every 0.2 s
+        assert house.client.get("/health/ready").status_code == 503
+        assert house.client.get("/v1/models").json()["data"][0]["id"] == told
+        waits = house.in_background(lambda: house.draw(seed=1))
+        house.until_waiting(1)
+        back = SharedEngine(models[last])
+        enlist(house.service, "front", {**rest, "back": back})
+        assert drawn(waits.result(60)) == picture, "the other one makes it, to the same bytes"
+        house.until(lambda: last not in [each.device for each in house.service.fleet.members], "the old one forgotten")
+    for engine in (*rest.values(), back):
+        engine.door.leave()
+        engine.thread.join(30)
+
+
+def load_part(settings: ServerSettings, stages: str) -> DeviceModel:
+    return load_model(engine_settings(settings, "cpu", "nowhere", parse_stages(stages)), lambda *_: None)

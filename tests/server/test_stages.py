@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.core.messages import Lost, Submit
 from server.core.stages import ALL, name_of, parse_stages
+from server.core.work import PictureRecord, PictureState, Work
 from server.device.loading import load_model
-from server.device.model import DeviceModel
+from server.device.model import DeviceModel, Loaded
 from server.front import member as member_module
 from server.front.engine import engine_settings
 from server.front.service import Service
@@ -86,6 +88,12 @@ def test_stages_apart_give_the_bytes_of_one_engine(checkpoint: Path, whole: dict
         assert house.metric("rmd_steps_total") == 2 * 4 + 6 + 2 * 4, "no step twice"
         assert house.metric("rmd_queue_depth") == 0 and house.metric("rmd_pictures_total") == 5
         assert set(house.service.fleet.work().values()) == {0.0}
+        busy = {
+            str(each.index): house.metric("rmd_device_busy_seconds_total", engine=str(each.index))
+            for each in house.service.fleet.members
+        }
+        assert sum(busy.values()) == pytest.approx(house.metric("rmd_step_seconds_sum")), "no batch twice"
+        assert all(busy.values()), "each has done something"
         assert timeless(house) == whole["models"]
         loops = [member.link.engine._loop for member in house.service.fleet.members]
         house.until(lambda: not any(loop._requests for loop in loops), "engines to forget what is done")
@@ -119,6 +127,32 @@ def test_a_film_of_stages_apart_has_the_bytes_of_one_engine(film_checkpoint: Pat
             assert read(house, job)["progress"] == 100
             films.append(content(house, job))
     assert films[0] == films[1]
+
+
+def test_a_model_that_one_stage_could_not_load_is_not_offered(checkpoint: Path, film_checkpoint: Path) -> None:
+    """Its films would be denoised, and wait for ever to be decoded."""
+    settings, why = make_settings((checkpoint, film_checkpoint), **QUICK), "OSError: no space"
+    film, missing = film_checkpoint.name, {checkpoint.name: why, film_checkpoint.name: why}
+
+    def holding(stages: str, *indices: int) -> tuple[str, Any]:
+        told = engine_settings(settings, "cpu", "nowhere", parse_stages(stages))
+        models = [load_model(told, lambda *_: None, index) for index in indices]
+        held = Loaded(
+            models, {name: why for name, why in missing.items() if name not in {m.card.model_id for m in models}}
+        )
+        return "cpu", lambda: ThreadEngine(load=lambda report: held)
+
+    with running(Service(settings, open_jobs, [holding("low+high", 0, 1), holding("decode", 0)])) as house:
+        until_all_ready(house)
+        assert [each["id"] for each in house.client.get("/v1/models").json()["data"]] == [checkpoint.name]
+        assert house.client.get("/health/ready").json()["not_loaded"] == {film: why}
+        refused = house.client.post("/v1/videos", data={"prompt": "a"})
+        assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_makes_pictures"
+        assert drawn(house, seed=3)
+    nothing = Service(settings, open_jobs, [holding("low+high", 0), holding("decode", 1)])
+    unserved = pytest.raises(AssertionError, match="no checkpoint could be loaded by an engine of every stage: tiny")
+    with unserved, running(nothing):
+        pass
 
 
 def test_what_is_cancelled_behind_its_hand_over_is_not_decoded(checkpoint: Path) -> None:
@@ -242,6 +276,43 @@ def test_a_stage_without_engines_for_good_ends_the_server(checkpoint: Path, monk
         assert [each["status"] for each in body["engines"]] == ["ready", "dead"]
         assert [each["stages"] for each in body["engines"]] == ["low+high", "decode"]
         assert house.draw().status_code == 503
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"shape": (1, 4, 9, 9), "latents": bytes(16)},
+        {"shape": (), "latents": b""},
+        {"shape": (-1, 4), "latents": bytes(16)},
+        {"shape": (1,), "latents": bytes(4), "index": 7},
+        {"shape": (1, 1, 3, 3), "latents": bytes(36)},
+    ],
+)
+def test_a_hand_over_that_cannot_be_costs_its_request_and_not_the_engine(
+    checkpoint: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with apart(make_settings(checkpoint, **QUICK), "low+high,decode") as house:
+        until_all_ready(house)
+        fleet = house.service.fleet
+        heard = list[Lost]()
+        monkeypatch.setattr(fleet._ledger, "lost", heard.append)
+        work = Work(id="odd", prompt="a", schedule="2+2", seeds=(1,), done=(0,))
+        odd = PictureState(**{"index": 0, "step": 4, "record": PictureRecord(), **state})
+        fleet._outbox.append((fleet.members[DECODE - 1], Submit(work, (odd,))))
+        fleet._wake()
+        house.until(lambda: [each.id for each in heard] == ["odd"], "the word that it has failed")
+        assert drawn(house, seed=3)
+        assert fleet.members[DECODE - 1].restarts == 0
+
+
+def test_an_engine_that_says_what_means_nothing_is_started_again(checkpoint: Path) -> None:
+    """As one of another version: it costs nobody but itself."""
+    with apart(make_settings(checkpoint, **QUICK), "low+high,decode") as house:
+        until_all_ready(house)
+        undisturbed, member = drawn(house, seed=3), house.service.fleet.members[1]
+        member.link.engine._door._frames.append(b"\x93no message")
+        house.until(lambda: member.restarts == 1 and house.service.ready, "another one")
+        assert house.service.alive and drawn(house, seed=3) == undisturbed
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

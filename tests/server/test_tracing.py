@@ -21,6 +21,8 @@ from server.device.model import DeviceModel
 from server.start.settings import ServerSettings
 from tests.server.conftest import make_settings
 from tests.server.house import House, serving
+from tests.server.test_processes import until_all_ready
+from tests.server.test_stages import QUICK, apart
 
 CALLER_TRACE, CALLER_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"
@@ -97,6 +99,21 @@ def test_a_request_is_a_trace_and_its_batches_are_linked_to_it(
         assert member.attributes["rmd.station"] == "32x32" and member.attributes["rmd.batch.rows"] == 4
     assert not [span for span in spans if "health" in span.name]
     assert "hush" not in json.dumps([dict(span.attributes) for span in spans])
+
+
+def test_a_trace_goes_through_the_engines_of_stages_apart(receiver: OtlpReceiver, checkpoint: Path) -> None:
+    with apart(make_settings(checkpoint, tracing=True, **QUICK), "low,high,decode") as house:
+        until_all_ready(house)
+        assert house.client.post(URL, json={"prompt": "a"}, headers={"traceparent": TRACEPARENT}).status_code == 200
+    mine = [span for span in receiver.spans if span.trace == CALLER_TRACE]
+    (picture,) = named(mine, "picture 0")
+    steps = sorted((span for span in mine if span.parent == picture.id), key=lambda span: span.start)
+    assert [(span.name, span.attributes["rmd.engine"]) for span in steps if "rmd.engine" in span.attributes] == [
+        ("encode", 0), ("step 1 at 32x32", 0), ("step 2 at 32x32", 0),
+        ("encode", 1), ("step 3 at 64x64", 1), ("step 4 at 64x64", 1), ("decode", 2),
+    ]  # fmt: skip
+    handed = [dict(span.events).get("hand-over") for span in named(steps, "step 3 at 64x64")]
+    assert handed == [{"from": "32x32", "to": "64x64"}]
 
 
 def test_what_is_not_sampled_is_not_sent_and_batches_follow_their_members(

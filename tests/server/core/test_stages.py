@@ -12,6 +12,7 @@ from server.core.messages import Ended, HandedOver, Lost, Submit, pack, unpack_c
 from server.core.policies import make_policy
 from server.core.stages import ALL, SETS, costs_in, name_of, parse_stages, stations_in
 from server.core.stations import StationKey
+from server.core.work import Work
 from tests.server.core.desk import CARD, COSTS, DECODE, ENCODE, GUIDED, HIGH, LOW, SCHEDULES, SHOW, WIDE, Desk
 
 
@@ -95,6 +96,25 @@ def test_what_is_here_already_is_left_as_it_is_and_more_of_a_request_joins_it() 
         go_on(part, Submit(done, (back,)))
     part.run()
     assert part.pixels == {("a", 0, -1): 1}
+
+
+def test_what_is_to_go_on_elsewhere_leaves_an_engine_that_could_do_it() -> None:
+    part = Part("all")
+    work = _a_work(partial_images=1)
+    part.loop.submit(work, part.now, elsewhere=frozenset({"decode"}))
+    part.submit("b")
+    part.run()
+    assert [(each.id, each.state.step, each.state.number) for each in part.handed()] == [("a", 1, 0), ("a", 4, -1)]
+    assert part.pixels == {("b", 0, -1): 1} and not part.loop._requests
+    state = part.handed()[-1].state
+    done = work.__class__(**{**_plain(work), "done": (0,)})
+    go_on(part, Submit(done, (state,)))
+    part.run()
+    assert part.pixels["a", 0, -1] == 1, "back here, where nobody else was sooner"
+
+
+def _a_work(**fields: Any) -> Work:
+    return Work(id="a", prompt="a", schedule="2+2", seeds=(0,), **fields)
 
 
 def test_what_is_handed_over_keeps_its_deadline_and_can_be_cancelled() -> None:
