@@ -299,10 +299,8 @@ class Loop:
     def _show(self, picture: Picture, data: Any, key: StationKey, now: float) -> None:
         assert key.size is not None
         number = picture.request.shown.index(picture.step)
-        if picture.elsewhere or not self._stages >= {
-            "high",
-            "decode",
-        }:  # its picture leaves too, and nothing of the request stays here
+        # Where its picture leaves too, nothing of the request stays here.
+        if picture.elsewhere or not self._stages >= {"high", "decode"}:
             self._leaving.append(picture.handed_over(self._dump(data), number, key.size))
             return
         preview = Preview(picture, data, key.size, number)
