@@ -267,16 +267,24 @@ def pools(
     link_gbytes: Annotated[float, typer.Option(min=0.001, help="GB/s between pools (between hosts about 3).")] = 25.0,
     link_ms: Annotated[float, typer.Option(min=0.0, help="Of each message besides (between hosts about 1).")] = 0.2,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores if not given.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Real servers with two engines instead, on this CPU.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving/pools"),
 ) -> None:
     """Whole replicas or stages apart, at equal numbers of devices, on a virtual clock."""
     from rich.console import Console
 
+    from bench.serving.pool_live import PoolLiveSettings, pools_live_markdown, run_pools_live
     from bench.serving.pool_report import pool_markdown
     from bench.serving.pool_study import PoolSettings, run_pool_study
     from bench.serving.report import write_report
 
     console = Console()
+    if live:
+        with console.status("starting") as status:
+            content = run_pools_live(PoolLiveSettings(), lambda what: status.update(what))
+        write_report(content, pools_live_markdown(content), out, "live")
+        console.print(pools_live_markdown(content), markup=False, soft_wrap=True)
+        return
     settings = PoolSettings(
         machines=tuple(machines.split(",")),
         mixes=tuple(mixes.split(",")),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bench.serving.outcomes import whole_rate
+from bench.serving.pool_live import STAGES_OF, pools_live_markdown
 from bench.serving.pool_report import pool_markdown
 from bench.serving.pool_study import PoolSettings, run_pool_study
 from bench.serving.pools import (
@@ -23,6 +24,7 @@ from bench.serving.simulate import World, simulate
 from bench.serving.tables import machine
 from bench.serving.traces import Ask, make_trace
 from rmd.size import Size
+from server.core.stages import check_covered, parse_stages
 from server.core.stations import StationKey
 
 H200 = machine("h200")
@@ -116,3 +118,23 @@ def test_what_no_device_can_make_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             simulate_cluster(H200, "stagewise", ask, layout, devices)
+
+
+def test_the_layouts_of_real_engines_are_those_that_are_simulated() -> None:
+    for name, words in STAGES_OF.items():
+        engines = [parse_stages(each) for each in words.split(",")]
+        check_covered(engines)
+        assert {frozenset(pool) - {"text"} for pool in LAYOUTS[name]} == set(engines)
+
+
+def test_a_report_of_real_engines_sets_each_layout_against_whole_replicas() -> None:
+    rates = {"whole": [4.0, 6.0], "low, high": [2.0, 3.0], "decode apart": [4.0, 6.0]}
+    content = {
+        "settings": {"mix": "2+2", "rounds": 2, "saturated": 96, "clients": 32},
+        "rates": rates,
+        "simulated": rates,
+        "ratios": {name: [0.5, 0.4, 0.6] for name in rates},
+        "simulated_ratios": dict.fromkeys(rates, 0.55),
+    }
+    text = pools_live_markdown(content)
+    assert "| low, high | `low,high+decode` | 2.50 | 2.50 | 0.50 (0.40 to 0.60) | 0.55 |" in text.splitlines()
