@@ -17,6 +17,7 @@ import torch
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
+from rmd.checkpoint import CASCADE_FILE
 from rmd.fields import read_json
 from rmd.published.hub import HUB_PREFIX, HubError, fetch_snapshot
 from rmd.weight_files import PICKLE_SUFFIXES, check_index, check_safetensors, is_index
@@ -210,7 +211,12 @@ def _fetch(source: str, components: Sequence[str]) -> Path:
         raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
 
     def fetch(names: Sequence[str], ignored: Sequence[str]) -> Path:
-        patterns = ["model_index.json", *_TEXTS, *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
+        patterns = [
+            "model_index.json",
+            CASCADE_FILE,
+            *_TEXTS,
+            *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS),
+        ]
         try:
             return fetch_snapshot(repository, revision or None, patterns, ignored)
         except HubError as error:
