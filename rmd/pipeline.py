@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -63,6 +64,8 @@ class CascadePipeline:
         self._options = dict(options)
         self._teacher: Backbone | None = None
         self._offloaded = False
+        # One thread at a time: Wan's decoder keeps its frames in itself, and offloading moves networks between calls.
+        self._turn = RLock()
 
     @classmethod
     def from_pretrained(
@@ -148,11 +151,12 @@ class CascadePipeline:
         if self._options["engines"] is not None:
             raise ValueError("engines run on the device that they were built for: from_pretrained(..., device=...)")
         place = _place(device)
-        for backbone in filter(None, (self.backbone, self._teacher)):
-            if self._offloaded:
-                _forget_offload(backbone)
-            backbone.to(place)
-        self._options["device"], self._offloaded = str(place), False
+        with self._turn:
+            for backbone in filter(None, (self.backbone, self._teacher)):
+                if self._offloaded:
+                    _forget_offload(backbone)
+                backbone.to(place)
+            self._options["device"], self._offloaded = str(place), False
         return self
 
     def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
@@ -164,11 +168,12 @@ class CascadePipeline:
         if self._options["engines"] is not None:
             raise ValueError("engines hold their weights where they run: leave engines out to offload")
         place = _place(device)
-        for backbone in filter(None, (self.backbone, self._teacher)):
-            if self._offloaded:
-                _forget_offload(backbone)
-            _offload(backbone, place)
-        self._options["device"], self._offloaded = str(place), True
+        with self._turn:
+            for backbone in filter(None, (self.backbone, self._teacher)):
+                if self._offloaded:
+                    _forget_offload(backbone)
+                _offload(backbone, place)
+            self._options["device"], self._offloaded = str(place), True
 
     # ---- drawing ----------------------------------------------------------------------------------------------------
 
@@ -218,12 +223,13 @@ class CascadePipeline:
         texts = [text for text in texts_of(prompt) for _ in range(each)]
         seeds = seeds_of(len(texts), seed, generator)
         cascade = self.cascade(schedule)
-        backbone = self._load_teacher() if schedule == TEACHER else self.backbone
         size = len(texts) if batch_size is None else count_of("batch_size", batch_size)
         drawn: list[Any] = []
-        for at in range(0, len(texts), size):
-            part = slice(at, at + size)
-            drawn += self._draw(backbone, cascade, texts[part], seeds[part], output_type, callback_on_step_end)
+        with self._turn:
+            backbone = self._load_teacher() if schedule == TEACHER else self.backbone
+            for at in range(0, len(texts), size):
+                part = slice(at, at + size)
+                drawn += self._draw(backbone, cascade, texts[part], seeds[part], output_type, callback_on_step_end)
         result: Any = drawn if output_type == "pil" else torch.stack(drawn)
         if output_type == "np":
             result = result.numpy()

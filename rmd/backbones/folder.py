@@ -10,12 +10,14 @@ import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import build_random, resolve
+from rmd.checkpoint import CASCADE_FILE
 from rmd.fields import read_json
 from rmd.published.hub import HUB_PREFIX, HubError, fetch_snapshot
 from rmd.weight_files import PICKLE_SUFFIXES, check_index, check_safetensors, is_index
@@ -26,6 +28,9 @@ _TEXTS = ("README.md", "NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.
 _VARIANTS = ("*.fp16.*", "*.fp16-*")  # whole, and in parts
 # The forms of a vocabulary: CLIP's, T5's, BERT's and everyone's.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("vocab.txt",))
+
+# As they build a network, the libraries change torch for the whole process: two at once find their weights on meta.
+_LOADING = Lock()
 
 
 class DiffusersFolder:
@@ -142,7 +147,8 @@ def load_network(folder: Path, target: str, dtype: torch.dtype, device: torch.de
     if from_transformers:
         import_module("transformers.utils.logging").disable_progress_bar()
     try:
-        model, found = resolve(target).from_pretrained(str(folder), output_loading_info=True, **options)
+        with _LOADING:
+            model, found = resolve(target).from_pretrained(str(folder), output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackboneError(f"{folder} could not be loaded as {target.split(':')[1]}: {reason}") from error
@@ -205,7 +211,12 @@ def _fetch(source: str, components: Sequence[str]) -> Path:
         raise BackboneError(f"{source!r} is not {HUB_PREFIX}<owner>/<name>[@<revision>]")
 
     def fetch(names: Sequence[str], ignored: Sequence[str]) -> Path:
-        patterns = ["model_index.json", *_TEXTS, *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS)]
+        patterns = [
+            "model_index.json",
+            CASCADE_FILE,
+            *_TEXTS,
+            *(f"{name}/{pattern}" for name in names for pattern in _HUB_PATTERNS),
+        ]
         try:
             return fetch_snapshot(repository, revision or None, patterns, ignored)
         except HubError as error:

@@ -16,12 +16,7 @@ _NOTICES = ("NOTICE", "NOTICE.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 def model_card(name: str, cascade: Cascade, record: Mapping[str, Any]) -> str:
     """The README of an imported checkpoint folder: what was merged, from which files, under which licences."""
     imported = record["imported"]
-    rows = [_row("base", imported["base"])]
-    if imported["network"]:
-        rows.append(_row("network", imported["network"]))
-    for lora in imported["loras"]:
-        scales = ", ".join(f"{scale:g}" for scale in lora["scales"][:4]) + (", ..." if len(lora["scales"]) > 4 else "")
-        rows.append(_row(f"LoRA at {strength_of(lora, record['preset'])} (factors {scales or 'none'})", lora))
+    rows = _rows(record)
     steps = "\n".join(f"| {index} | {step.size} | {step.timestep} |" for index, step in enumerate(cascade.steps))
     left = imported["left_out"]
     out = (
@@ -72,6 +67,20 @@ def add_note(folder: Path, cascade: Cascade) -> None:
         return
     with finished_file(path) as partial:
         partial.write_bytes(before + (b"" if before.endswith(b"\n") else b"\n") + b"\n" + line + b"\n")
+
+
+def _rows(record: Mapping[str, Any], within: str = "") -> list[str]:
+    """A row of each part, and of what a base that was imported itself was made of."""
+    imported = record["imported"]
+    base = imported["base"]
+    rows = [_row(f"{within}base", base)]
+    if imported.get("network"):
+        rows.append(_row(f"{within}network", imported["network"]))
+    for lora in imported["loras"]:
+        scales = ", ".join(f"{scale:g}" for scale in lora["scales"][:4]) + (", ..." if len(lora["scales"]) > 4 else "")
+        rows.append(_row(f"{within}LoRA at {strength_of(lora, record['preset'])} (factors {scales or 'none'})", lora))
+    before = base.get("distillation")
+    return rows + (_rows(before, f"in {base['name']}: ") if before else [])
 
 
 def _row(part: str, entry: Mapping[str, Any]) -> str:

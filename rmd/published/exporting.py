@@ -22,11 +22,12 @@ from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.folder import DiffusersFolder
 from rmd.backbones.random_weights import build_random
 from rmd.backbones.registry import get_backbone
-from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
+from rmd.checkpoint import CheckpointFolder
 from rmd.published.factors import Factors, best_factors, smallest_rank, squared_singular_values
 from rmd.published.files import WeightFiles, finite
 from rmd.published.lora import DIFFUSERS_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, Lora
 from rmd.published.lora_names import LoraFormat, check_format, default_format, named
+from rmd.published.past import imports_of, parts_of
 from rmd.published.place import readable, whole_folder
 from rmd.published.source import Base, licence_of, open_base
 
@@ -285,11 +286,8 @@ def describe_base(name: str, files: WeightFiles, licence: str | None) -> dict[st
 def _licence(folder: Path) -> str | None:
     """What a folder says of its weights' licence; of an imported checkpoint, what each of its parts said."""
     said = licence_of(folder=folder)
-    if said or not (folder / CASCADE_FILE).is_file():
-        return said
-    imported = CheckpointFolder.read(folder).distillation.get("imported") or {}
-    parts = [imported.get("base"), imported.get("network"), *imported.get("loras", ())]
-    return ", ".join(dict.fromkeys(part["licence"] for part in parts if part and part["licence"])) or None
+    licences = (part["licence"] for record in imports_of(folder) for part in parts_of(record))
+    return said or ", ".join(dict.fromkeys(str(licence) for licence in licences if licence)) or None
 
 
 # ---- the file ---------------------------------------------------------------------------------------------------

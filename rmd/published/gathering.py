@@ -104,14 +104,15 @@ def gather(request: ImportRequest) -> Work:
     """
     work = _open(request)
     folder = work.base.folder.path
-    work.strengths = strengths(request.preset, request.loras, request.network, folder)
+    in_base = request.network is None and _holds_student(work)
+    work.strengths = strengths(request.preset, request.loras, request.network, in_base)
     work.loras = [
         Lora.open(path, strength.value) for (path, _), strength in zip(request.loras, work.strengths, strict=True)
     ]
-    refuse_twice(work.loras, work.strengths, folder)
     _read_networks(work)
     _check_texts(work)
     _place_loras(work)
+    refuse_twice(work.loras, work.strengths, folder, [_changes_base(work, lora) for lora in work.loras])
     return work
 
 
@@ -294,9 +295,28 @@ def lacks_student(work: Work) -> bool:
     entry = STEP_LISTS.get(work.request.preset)
     if entry is None or not entry.source or work.loras or work.network_files is not None:
         return False
-    if holds_student(work.base.folder.path, work.request.preset):
+    if _holds_student(work):
         return False
     return not entry.whole and work.base.name != entry.source
+
+
+def _holds_student(work: Work) -> bool:
+    """Whether the base is a checkpoint of the student; one that lends a single file its configuration is no base."""
+    return work.base.single is None and holds_student(work.base.folder.path, work.request.preset)
+
+
+def is_bases_own(work: Work, component: str) -> bool:
+    """Whether a network is the one in the base's folder, copied or changed, and nothing was given in its place."""
+    given = work.networks.get(component)
+    return given is None or given.files.path == work.base.folder.path / component
+
+
+def _changes_base(work: Work, lora: Lora) -> bool:
+    return any(
+        is_bases_own(work, component) and any(change.lora is lora for change in changes)
+        for component, parameters in work.plan.changes.items()
+        for changes in parameters.values()
+    )
 
 
 def _refuse_folded(work: Work) -> None:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from rmd.published.files import WeightFiles
-from rmd.published.gathering import Work, lacks_student
+from rmd.published.gathering import Work, is_bases_own, lacks_student
 from rmd.published.lora import Lora
+from rmd.published.past import imports_of
 from rmd.published.source import licence_of
 from rmd.published.strength import Strength
 from rmd.students import STEP_LISTS
 
 
 def import_record(work: Work) -> dict[str, Any]:
-    """What was merged: names, sha256 digests, factors and licences; no paths of this machine."""
+    """What was merged: names, sha256 digests, factors and licences; no paths of this machine.
+
+    Of a base that was imported itself, its own record is kept: what is in it is in the result.
+    """
     base, request = work.base, work.request
     folder = base.folder.path
-    taken = [
-        name
-        for name in work.kind.components
-        if name not in work.networks or work.networks[name].files.path == folder / name
-    ]
+    taken = [name for name in work.kind.components if is_bases_own(work, name)]
     files = {
         f"{name}/{file}": digest
         for name in taken
@@ -42,6 +42,8 @@ def import_record(work: Work) -> dict[str, Any]:
         ],
         "left_out": list(work.left_out),
     }
+    if base.single is None and (before := imports_of(folder)):
+        imported["base"]["distillation"] = before[0]
     student = work.network_files
     if student is not None:
         imported["network"] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rmd.checkpoint import CASCADE_FILE
-from rmd.fields import read_json
 from rmd.published.files import ImportRefused
 from rmd.published.lora import Lora
+from rmd.published.past import imports_of, recorded
 from rmd.students import STEP_LISTS
 
 
@@ -29,7 +29,7 @@ def published_strength(preset: str) -> float:
 
 
 def strengths(
-    preset: str, loras: Sequence[tuple[Path, float | None]], network: Path | None, base: Path
+    preset: str, loras: Sequence[tuple[Path, float | None]], network: Path | None, in_base: bool
 ) -> list[Strength]:
     """The strength of each LoRA: as asked for, else the published one of the student's, and 1 of any other.
 
@@ -40,7 +40,7 @@ def strengths(
         preset: whose student it is.
         loras: each with what is asked for.
         network: the student's, where it is no LoRA.
-        base: the base's diffusers folder.
+        in_base: whether the denoiser that they are added to is the student already.
 
     Raises:
         ImportRefused: none is asked for, and whether the LoRA is the student's cannot be told.
@@ -53,9 +53,9 @@ def strengths(
     for path, asked in loras:
         if asked is not None:
             found.append(Strength(asked, "option"))
-        elif path in students and not holds_student(base, preset):
+        elif path in students and not in_base:
             found.append(Strength(own, "preset"))
-        elif path not in students and (students or holds_student(base, preset)):
+        elif path not in students and (students or in_base):
             found.append(Strength(1.0, "default"))
         else:
             raise ImportRefused(
@@ -68,33 +68,31 @@ def strengths(
 
 def holds_student(base: Path, preset: str) -> bool:
     """Whether a base is a checkpoint of the preset's student: of an import that merged it, or named so since."""
-    recorded = _recorded(base)
-    record = recorded.get("distillation")
-    if isinstance(record, dict) and isinstance(imported := record.get("imported"), dict):
-        return bool(imported.get("student")) and record.get("preset") == preset
-    schedules = recorded.get("schedules")
+    if imports := imports_of(base):
+        return bool(imports[0]["imported"].get("student")) and imports[0]["preset"] == preset
+    schedules = recorded(base).get("schedules")
     known = schedules.values() if isinstance(schedules, dict) else ()
     return any(isinstance(schedule, dict) and schedule.get("name") == preset for schedule in known)
 
 
-def refuse_twice(loras: Sequence[Lora], given: Sequence[Strength], base: Path) -> None:
+def refuse_twice(loras: Sequence[Lora], given: Sequence[Strength], base: Path, onto_base: Sequence[bool]) -> None:
     """Refuse a LoRA that would be added to the same weights twice.
+
+    Args:
+        loras, given: with their strengths.
+        base: the base's diffusers folder.
+        onto_base: of each, whether it changes a network of that folder, not only what is given in its place.
 
     Raises:
         ImportRefused: the same weights are given twice, or, without a strength, are in the base already.
     """
-    record = _recorded(base).get("distillation")
-    imported = record.get("imported") if isinstance(record, dict) else None
-    before = imported.get("loras") if isinstance(imported, dict) else None
     merged = [
-        sorted(map(str, lora["sha256"].values()))
-        for lora in (before if isinstance(before, list) else [])
-        if isinstance(lora, dict) and isinstance(lora.get("sha256"), dict)
+        sorted(map(str, lora["sha256"].values())) for record in imports_of(base) for lora in record["imported"]["loras"]
     ]
     if len(loras) < 2 and not merged:
         return  # nothing to compare a digest with
     seen: dict[tuple[str, ...], tuple[Lora, Strength]] = {}
-    for lora, strength in zip(loras, given, strict=True):
+    for lora, strength, onto in zip(loras, given, onto_base, strict=True):
         digests = sorted(lora.files.digests().values())
         other = seen.setdefault(tuple(digests), (lora, strength))
         if other[0] is not lora:
@@ -102,7 +100,7 @@ def refuse_twice(loras: Sequence[Lora], given: Sequence[Strength], base: Path) -
                 f"--lora {lora.path} holds the same weights as {other[0].path} and would be added twice: give it once, "
                 f"with the strength that you want, --lora {lora.path}:{strength.value + other[1].value:g} for both"
             )
-        if digests in merged and strength.said_by != "option":
+        if onto and digests in merged and strength.said_by != "option":
             raise ImportRefused(
                 f"--lora {lora.path} is in {base} already, as its {CASCADE_FILE} says: leave it out, or say how much "
                 f"is to be added to it, --lora {lora.path}:1"
@@ -114,21 +112,12 @@ def strength_of(lora: Mapping[str, Any], preset: str) -> str:
     told, own = f"{lora['strength']:g}", published_strength(preset)
     if own == 1:
         return told
-    if lora["strength_from"] == "preset":
+    if lora.get("strength_from") == "preset":
         return f"{told}, as {preset} is published"
-    if lora["strength_from"] == "default":
+    if lora.get("strength_from") == "default":
         return f"{told}, since it is not {preset}'s own"
     return told if lora["strength"] == own else f"{told}, while {preset} is published at {own:g}"
 
 
 def _published_file(preset: str) -> str:
     return STEP_LISTS[preset].files
-
-
-def _recorded(base: Path) -> dict[str, Any]:
-    """What a checkpoint's file says, if the base is one; a broken one says nothing, and is not read otherwise."""
-    try:
-        found = read_json(base / CASCADE_FILE)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

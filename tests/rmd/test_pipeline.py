@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,34 @@ def test_schedules_and_the_teacher(pipe: CascadePipeline) -> None:
     steps: list[int] = []
     pipe("a fox", schedule="teacher", callback_on_step_end=lambda _p, index, _t, _s: steps.append(index))
     assert steps == [0, 1, 2]
+
+
+def test_threads_that_load_at_once_draw_the_same(folder: Path, pipe: CascadePipeline) -> None:
+    """The libraries' loaders change torch for the whole process, and a teacher is read at its first call."""
+    expected = np.asarray(drawn(pipe, "a fox", seed=5, schedule="teacher").images[0])
+    shared = CascadePipeline.from_pretrained(folder)
+
+    def draw(number: int) -> Any:
+        own = shared if number % 2 else CascadePipeline.from_pretrained(folder)
+        return drawn(own, "a fox", seed=5, schedule="teacher").images[0]
+
+    with ThreadPoolExecutor(6) as threads:
+        pictures = list(threads.map(draw, range(6)))
+    assert all(np.array_equal(np.asarray(picture), expected) for picture in pictures)
+
+
+def test_threads_that_share_a_pipeline_draw_their_own_films(tmp_path: Path) -> None:
+    """Wan's decoder keeps the frames before in the network itself."""
+    films = CascadePipeline.from_pretrained(write_tiny_folder("wan-1.3b", tmp_path / "wan"), torch_dtype="float32")
+
+    def draw(seed: int) -> Tensor:
+        frames: Tensor = drawn(films, "a fox", seed=seed, output_type="pt").frames
+        return frames
+
+    expected = [draw(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(draw, range(6)))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_films_come_as_frames(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.cascade import Cascade
 from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.presets import NOT_DISTILLED, preset
-from rmd.published.hub import HUB_PREFIX, is_hub_name
+from rmd.published.hub import HUB_PREFIX, checkpoint_folder, is_hub_name
 from rmd.size import Size
 from training.distill.settings import DistillSettings
 
@@ -70,6 +70,8 @@ class Teacher:
             assert issubclass(kind, DiffusersBackbone)
             source = f"{HUB_PREFIX}{str(folder).removeprefix(HUB_PREFIX)}"
             folder = DiffusersFolder.open(source, (*kind.components, *kind.tokenizers, "scheduler")).path
+            if (folder / CASCADE_FILE).is_file():
+                folder = checkpoint_folder(source)  # whole, as its record is held against it
         checkpoint = CheckpointFolder.read(folder) if (folder / CASCADE_FILE).is_file() else None
         if name is None:
             name = checkpoint.backbone_name if checkpoint else backbone_of(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from rmd.backbones.tiny import write_tiny_folder
 from rmd.published.hub import is_hub_name
+from rmd.weight_files import loaded_digests
 from tests.rmd.published.hub_server import COMMIT, Hub, serving
 
 ROOT = Path(__file__).parents[3]
@@ -99,7 +101,10 @@ def test_a_cut_transfer_keeps_whole_files(hub: Hub, model: Path, tmp_path: Path)
 def test_a_base_is_fetched_with_what_says_its_licence(tmp_path: Path) -> None:
     """And with nothing that an import does not read: pickles, other variants, other tools' forms."""
     base = write_tiny_folder("pixart", tmp_path / "base")
-    (base / "cascade.json").unlink()
+    past = {"base": {"name": "first", "licence": "mit", "sha256": {}}, "network": None, "loras": []}
+    record = json.loads((base / "cascade.json").read_text())
+    record["distillation"] = {"method": "import", "preset": "pixart-lcm", "imported": past}
+    (base / "cascade.json").write_text(json.dumps(record))
     (base / "README.md").write_text("---\nlicense: openrail++\n---\n# A base\n")
     (base / "LICENSE.md").write_text("Use it well.")
     for other in (
@@ -124,10 +129,36 @@ def test_a_base_is_fetched_with_what_says_its_licence(tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stderr
     assert f"'revision': '{COMMIT}', 'licence': 'openrail++'" in done.stdout
+    assert f"'distillation': {record['distillation']}" in done.stdout
     assert "Use it well." in (tmp_path / "out" / "NOTICE").read_text()
     assert "| base | me/base at 0123456789" in (tmp_path / "out" / "README.md").read_text()
     fetched = {path.name for path in (tmp_path / "home").rglob("snapshots/**/*")}
     assert not fetched & {"model.onnx", "diffusion_pytorch_model.bin", "all.safetensors", "vae_1_0"}
+
+
+def test_a_checkpoint_as_teacher_is_fetched_whole_with_its_steps(tmp_path: Path) -> None:
+    """Its `cascade.json` names how it is sampled, and files beside the networks."""
+    base = write_tiny_folder("pixart", tmp_path / "base")
+    shutil.copy(base / "vae" / "diffusion_pytorch_model.safetensors", base / "pytorch_lora_weights.safetensors")
+    record = json.loads((base / "cascade.json").read_text())
+    record["teacher"] |= {"steps": 7, "guidance_scale": 2.5}
+    record["weights"] = loaded_digests(base)
+    (base / "cascade.json").write_text(json.dumps(record))
+    script = (
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from training.distill.teacher import Teacher\n"
+        "teacher = Teacher.open(Path('me/base@v1'), 'pixart', torch.float32, weights=False)\n"
+        "print(teacher.steps, teacher.guidance_scale, sorted(teacher.cascades))\n"
+    )
+    with serving({"me/base": base}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "7 2.5 ['0+4', '2+2']"
 
 
 def test_gated_absent_and_no_such_revision(hub: Hub, tmp_path: Path) -> None:

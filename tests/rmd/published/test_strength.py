@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig
+from safetensors.torch import load_file
 
+from rmd.published.exporting import _licence
 from rmd.published.files import ImportRefused
-from tests.rmd.published.conftest import TinyFolder, assert_equal_weights, random_lora, weights
+from tests.rmd.published.conftest import TinyFolder, assert_equal_weights, random_lora, save, weights
 from tests.rmd.published.test_lora_merge import ATTENTION, fused
 
 Import = Callable[..., Any]
@@ -116,3 +119,44 @@ def test_one_lora_given_twice_is_refused(base: TinyFolder, imported: Import, tmp
     with pytest.raises(ImportRefused, match=r"copy\.safetensors is in .*once already, .*leave it out, or say how much"):
         imported("sd3", base=str(once), loras=((copy, None),))
     assert told(imported("sd3", base=str(once), loras=((copy, 0.25),))) == [(0.25, "option")]
+
+
+def test_what_a_base_was_made_of_stays_in_the_record(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    """An import of an import told of its last LoRA alone, and took the first one a second time, without a word."""
+    first = lora(base("sd3"), tmp_path / "first.safetensors", seed=1)
+    save(first, load_file(first), {"modelspec.license": "cc-by-nc-4.0"})
+    second = lora(base("sd3"), tmp_path / "second.safetensors", seed=2)
+    once = imported("sd3", loras=((first, None),), out=tmp_path / "once")
+    twice = imported("sd3", base=str(once.folder), loras=((second, 0.5),), out=tmp_path / "twice")
+    thrice = imported("sd3", base=str(twice.folder), out=tmp_path / "thrice")
+
+    of = thrice.record["imported"]["base"]["distillation"]
+    assert of == json.loads((twice.folder / "cascade.json").read_text())["distillation"]
+    assert of["imported"]["base"]["distillation"] == once.record
+    card = (thrice.folder / "README.md").read_text()
+    assert "| in twice: LoRA at 0.5 (factors 1) | second.safetensors | not said in the file |" in card
+    assert "| in once: LoRA at 1 (factors 1) | first.safetensors | cc-by-nc-4.0 | first.safetensors `" in card
+    assert _licence(thrice.folder) == "cc-by-nc-4.0"  # which a LoRA of it is under, too
+    with pytest.raises(ImportRefused, match=r"first\.safetensors is in .*thrice already"):
+        imported("sd3", base=str(thrice.folder), loras=((first, None),))
+
+
+def test_a_checkpoint_beside_the_weights_is_no_base(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
+    """One that lends a single file its configuration, or gets another network, made that one the student."""
+    student = lora(base("sd3"), tmp_path / PUBLISHED)
+    held = imported("sd3", loras=((student, None),), preset=PRESET, out=tmp_path / "held").folder
+    single = base("sd3") / "transformer" / "diffusion_pytorch_model.safetensors"
+    said: list[str] = []
+    done = imported("sd3", base=str(single), config=held, preset=PRESET, say=said.append)
+    assert len(said) == 1 and "nothing is merged" in said[0] and "ByteDance/Hyper-SD" in said[0]
+    assert "student" not in done.record["imported"]
+    assert "distillation" not in done.record["imported"]["base"]
+    expected = weights(held / "transformer")
+    for options in ({"base": str(single), "config": held}, {"base": str(held), "network": single}):
+        strength = None if "config" in options else 0.125
+        folder = imported("sd3", loras=((student, strength),), preset=PRESET, **options).folder
+        found = weights(folder / "transformer")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # Of the preset's strength where it is 1, it need not be given; the LoRA is in what the network replaces.
+    once = imported("sd3", loras=((student, None),), out=tmp_path / "once").folder
+    assert told(imported("sd3", base=str(once), network=single, loras=((student, None),))) == [(1.0, "default")]
