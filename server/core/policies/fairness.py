@@ -20,6 +20,14 @@ class Shares:
         self._used = {name: used * fade for name, used in self._used.items() if used * fade > 1e-3}
         self._used[account] = self._used.get(account, 0.0) + seconds
 
+    def used(self, account: str) -> float:
+        """Return the seconds that an account has had of late."""
+        return self._used.get(account, 0.0)
+
+    def forgo(self, account: str, other: str) -> None:
+        """Take from an account what it is behind another one: it was not there to use it."""
+        self._used[account] = max(self.used(account), self.used(other))
+
     def weights(self, waiting: AbstractSet[str]) -> dict[str, float]:
         """Return each waiting account's weight: its fair share over what it has had, at most fourfold."""
         if len(waiting) < 2:

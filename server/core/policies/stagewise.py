@@ -20,7 +20,9 @@ Since a long request may not win its turn before its deadline that way, what is 
 
 Films and pictures do not weigh against each other that way: a film that waits in a long line, with nobody looking on,
 would hold up every picture. Where both wait, the kind goes first that the device has worked less on of late: pictures
-up to half of the device's time pass films as if they were alone, and beyond that each has its half.
+up to half of the device's time pass films as if they were alone, and beyond that each has its half. Time in which no
+film was there is no claim of films: they would otherwise hold up every picture for seconds when they come. And since a
+picture waits for the batch that runs, films' batches stay short while pictures are about.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from server.core.work import Work
 
 _LEAST_WORK = 1e-4
 _URGENT = 2.0  # times its own work is left until its deadline
+_ABOUT = 0.1  # seconds of the device that pictures have had of late, where some are about
+_LONGEST = 0.35  # seconds of a batch of several films while they are
 
 Rank = tuple[int, float]
 """(about to miss its deadline: 2, of the kind that goes first: 1; urge or worth): the larger goes first."""
@@ -53,6 +57,7 @@ class StagewisePolicy:
         self._costs = costs
         self._patience = patience
         self._shares, self._kinds = Shares(), Shares()
+        self._waited: set[str] = set()  # the kinds that waited when the last batch was chosen
 
     def charge(self, work: Work, seconds: float) -> None:
         """Note what a request's work has cost the device."""
@@ -65,7 +70,11 @@ class StagewisePolicy:
         waiting = sum(len(station.tickets) for station in busy)
         works = [ticket.request.work for station in busy for ticket in station.tickets]
         weights = self._shares.weights({work.account for work in works})
-        first = self._kinds.least_served({_kind(work) for work in works})
+        kinds = {_kind(work) for work in works}
+        if "film" in kinds - self._waited:
+            self._kinds.forgo("film", "picture")
+        self._waited = kinds
+        first = self._kinds.least_served(kinds)
         best: tuple[Rank, Choice] | None = None
         coming = 0  # a picture meets the stations in this order, so these may come to this one too
         for station in busy:
@@ -89,6 +98,8 @@ class StagewisePolicy:
         coming = len(units) if key.kind == "encode" else coming
         quickest = min(costs.hoped(key, width) / min(width, max(coming * rows[0], 1)) for width in costs.widths(key))
         offers = costs.offers(key, rows)
+        if graded[0][1].request.work.film and self._kinds.used("picture") > _ABOUT:
+            offers = [offer for offer in offers if offer[1] <= _LONGEST] or offers[:1]
         worths, urges, place = list[float](), 0.0, 0
         for count, seconds in offers:
             for unit in units[place:count]:

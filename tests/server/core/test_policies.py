@@ -222,6 +222,34 @@ def test_films_have_half_of_a_device_that_pictures_would_fill() -> None:
     assert spent["films"] == pytest.approx(spent[""], rel=0.35)
 
 
+def test_films_that_come_late_have_no_claim_on_the_time_before() -> None:
+    desk = Both()
+    for number in range(60):
+        desk.submit(f"early {number}")
+    desk.run()
+    for number in range(12):
+        desk.film(f"film {number}")
+    desk.submit("picture")
+    kinds = []
+    while "picture" not in desk.made:
+        kinds.append(desk.step().key.model)
+    assert kinds.count("films") <= kinds.count("")
+
+
+def test_films_batches_stay_short_while_pictures_are_about() -> None:
+    desk = Both()
+    for number in range(8):
+        desk.film(f"film {number}")
+    alone = [desk.step() for _ in range(4)]
+    assert max(batch.rows for batch in alone) == 8, "the widest serves most films a second"
+    desk.submit("picture")
+    while "picture" not in desk.made:
+        desk.step()
+    beside = [desk.step() for _ in range(12)]
+    assert {batch.key.model for batch in beside} == {"films"}
+    assert all(desk.truth.seconds(batch.key, batch.rows) <= 0.35 for batch in beside)
+
+
 def test_shares_fade_and_are_bounded() -> None:
     shares = Shares()
     assert shares.weights({"a"}) == {"a": 1.0}
