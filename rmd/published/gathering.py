@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rmd.backbones.base import BackboneError
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.guidance_fold import FOLDED_WEIGHT, GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
@@ -148,11 +149,28 @@ def _open(request: ImportRequest) -> Work:
     if against := contradictions(request.preset, facts):
         raise ImportRefused(f"preset {request.preset!r} does not fit {request.base}: {'; '.join(against)}")
     # Refuses a velocity network's scheduler, a guidance input and the like, before anything is read.
-    kind.from_config({name: work.configs[name] for name in (kind.denoiser_folder, "scheduler")}, device="meta")
+    _try_configs(work)
     for tokenizer in tokenizers_of(work):
         base.folder.require(tokenizer)
         base.folder.tokenizer(tokenizer)
     return work
+
+
+def _try_configs(work: Work) -> None:
+    denoiser = work.kind.denoiser_folder
+    try:
+        work.kind.from_config({name: work.configs[name] for name in (denoiser, "scheduler")}, device="meta")
+    except BackboneError:
+        raise
+    except Exception as error:  # whatever the class makes of an odd value, or of another class's configuration
+        folder, network = work.base.folder.path, work.request.network
+        own = network is not None and (network / "config.json").is_file()
+        read = network if own else folder / denoiser
+        raise ImportRefused(
+            f"{read}/config.json, with {folder / 'scheduler'}/scheduler_config.json, describes no "
+            f"{work.kind.components[denoiser].split(':')[1]} ({type(error).__name__}: {error}); "
+            f"{'give the folder of the denoiser as --network' if own else 'copy them again'}"
+        ) from error
 
 
 def networks_of(work: Work) -> list[str]:

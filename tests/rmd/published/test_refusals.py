@@ -586,3 +586,20 @@ def test_a_configuration_that_builds_no_network_is_named(base: TinyFolder, impor
         ImportRefused, match=r"text_encoder/config\.json builds no CLIPTextModel \(KeyError: 'gelu_nope'\)"
     ):
         imported("sdxl", base=str(folder))
+
+
+@pytest.mark.parametrize("field", [{"layers_per_block": None}, {"block_out_channels": "x"}])
+def test_a_denoisers_configuration_that_builds_none_is_named(
+    base: TinyFolder, imported: Import, tmp_path: Path, field: dict[str, Any]
+) -> None:
+    """They ended in a traceback, or in a sentence of diffusers' that names no file."""
+    broken = Path(shutil.copytree(base("sdxl"), tmp_path / "broken"))
+    config = broken / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | field))
+    with pytest.raises(ImportRefused, match=r"broken/unet/config\.json, with .* describes no UNet2DConditionModel \("):
+        imported("sdxl", base=str(broken))
+
+
+def test_another_components_folder_as_network_is_named(base: TinyFolder, imported: Import) -> None:
+    with pytest.raises(ImportRefused, match=r"text_encoder/config\.json, .* give the folder of the denoiser as --net"):
+        imported("sdxl", network=base("sdxl") / "text_encoder")
