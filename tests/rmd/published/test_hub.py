@@ -98,6 +98,18 @@ def test_a_cut_transfer_keeps_whole_files(hub: Hub, model: Path, tmp_path: Path)
     assert any(large in line for line in again) and len(again) <= len(list(model.rglob("*.*"))) - len(whole)
 
 
+def run_beside_a_hub(script: str, base: Path, folder: Path) -> str:
+    """Run a script in an interpreter of its own that finds ``base`` as me/base on a hub; return what it prints."""
+    with serving({"me/base": base}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_base_is_fetched_with_what_says_its_licence(tmp_path: Path) -> None:
     """And with nothing that an import does not read: pickles, other variants, other tools' forms."""
     base = write_tiny_folder("pixart", tmp_path / "base")
@@ -121,15 +133,9 @@ def test_a_base_is_fetched_with_what_says_its_licence(tmp_path: Path) -> None:
         "from rmd.published.importing import import_model\n"
         "print(import_model(ImportRequest('me/base@v1', 'pixart-lcm', Path('out'))).record['imported']['base'])\n"
     )
-    with serving({"me/base": base}) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 0, done.stderr
-    assert f"'revision': '{COMMIT}', 'licence': 'openrail++'" in done.stdout
-    assert f"'distillation': {record['distillation']}" in done.stdout
+    said = run_beside_a_hub(script, base, tmp_path)
+    assert f"'revision': '{COMMIT}', 'licence': 'openrail++'" in said
+    assert f"'distillation': {record['distillation']}" in said
     assert "Use it well." in (tmp_path / "out" / "NOTICE").read_text()
     assert "| base | me/base at 0123456789" in (tmp_path / "out" / "README.md").read_text()
     fetched = {path.name for path in (tmp_path / "home").rglob("snapshots/**/*")}
@@ -151,14 +157,8 @@ def test_a_checkpoint_as_teacher_is_fetched_whole_with_its_steps(tmp_path: Path)
         "teacher = Teacher.open(Path('me/base@v1'), 'pixart', torch.float32, weights=False)\n"
         "print(teacher.steps, teacher.guidance_scale, sorted(teacher.cascades))\n"
     )
-    with serving({"me/base": base}) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "7 2.5 ['0+4', '2+2']"
+    said = run_beside_a_hub(script, base, tmp_path)
+    assert said.strip() == "7 2.5 ['0+4', '2+2']"
 
 
 def test_gated_absent_and_no_such_revision(hub: Hub, tmp_path: Path) -> None:
