@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -46,6 +47,14 @@ def imported(base: TinyFolder, tmp_path: Path) -> Callable[..., Imported]:
         return import_model(ImportRequest(backbone=name, **options), say=say)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def lora(base: TinyFolder) -> dict[str, Tensor]:
+    """A diffusers LoRA of the tiny Wan; treat it as read-only."""
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k"])
+    state = random_lora(WanTransformer3DModel.from_pretrained(base("wan-1.3b") / "transformer"), config)
+    return {f"transformer.{name}": value for name, value in state.items()}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
