@@ -27,12 +27,10 @@ _OUTSIDE: Settings = {
 _EAGER_ROUNDING: Settings = {"emulate_precision_casts": True}
 # An engine for a GPU has host code too: without this it would be for the very CPU that it was built beside.
 _ANY_HOST: Settings = {"cpp.march": ""}
-_PACKED: Settings = {
-    "fx_graph_cache": False,
-    # Only debuggers and profilers miss these, and the C++ compiler is faster without.
-    "aot_inductor.enable_line_tables": False,
-    "aot_inductor.enable_frame_pointer": False,
-}
+# Only debuggers and profilers miss these, and the C++ compiler is faster without. The same for every engine: one set of
+# flags is one set of precompiled headers.
+_LEAN: Settings = {"aot_inductor.enable_line_tables": False, "aot_inductor.enable_frame_pointer": False}
+_PACKED: Settings = {"fx_graph_cache": False}
 _OWN_KERNELS: Settings = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 _TEMPLATES = "first C++ template"
 
@@ -59,7 +57,7 @@ def settings_of(target: Target, dtype: str, rewriting: str | None) -> Settings:
         rewriting: of the network whose matrices lie as the kernels read them, "" for the network itself; None where
             weights are shared as they are.
     """
-    settings, options = _environment(), dict(_OUTSIDE)
+    settings, options = _environment(), _OUTSIDE | _LEAN
     if target.device == "cpu":
         options |= _EAGER_ROUNDING
         settings["threads"] = torch.get_num_threads()
