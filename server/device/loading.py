@@ -34,6 +34,7 @@ from server.core.stations import STUDENT, TEACHER
 from server.device.baseline import EagerTeacher
 from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
 from server.device.model import DeviceModel, Loaded
+from server.device.probe import prove
 from server.device.settings import EngineSettings
 
 log = logging.getLogger("rmd.server")
@@ -77,6 +78,7 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint cannot be used; the message names the file and the way out.
+        NonFiniteError: its networks return NaN or infinity.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -118,6 +120,7 @@ def load_model(settings: EngineSettings, report: Report, index: int = 0) -> Devi
     for done, key in enumerate(stations):
         report(done, len(stations), f"warming up {key.label}")
         model.costs.replace(key, measure_station(lanes, key, settings.max_batch))
+    prove(model)
     compiled = {key.label: compiled_buckets(lanes[key.lane], key) for key in stations}
     model.card = replace(card, compiled=compiled, baselines=model.baselines())
     return model

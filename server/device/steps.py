@@ -109,7 +109,7 @@ class StageRunner:
         backbone = self._model.backbone
         rows = _split(backbone.encode_prompts(texts), len(texts)) if texts else []
         for text, row in zip(texts, rows, strict=True):
-            _check_finite(row.values(), f"the text encoder's output for a prompt of {len(text)} characters")
+            check_finite(row.values(), f"the text encoder's output for a prompt of {len(text)} characters")
         counts = _token_counts(backbone, texts)
         known = [EncodedText(row, *heard_and_cut) for row, heard_and_cut in zip(rows, counts, strict=True)]
         encoded = dict(zip(texts, known, strict=True))
@@ -134,6 +134,7 @@ class StageRunner:
         latents = torch.cat([_latents(backbone, picture) for picture in pictures])
         x0 = _predict(backbone, key.size, pictures, latents)
         advanced = _advance(backbone, pictures, latents, x0)
+        check_finite([x0], f"the denoiser's output at {key.size}")  # at last: a GPU is waited for here
         for picture, state in zip(pictures, advanced, strict=True):
             picture.data = state
         return {picture: x0[i : i + 1] for i, picture in enumerate(pictures) if picture.preview_due}
@@ -142,7 +143,7 @@ class StageRunner:
         """Decode latents at one size; pictures come back as ([T], H, W, 3) uint8."""
         latents = torch.cat([ticket.data for ticket in tickets])
         decoded = self._model.backbone.decode(latents, size)
-        _check_finite([decoded], f"the decoder's output at {size}")
+        check_finite([decoded], f"the decoder's output at {size}")
         return to_pixels(decoded)
 
 
@@ -259,7 +260,16 @@ def _split(conditioning: Conditioning, rows: int) -> list[Conditioning]:
     return [{name: value[i : i + 1].clone() for name, value in conditioning.items()} for i in range(rows)]
 
 
-def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
+def check_finite(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise where a network has returned something that no later step can mend.
+
+    Args:
+        tensors: what it returned; integers are looked over.
+        what: to call it.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
     # A sum is not finite where a term is not, and is much quicker than asking each (in float64 it is not).
     if not all(math.isfinite(value.sum(dtype=torch.float32)) for value in tensors if value.is_floating_point()):
         raise NonFiniteError(f"{what} holds NaN or infinity")

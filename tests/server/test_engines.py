@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -69,9 +69,22 @@ def refuse(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def test_a_device_that_raises_for_everybody_is_started_again(house: House) -> None:
-    """Untyped errors were 500 for ever, and the server stayed ready."""
-    house.gate.before = refuse
+def refuse_to_decode(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+    if component == "decoder":
+        refuse(component, size, inputs)
+
+
+def spoil(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
+    if component == "denoiser":
+        inputs["hidden_states"].fill_(torch.nan)
+
+
+@pytest.mark.parametrize("sick", [refuse, refuse_to_decode, spoil])
+def test_a_device_that_fails_for_everybody_is_started_again(
+    house: House, sick: Callable[[str, Size | None, Mapping[str, torch.Tensor]], None]
+) -> None:
+    """It was 500 for ever, and the server stayed ready: of untyped errors, then of those after some good station."""
+    house.gate.before = sick
     assert [house.draw(f"prompt {i}").status_code for i in range(3)] == [500] * 3
     house.until(lambda: house.metric("rmd_engine_restarts_total") == 1, "another engine")
     house.gate.before = lambda *_: None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from engines.build.checkpoint import build_checkpoint
 from engines.errors import BackendUnavailable
 from engines.plan.options import EngineOptions
 from rmd.backbones.tiny import write_tiny_decoder, write_tiny_folder
-from rmd.checkpoint import CheckpointFolder
+from rmd.checkpoint import CASCADE_FILE, CheckpointFolder
 from rmd.size import Size
 from server.core.stations import STUDENT, TEACHER, StationKey
 from server.device import loading
@@ -224,3 +227,18 @@ def test_a_decoder_that_does_not_fit_says_so_at_the_start(checkpoint: Path, tmp_
     decoder = write_tiny_decoder("sdxl", tmp_path / "taesd", latent_channels=7)
     with pytest.raises(ValueError, match=r"taesd does not fit .*: latent_channels is 7, expected"):
         load_on_cpu(make_settings(checkpoint, decoder=str(decoder)))
+
+
+@pytest.mark.parametrize(("component", "folder"), [("denoiser", "transformer"), ("decoder", "vae")])
+def test_weights_that_draw_nan_are_refused_at_the_start(
+    checkpoint: Path, tmp_path: Path, component: str, folder: str
+) -> None:
+    """They were served, and every picture was a 500."""
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    record = tmp_path / "broken" / CASCADE_FILE
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "weights"}))
+    file = next((tmp_path / "broken" / folder).glob("*.safetensors"))
+    weights = load_file(file)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, file)
+    with pytest.raises(RuntimeError, match=f"the {component}'s output at .* holds NaN or infinity"):
+        load_on_cpu(make_settings(tmp_path / "broken", measure_teacher=False, serve_teacher=False))
