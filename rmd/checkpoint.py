@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from rmd.cascade import Cascade
 from rmd.fields import GUIDANCE_RULE, LARGEST_FACTOR, SHIFT_RULE, field_of, integer, mapping, number, read_json, text
 from rmd.timesteps import uniform_teacher_timesteps
-from rmd.weight_files import check_weights, file_digest, folder_digest, loaded_digests
+from rmd.weight_files import check_weights, decoder_digests, file_digest, folder_digest, loaded_digests
 
 FORMAT = 1
 CASCADE_FILE = "cascade.json"
@@ -180,6 +181,17 @@ class CheckpointFolder:
         _check_digests(folder, recorded, "weights")
         _check_nothing_added(folder, recorded)
         return checkpoint
+
+    def fingerprint(self) -> str:
+        """sha256 over what decides a picture: `cascade.json`, and what loading reads, of its small decoder too.
+
+        Its teacher is left out: few read it.
+        """
+        decoder = {} if self.decoder_path is None else decoder_digests(self.decoder_path)
+        read = {CASCADE_FILE: file_digest(self.path / CASCADE_FILE), **loaded_digests(self.path)}
+        lines = [f"{name} {digest}\n" for name, digest in sorted(read.items())]
+        lines += [f"decoder/{name} {digest}\n" for name, digest in sorted(decoder.items())]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def digest(self, component: str) -> str:
         """sha256 of a component's weights: its folder's name, or its role ("denoiser", "decoder").

@@ -88,6 +88,7 @@ class ModelCard:
         complete: every engine that it may run through is in service.
         compiled: by station label, the batch sizes that have an engine; empty while the station runs eager.
         memory_bytes: weights by component.
+        fingerprint: of its files, see :meth:`rmd.checkpoint.CheckpointFolder.fingerprint`.
     """
 
     model_id: str
@@ -104,6 +105,7 @@ class ModelCard:
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     baselines: tuple[TeacherBaseline, ...] = ()
     place: str = ""
+    fingerprint: str = ""
 
     @property
     def films(self) -> bool:

@@ -99,7 +99,17 @@ class Loop:
         Args:
             states: pictures that other engines handed over, and their data as the device takes it.
             elsewhere: stages of these pictures that are not to be done here.
+
+        Raises:
+            LookupError: there is no such model or schedule here.
+            ValueError: a picture was begun with other files of the model.
         """
+        card = self._cards[work.model]
+        if any(state.fingerprint != card.fingerprint for state, _ in states):
+            raise ValueError(
+                f"it was begun with other files of the model '{card.model_id}' than this engine has: replace all "
+                f"engines of a cascade together"
+            )
         request = self._requests.get(work.id)
         if request is None:
             request = self._requests[work.id] = self._request(work)
@@ -276,7 +286,7 @@ class Loop:
             self._left(ticket)
         elif ticket.stage not in self._stages - ticket.elsewhere:
             station = ticket.station()
-            self._leaving.append(ticket.handed_over(self._dump(ticket.data)))
+            self._leaving.append(ticket.handed_over(self._dump(ticket.data), self._fingerprint(ticket)))
             request.pictures.remove(ticket)
             self._left(ticket)
         else:
@@ -301,10 +311,13 @@ class Loop:
         number = picture.request.shown.index(picture.step)
         # Where its picture leaves too, nothing of the request stays here.
         if picture.elsewhere or not self._stages >= {"high", "decode"}:
-            self._leaving.append(picture.handed_over(self._dump(data), number, key.size))
+            self._leaving.append(picture.handed_over(self._dump(data), self._fingerprint(picture), number, key.size))
             return
         preview = Preview(picture, data, key.size, number)
         self._stations.join(preview.station(), preview, now)
+
+    def _fingerprint(self, picture: Picture) -> str:
+        return self._cards[picture.request.work.model].fingerprint
 
     def _account(self, batch: Batch, seconds: float, rows: int, company: int) -> None:
         label = batch.key.label

@@ -154,7 +154,7 @@ class Picture(Ticket):
         return stage_at(self.request.cascade, self.step)
 
     def handed_over(
-        self, data: tuple[tuple[int, ...], bytes], number: int = -1, size: Size | None = None
+        self, data: tuple[tuple[int, ...], bytes], fingerprint: str, number: int = -1, size: Size | None = None
     ) -> HandedOver:
         """Return what another engine needs to go on with it, or with a step's result that is to be shown."""
         shape, latents = data
@@ -167,6 +167,7 @@ class Picture(Ticket):
             stepped=self.stepped,
             number=number,
             size=size,
+            fingerprint=fingerprint,
         )
         return HandedOver(self.request.work.id, state)
 

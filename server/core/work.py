@@ -80,6 +80,7 @@ class PictureState(msgspec.Struct, frozen=True, kw_only=True):
         latents: float32 as the sampler has them between steps, little-endian: nothing is rounded on the way.
         stepped: see :class:`server.core.tickets.Picture`.
         number: of the partial picture that these are to become, at ``size``; -1 for the picture itself.
+        fingerprint: of the files of the model that made it, see :attr:`server.core.card.ModelCard.fingerprint`.
     """
 
     index: int
@@ -90,3 +91,4 @@ class PictureState(msgspec.Struct, frozen=True, kw_only=True):
     stepped: float = 0.0
     number: int = -1
     size: Size | None = None
+    fingerprint: str = ""

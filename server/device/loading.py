@@ -179,6 +179,7 @@ def _card(
         tokens={str(size): backbone.tokens(size) for size in sizes},
         text_limit=max(tokenizers.values(), default=0),
         place=place,
+        fingerprint=checkpoint.fingerprint(),
     )
 
 

@@ -325,3 +325,33 @@ def test_digests_follow_the_file_and_are_cached(folder: Path) -> None:
     assert file_digest(path) == first  # same size and time: the remembered digest, without reading
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert file_digest(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_the_fingerprint_is_of_what_decides_a_picture(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    save_file({"weight": torch.zeros(2)}, small / "diffusion_pytorch_model.safetensors")
+    folder = write_tiny_folder("embedded", tmp_path / "whole")
+    edit(folder, lambda data: data.pop("weights"))
+    (folder / "README.md").write_text("mine")
+
+    def fingerprint(decoder: Path | None = None) -> str:
+        return CheckpointFolder.read(folder).with_decoder(decoder).fingerprint()
+
+    seen = [fingerprint()]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (folder / "README.md").write_text("mine still")
+    assert CheckpointFolder.read(copy).fingerprint() == fingerprint() == seen[0], "wherever it lies"
+    seen.append(fingerprint(small))
+    save_file({"weight": torch.ones(2)}, small / "diffusion_pytorch_model.safetensors")
+    os.utime(small / "diffusion_pytorch_model.safetensors", ns=(1, 1))
+    seen.append(fingerprint(small))
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json", "vae/config.json"):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept[:-1] + b"\x7f" if name.endswith(".safetensors") else kept + b" ")
+        os.utime(folder / name, ns=(1, 1))  # another time, however quick this is
+        seen.append(fingerprint())
+        (folder / name).write_bytes(kept)
+    edit(folder, lambda data: data["schedules"].update(again=data["schedules"]["2+2"]))
+    seen.append(fingerprint())
+    assert len(set(seen)) == len(seen) == 7

@@ -282,28 +282,31 @@ def test_a_stage_without_engines_for_good_ends_the_server(checkpoint: Path, monk
 
 
 @pytest.mark.parametrize(
-    "state",
+    ("state", "reason"),
     [
-        {"shape": (1, 4, 9, 9), "latents": bytes(16)},
-        {"shape": (), "latents": b""},
-        {"shape": (-1, 4), "latents": bytes(16)},
-        {"shape": (1,), "latents": bytes(4), "index": 7},
-        {"shape": (1, 1, 3, 3), "latents": bytes(36)},
+        ({"shape": (1, 4, 9, 9), "latents": bytes(16)}, "latents of 16 bytes were handed over"),
+        ({"shape": (), "latents": b""}, "latents of 0 bytes were handed over"),
+        ({"shape": (-1, 4), "latents": bytes(16)}, "latents of 16 bytes were handed over"),
+        ({"shape": (1,), "latents": bytes(4), "index": 7}, "index out of range"),
+        ({"shape": (1, 1, 3, 3), "latents": bytes(36)}, "latents of shape (1, 1, 3, 3) are not"),
+        ({"shape": (1,), "latents": bytes(4), "fingerprint": "of others"}, "with other files of the model 'tiny' than"),
     ],
 )
 def test_a_hand_over_that_cannot_be_costs_its_request_and_not_the_engine(
-    checkpoint: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, state: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with apart(make_settings(checkpoint, **QUICK), "low+high,decode") as house:
         until_all_ready(house)
         fleet = house.service.fleet
+        known = {"fingerprint": fleet.cards[""].fingerprint, "index": 0, "step": 4, "record": PictureRecord()}
         heard = list[Lost]()
         monkeypatch.setattr(fleet._ledger, "lost", heard.append)
         work = Work(id="odd", prompt="a", schedule="2+2", seeds=(1,), done=(0,))
-        odd = PictureState(**{"index": 0, "step": 4, "record": PictureRecord(), **state})
+        odd = PictureState(**{**known, **state})
         fleet._outbox.append((fleet.members[DECODE - 1], Submit(work, (odd,))))
         fleet._wake()
         house.until(lambda: [each.id for each in heard] == ["odd"], "the word that it has failed")
+        assert reason in heard[0].reason
         assert drawn(house, seed=3)
         assert fleet.members[DECODE - 1].restarts == 0
 
