@@ -62,7 +62,7 @@ class Denoiser:
         if not issubclass(kind, DiffusersBackbone):
             raise ValueError(f"backbone {backbone!r} is no network of diffusers")
         component = kind.denoiser_folder
-        config = DiffusersFolder.open(folder).config(component)
+        config = DiffusersFolder.open(folder).config(component, kind.components[component])
         network = build_random(kind.components[component], config, torch.float32, torch.device("meta"))
         return cls(kind.profile, component, config, layers_of(network))
 
