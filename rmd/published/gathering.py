@@ -15,7 +15,7 @@ from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.folder import read_object
 from rmd.backbones.guidance_fold import FOLDED_WEIGHT, GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
-from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, contradictions
+from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, contradictions, fitting_family
 from rmd.cascade import Cascade
 from rmd.presets import preset, preset_backbone
 from rmd.published.files import ImportRefused, WeightFiles
@@ -135,6 +135,7 @@ def _open(request: ImportRequest) -> Work:
             work.configs[component] = base.folder.config(component, kind.components[component])
     work.configs["scheduler"] = base.folder.config("scheduler")
     _take_networks_config(work)
+    work.kind = kind = fitting_family(request.preset, request.backbone, work.configs[kind.denoiser_folder])
     if request.fold_guidance is not None:
         work.unfolded = config = work.configs[kind.denoiser_folder]
         if config.get(GUIDANCE_INPUT) is None:
@@ -314,7 +315,7 @@ def lacks_student(work: Work) -> bool:
         return False
     if _holds_student(work):
         return False
-    return not entry.whole and work.base.name != entry.source
+    return (not entry.whole or work.base.revision is not None) and work.base.name != entry.source
 
 
 def _holds_student(work: Work) -> bool:
