@@ -70,11 +70,10 @@ def write(
     cascade without training: the file, the folder's README and whatever serves it say so. A checkpoint of that preset,
     such as `rmd import` wrote, takes it as a further schedule.
     """
-    from rmd.backbones.student_fit import check_student
+    from rmd.backbones.student_fit import check_student, fitting_family, read_facts
     from rmd.cascade_file import write_cascade_json
     from rmd.checkpoint import CASCADE_FILE
     from rmd.presets import preset as named
-    from rmd.presets import preset_backbone
     from rmd.published.card import add_note
     from rmd.weight_files import check_weights
 
@@ -88,7 +87,7 @@ def write(
     check_student(preset, folder)
     written = write_cascade_json(
         folder,
-        backbone=preset_backbone(preset),
+        backbone=fitting_family(preset, None, read_facts(folder, preset).denoiser).name,
         cascades={cascade.schedule_name: cascade},
         default=cascade.schedule_name,
         distillation={"method": "none", "note": cascade.note} if cascade.note else {},

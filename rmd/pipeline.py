@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rmd.backbones.base import Backbone, BackboneError, usable_device
 from rmd.backbones.executor import Executor
+from rmd.backbones.layout import lay_out
 from rmd.backbones.registry import get_backbone
 from rmd.cascade import Cascade, Step
 from rmd.checkpoint import CheckpointFolder
@@ -340,6 +341,7 @@ def _offload(backbone: Backbone, place: torch.device) -> None:
     for module in backbone.component_modules().values():
         _, hook = cpu_offload_with_hook(module, place, prev_module_hook=hook)
     backbone.device = place
+    lay_out(backbone.component_modules().get("decoder"), place)
 
 
 def _forget_offload(backbone: Backbone) -> None:

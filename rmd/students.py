@@ -301,7 +301,7 @@ def _rmd(timesteps: tuple[float, ...], flow_shift: float, note: str) -> StepList
     return StepList(
         "wan-14b", timesteps, _RMD_SIZES, noise_rule="mixed", eta=0.9, transition_noise_intensity=0.0,
         prediction="velocity", flow_shift=flow_shift, source="github.com/Skylar-aigc/RMD-Inference-Acceleration",
-        files="no weights are published; a folder student_model-N that its trainer wrote", whole=True,
+        files="no weights are published; a folder student_model-N that its trainer wrote",
         licence="Apache-2.0 (code)", note=note,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from engines.spec import EngineSpec
 from engines.store import EngineStore
 from engines.target import this_machine
 from rmd.backbones.base import Backbone, weights_dtype
+from rmd.backbones.layout import lay_out
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
 from rmd.size import Size
@@ -54,7 +55,9 @@ class CheckpointPlan:
     def __init__(self, checkpoint: CheckpointFolder, options: EngineOptions, backbone: Backbone | None = None) -> None:
         self.checkpoint = checkpoint
         self.options = options
-        self._given = None if backbone is None else laid_out(backbone, options.device)
+        self._given = backbone
+        if backbone is not None:
+            lay_out(backbone.component_modules().get("decoder"), options.device)
         self.compiler: Compiler = get_compiler(options.backend)
         self.target = this_machine(options.device)
         self._workspaces: dict[tuple[str, Size | None], int] = {}
@@ -268,17 +271,5 @@ def load_backbone(
     loaded = kind.load(
         checkpoint.path, dtype=dtype, device=options.device, weights=weights, decoder=checkpoint.decoder_path
     )
-    return laid_out(loaded, for_device or options.device)
-
-
-def laid_out(backbone: Backbone, device: str) -> Backbone:
-    """The same model, in place, with a picture's decoder in ``channels_last`` on a CPU.
-
-    Its convolutions then take half the time, and rows are the same to the bit at every batch, in float32 too.
-    """
-    decoder = backbone.component_modules().get("decoder")
-    parts = list(decoder.modules()) if decoder is not None else []
-    flat = any(isinstance(part, nn.Conv2d) for part in parts) and not any(isinstance(part, nn.Conv3d) for part in parts)
-    if decoder is not None and device == "cpu" and flat:
-        decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return backbone
+    lay_out(loaded.component_modules().get("decoder"), for_device or options.device)
+    return loaded

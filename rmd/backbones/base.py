@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rmd.backbones.executor import EagerExecutor, Executor
+from rmd.backbones.layout import lay_out
 from rmd.noise_schedule import NoiseSchedule, VariancePreserving
 from rmd.size import Size
 
@@ -110,6 +111,7 @@ class Backbone(ABC):
         self.dtype = dtype
         self.device = torch.device(device)
         self._modules = {name: _on_one_device(module.eval()) for name, module in modules.items()}
+        lay_out(self._modules.get("decoder"), self.device)
         self.executor = EagerExecutor(self._modules)
 
     # ---- construction -------------------------------------------------------------------------------------------
@@ -158,6 +160,7 @@ class Backbone(ABC):
         self.device = usable_device(device)
         for module in self._modules.values():
             module.to(self.device)
+        lay_out(self._modules.get("decoder"), self.device)
         return self
 
     # ---- what a family defines ----------------------------------------------------------------------------------

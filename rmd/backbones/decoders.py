@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rmd.backbones.base import BackboneError
+from rmd.backbones.config_types import check_config
 from rmd.backbones.folder import read_object
 from rmd.backbones.random_weights import resolve
 from rmd.backbones.tiny_decoder import COLOURS
@@ -41,8 +42,8 @@ def read_small_decoder(
         own: that autoencoder's configuration.
 
     Raises:
-        BackboneError: no such folder, another class, or latents of other channels, size or scaling; the message names
-            the folder, what it has and what is expected.
+        BackboneError: no such folder, another class, a value that it does not take, or latents of other channels, size
+            or scaling; the message names the folder, what it has and what is expected.
     """
     if not folder.is_dir():
         raise BackboneError(f"the decoder {folder} is not a folder; give one with a config.json, or 'full'")
@@ -54,6 +55,7 @@ def read_small_decoder(
         raise BackboneError(
             f"the decoder {folder} is of class {config.get('_class_name')!r}; {backbone} takes {wanted} of diffusers"
         )
+    check_config(folder / "config.json", config, target)
     wrong = (
         _wrong_tiny(_complete(target, config), channels, compression, own)
         if target == TINY

@@ -17,6 +17,7 @@ from rmd.backbones.base import Backbone, BackboneError, ComponentConfigs, Condit
 from rmd.backbones.decoders import TINY, read_small_decoder
 from rmd.backbones.executor import EagerExecutor
 from rmd.backbones.folder import DiffusersFolder, load_network
+from rmd.backbones.layout import lay_out
 from rmd.backbones.random_weights import build_random
 from rmd.backbones.tiny_decoder import TinyDecoder
 from rmd.backbones.wrappers import ImageEncoder
@@ -220,7 +221,9 @@ class DiffusersBackbone(Backbone):
     def with_small_decoder(self, network: Any) -> Self:
         """The same backbone, its other networks shared, that decodes with a network of class ``small_decoder``."""
         other = copy.copy(self)
-        other._modules = {**self._modules, "decoder": self.wrap_small_decoder(network).eval()}
+        decoder = self.wrap_small_decoder(network).eval()
+        lay_out(decoder, self.device)
+        other._modules = {**self._modules, "decoder": decoder}
         other.executor = EagerExecutor(other._modules)
         return other
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rmd.backbones.base import BackboneError
+from rmd.backbones.config_types import check_config, check_flag, check_scheduler, check_tokenizer
 from rmd.backbones.random_weights import build_random, resolve
 from rmd.checkpoint import CASCADE_FILE
 from rmd.fields import read_json
@@ -49,7 +50,8 @@ class DiffusersFolder:
             components: the sub-folders to fetch from the hub.
 
         Raises:
-            BackboneError: there is no such folder, it is not a diffusers folder, or the hub cannot be reached.
+            BackboneError: there is no such folder, it is not a diffusers folder, its index holds a word for a switch,
+                or the hub cannot be reached.
         """
         path = _fetch(str(source), components) if str(source).startswith(HUB_PREFIX) else Path(source)
         index_file = path / "model_index.json"
@@ -59,7 +61,9 @@ class DiffusersFolder:
             raise BackboneError(
                 f"{path} is not a diffusers folder: it has no model_index.json; give what save_pretrained wrote"
             )
-        return cls(path, read_object(index_file))
+        index = read_object(index_file)
+        check_flag(index_file, index, "force_zeros_for_empty_prompt")
+        return cls(path, index)
 
     def has(self, component: str) -> bool:
         """Whether the index names the component (entries of ``[null, null]`` are absent ones)."""
@@ -75,12 +79,25 @@ class DiffusersFolder:
                     f"whole diffusers folder again"
                 )
 
-    def config(self, component: str) -> dict[str, Any]:
-        """The component's ``config.json`` (``scheduler_config.json`` for schedulers)."""
+    def config(self, component: str, target: str = "") -> dict[str, Any]:
+        """The component's ``config.json`` (``scheduler_config.json`` for schedulers).
+
+        Args:
+            component: its sub-folder.
+            target: the class, as ``module:Class``, whose signature the values are held against.
+
+        Raises:
+            BackboneError: there is none, or a value is none that the class takes; of schedulers too.
+        """
         folder = self.path / component
         for name in ("config.json", "scheduler_config.json"):
             if (folder / name).is_file():
-                return read_object(folder / name)
+                config = read_object(folder / name)
+                if target:
+                    check_config(folder / name, config, target)
+                elif name.startswith("scheduler"):
+                    check_scheduler(folder / name, config)
+                return config
         raise BackboneError(f"{folder} has no config.json")
 
     def load(self, component: str, target: str, dtype: torch.dtype, device: torch.device, weights: bool) -> Any:
@@ -92,24 +109,36 @@ class DiffusersFolder:
             dtype: dtype of its parameters, but for those that the class keeps in float32.
             device: where it goes.
             weights: False builds it on the meta device from its configuration alone.
+
+        Raises:
+            BackboneError: its configuration describes no such network; see :func:`load_network` for its weights.
         """
+        config = self.config(component, target)
         if not weights:
-            return build_random(target, self.config(component), dtype, torch.device("meta"))
+            try:
+                return build_random(target, config, dtype, torch.device("meta"))
+            except Exception as error:  # whatever the class makes of an odd value
+                raise BackboneError(
+                    f"{self.path / component / 'config.json'} builds no {target.split(':')[1]} "
+                    f"({type(error).__name__}: {error}); copy it again"
+                ) from error
         return load_network(self.path / component, target, dtype, device)
 
     def tokenizer(self, component: str) -> Any:
         """The tokenizer in a sub-folder; code from the folder is never run.
 
         Raises:
-            BackboneError: its settings are no JSON or ask for code, or the tokenizer cannot be read.
+            BackboneError: its settings are no JSON, ask for code or hold a value of another kind, or the tokenizer
+                cannot be read, or does not take a prompt.
         """
         # The library takes the name of a tokenizer's class from either file.
         for name in ("tokenizer_config.json", "config.json"):
-            settings = self.path / component / name
-            if settings.is_file() and "auto_map" in read_object(settings):
-                raise BackboneError(
-                    f"{settings} asks for code of its own (auto_map), and code from a folder is never run"
-                )
+            file = self.path / component / name
+            settings = read_object(file) if file.is_file() else {}
+            if "auto_map" in settings:
+                raise BackboneError(f"{file} asks for code of its own (auto_map), and code from a folder is never run")
+            if name == "tokenizer_config.json":
+                check_tokenizer(file, settings)
         # From its settings alone the library makes a tokenizer that knows no word, and says nothing.
         if not any(all((self.path / component / name).is_file() for name in names) for names in _VOCABULARIES):
             raise BackboneError(
@@ -118,9 +147,13 @@ class DiffusersFolder:
             )
         transformers = import_module("transformers")
         try:
-            return transformers.AutoTokenizer.from_pretrained(str(self.path / component), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise BackboneError(f"no tokenizer could be read from {self.path / component}: {error}") from error
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.path / component), local_files_only=True)
+            # As prompts are: without a token for padding, say, it fails here and not at the first of them.
+            tokenizer(["a"], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
+        except Exception as error:  # whatever the class makes of an odd setting
+            reason = str(error) or type(error).__name__
+            raise BackboneError(f"no tokenizer could be read from {self.path / component}: {reason}") from error
+        return tokenizer
 
 
 def load_network(folder: Path, target: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -149,7 +182,7 @@ def load_network(folder: Path, target: str, dtype: torch.dtype, device: torch.de
     try:
         with _LOADING:
             model, found = resolve(target).from_pretrained(str(folder), output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever the class makes of an odd configuration
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackboneError(f"{folder} could not be loaded as {target.split(':')[1]}: {reason}") from error
     # The libraries only warn, and draw what is missing at random.

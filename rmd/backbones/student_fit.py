@@ -14,7 +14,7 @@ from typing import Any
 
 from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.folder import DiffusersFolder
-from rmd.backbones.registry import get_backbone
+from rmd.backbones.registry import BACKBONES, get_backbone
 from rmd.presets import preset_backbone
 from rmd.students import STEP_LISTS
 
@@ -152,6 +152,26 @@ def read_facts(folder: Path | str, preset: str) -> FolderFacts:
         return source.config(part) if (source.path / part).is_dir() else {}
 
     return FolderFacts(source.index, config(component), config("scheduler"), frozenset(names))
+
+
+def fitting_family(preset: str, asked: str | None, denoiser: Config) -> type[DiffusersBackbone]:
+    """The backbone of a preset's profile that a network is of: a preset for both of Wan's sizes is of neither.
+
+    Args:
+        preset: its name.
+        asked: a backbone of that profile; None takes the one that the network is, or the preset's where it is no known
+            base.
+        denoiser: the network's configuration.
+
+    Raises:
+        ValueError: the network is another one than the one that was asked for.
+    """
+    own = preset_backbone(preset)
+    base = BASES[own](denoiser) if own in BASES else None
+    known = base in BACKBONES and base is not None and _family(base).profile == _family(own).profile
+    if asked is not None and known and base != asked:
+        raise ValueError(f"--backbone {asked}: the network is {base}'s; leave it out, or say --backbone {base}")
+    return _family(asked or (base if known and base is not None else own))
 
 
 def check_student(preset: str, folder: Path | str) -> None:

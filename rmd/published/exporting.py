@@ -24,7 +24,7 @@ from rmd.backbones.random_weights import build_random
 from rmd.backbones.registry import get_backbone
 from rmd.checkpoint import CheckpointFolder
 from rmd.published.factors import Factors, best_factors, smallest_rank, squared_singular_values
-from rmd.published.files import WeightFiles, finite
+from rmd.published.files import ImportRefused, WeightFiles, finite, refuse_other_formats
 from rmd.published.lora import DIFFUSERS_CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, Lora
 from rmd.published.lora_names import LoraFormat, check_format, default_format, named
 from rmd.published.past import imports_of, parts_of
@@ -62,7 +62,7 @@ class Denoiser:
         if not issubclass(kind, DiffusersBackbone):
             raise ValueError(f"backbone {backbone!r} is no network of diffusers")
         component = kind.denoiser_folder
-        config = DiffusersFolder.open(folder).config(component)
+        config = DiffusersFolder.open(folder).config(component, kind.components[component])
         network = build_random(kind.components[component], config, torch.float32, torch.device("meta"))
         return cls(kind.profile, component, config, layers_of(network))
 
@@ -165,11 +165,17 @@ def export_difference(
     Raises:
         ValueError: the base is of another shape, nothing differs, the error needs the full rank, or ``out`` or the
             format does not fit.
-        ImportRefused: weights that are not finite or not safetensors.
+        ImportRefused: weights that are not finite or not safetensors, or a base that is a single file.
     """
     denoiser = Denoiser.of(checkpoint.backbone_name, checkpoint.path)
     layout = layout or default_format(denoiser.family)
     check_target(out, layout, denoiser.family, checkpoint.path)
+    if Path(base).is_file():
+        refuse_other_formats(Path(base))
+        raise ImportRefused(
+            f"--base {base} is a single file, and a difference is taken from a diffusers folder: make one of it (rmd "
+            f"import --base FILE --config FOLDER --preset {denoiser.family} --out BASE), and give that"
+        )
     opened = open_base(str(base), None, (denoiser.component,))
     check_target(out, layout, denoiser.family, opened.folder.path)
     changes = Changes.between(checkpoint.path, opened, denoiser.component, torch.device(device))

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from rmd.backbones.base import BackboneError
+from rmd.backbones.config_types import check_config
 from rmd.backbones.family import DiffusersBackbone
+from rmd.backbones.folder import read_object
 from rmd.backbones.guidance_fold import FOLDED_WEIGHT, GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
-from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, contradictions
+from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, contradictions, fitting_family
 from rmd.cascade import Cascade
-from rmd.fields import read_json
 from rmd.presets import preset, preset_backbone
 from rmd.published.files import ImportRefused, WeightFiles
 from rmd.published.lora import Lora
@@ -131,9 +132,10 @@ def _open(request: ImportRequest) -> Work:
     base.folder.require(kind.denoiser_folder, "scheduler")
     for component in kind.components:
         if base.folder.has(component):
-            work.configs[component] = base.folder.config(component)
+            work.configs[component] = base.folder.config(component, kind.components[component])
     work.configs["scheduler"] = base.folder.config("scheduler")
     _take_networks_config(work)
+    work.kind = kind = fitting_family(request.preset, request.backbone, work.configs[kind.denoiser_folder])
     if request.fold_guidance is not None:
         work.unfolded = config = work.configs[kind.denoiser_folder]
         if config.get(GUIDANCE_INPUT) is None:
@@ -194,14 +196,12 @@ def _take_networks_config(work: Work) -> None:
         raise ImportRefused(f"--network {network} is a whole diffusers folder: give it as --base, or its sub-folder")
     if not (network / "config.json").is_file():
         return
-    try:
-        config = read_json(network / "config.json")
-    except ValueError as error:
-        raise ImportRefused(str(error)) from None
+    config = read_object(network / "config.json")
     wanted = work.kind.components[work.kind.denoiser_folder].split(":")[1]
-    named = config.get("_class_name", wanted) if isinstance(config, dict) else None
+    named = config.get("_class_name", wanted)
     if SAME_CLASS.get(str(named), named) != wanted:
         raise ImportRefused(f"{network / 'config.json'} describes no {wanted}, which the preset's family has")
+    check_config(network / "config.json", config, work.kind.components[work.kind.denoiser_folder])
     work.configs[work.kind.denoiser_folder] = {**config, "_class_name": wanted}
 
 
@@ -315,7 +315,7 @@ def lacks_student(work: Work) -> bool:
         return False
     if _holds_student(work):
         return False
-    return not entry.whole and work.base.name != entry.source
+    return (not entry.whole or work.base.revision is not None) and work.base.name != entry.source
 
 
 def _holds_student(work: Work) -> bool:

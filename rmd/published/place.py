@@ -41,8 +41,12 @@ def check_out(out: Path, *sources: Path) -> None:
             raise ValueError(f"--out {out} would replace {source}, which is read; give another --out")
         if read in place.parents:
             raise ValueError(f"--out {out} lies in {source}, which is read; give another --out")
+    if out.is_symlink() and not out.exists():
+        raise ValueError(
+            f"--out {out} is a link to {out.readlink()}, which is not there: remove it, or give another --out"
+        )
     former = (out / CASCADE_FILE).is_file() or (out.is_dir() and not any(out.iterdir()))
-    if (out.exists() or out.is_symlink()) and not former:
+    if out.exists() and not former:
         raise ValueError(f"--out {out} exists and is no checkpoint folder: it would be lost; give another --out")
     here = Path(os.path.realpath("."))
     if place == here or place in here.parents:

@@ -172,6 +172,17 @@ def test_a_folder_that_contradicts_a_preset_is_refused_and_left_as_it_is(tmp_pat
     assert checkpoint.default_cascade == preset("sdxl-lightning-1")
 
 
+def test_a_preset_of_both_sizes_is_recorded_as_of_the_one_that_the_folder_has(tmp_path: Path) -> None:
+    folder = write_tiny_folder("wan-1.3b", tmp_path / "wan")
+    file = folder / "transformer" / "config.json"
+    tiny = json.loads(file.read_text())
+    for heads, backbone in ((12, "wan-1.3b"), (40, "wan-14b")):
+        file.write_text(json.dumps({**tiny, "num_attention_heads": heads, "attention_head_dim": 128}))
+        (folder / "cascade.json").unlink()
+        assert CliRunner().invoke(app, ["write", str(folder), "--preset", "rmd-wan"]).exit_code == 0
+        assert json.loads((folder / "cascade.json").read_text())["backbone"] == backbone
+
+
 def test_a_naive_cascade_is_written_and_says_what_it_is(tmp_path: Path) -> None:
     folder = write_tiny_folder("sdxl", tmp_path / "dmd2")
     (folder / "cascade.json").unlink()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rmd.backbones.configs import published_config
 from rmd.backbones.registry import get_backbone
-from rmd.backbones.student_fit import FolderFacts, check_student, contradictions, read_facts
+from rmd.backbones.student_fit import FolderFacts, check_student, contradictions, fitting_family, read_facts
 from rmd.backbones.tiny import TINY_BACKBONES, write_tiny_folder
 from rmd.presets import PRESETS, preset_backbone
 from rmd.students import STEP_LISTS
@@ -109,3 +109,18 @@ def test_everything_that_speaks_against_a_preset_is_in_one_error(tmp_path: Any) 
         check_student("rcm-wan-1.3b", folder)
     with pytest.raises(ValueError, match="'fastwan' is not supported"):
         check_student("fastwan", folder)
+
+
+@pytest.mark.parametrize("name", ["wan-1.3b", "wan-14b"])
+def test_a_preset_of_either_size_is_of_the_network_that_is_there(name: str) -> None:
+    found = published(name).denoiser
+    for preset in ("rmd-wan", "rmd-wan-shift5", "wan"):
+        assert fitting_family(preset, None, found) is fitting_family(preset, name, found) is get_backbone(name)
+    other = {"wan-1.3b": "wan-14b", "wan-14b": "wan-1.3b"}[name]
+    with pytest.raises(ValueError, match=rf"--backbone {other}: the network is {name}'s; .* say --backbone {name}"):
+        fitting_family("rmd-wan", other, found)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_network_of_no_known_base_is_of_the_presets_backbone(preset: str) -> None:
+    assert fitting_family(preset, None, {}) is get_backbone(preset_backbone(preset))

@@ -285,6 +285,9 @@ def test_what_does_not_fit_is_refused(student: Student, base: TinyFolder, tmp_pa
         export_adapters(checkpoint, tmp_path / "thesis")
     with pytest.raises(ValueError, match=r"no student of sdxl|lacks the component"):
         export_difference(checkpoint, tmp_path / "x", base("sdxl"), rank=2)
+    (single,) = (base("pixart") / "transformer").glob("*.safetensors")
+    with pytest.raises(ValueError, match=r"--base .* is a single file.*rmd import --base FILE .*--preset pixart"):
+        export_difference(checkpoint, tmp_path / "x", single, rank=2)
     with pytest.raises(ValueError, match="no layer differs"):
         export_difference(CheckpointFolder.read(base("pixart")), tmp_path / "x", base("pixart"), rank=2)
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))

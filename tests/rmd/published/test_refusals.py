@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rmd.backbones.base import BackboneError
 from rmd.backbones.folder import DiffusersFolder
 from rmd.checkpoint import CheckpointFolder
 from rmd.published.files import ImportRefused, WeightFiles
-from rmd.published.gathering import ImportRequest
+from rmd.published.gathering import ImportRequest, gather, lacks_student
 from rmd.published.importing import import_model
 from rmd.published.source import licence_of
 from tests.rmd.published.conftest import TinyFolder, kohya, save, weights
@@ -419,6 +420,17 @@ def test_a_base_without_any_student_is_said_and_credited_to_none(
     told.clear()
     assert "student" in imported("sdxl", preset="sdxl-turbo", say=told.append).record["imported"]
     assert not told, "published as a whole folder, which a base may be"
+    imported("wan-1.3b", preset="rmd-wan", say=told.append)
+    assert len(told) == 1 and "student_model-N" in told[0], "no base: a network that its trainer writes"
+
+
+def test_a_whole_folder_of_the_hub_is_the_student_under_its_own_name_alone(base: TinyFolder, tmp_path: Path) -> None:
+    """A local folder may be a copy of it under any name."""
+    work = gather(ImportRequest(base=str(base("sdxl")), preset="sdxl-turbo", out=tmp_path / "out"))
+    assert not lacks_student(work)
+    for name, lacks in (("stabilityai/stable-diffusion-xl-base-1.0", True), ("stabilityai/sdxl-turbo", False)):
+        work.base = replace(work.base, name=name, revision="0" * 40)
+        assert lacks_student(work) == lacks
 
 
 def test_a_configuration_that_builds_no_network_is_named(base: TinyFolder, imported: Import, tmp_path: Path) -> None:
@@ -432,15 +444,22 @@ def test_a_configuration_that_builds_no_network_is_named(base: TinyFolder, impor
         imported("sdxl", base=str(folder))
 
 
-@pytest.mark.parametrize("field", [{"layers_per_block": None}, {"block_out_channels": "x"}])
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"layers_per_block": None}, r"broken/unet/config\.json, field 'layers_per_block': must be .*, not null"),
+        ({"block_out_channels": "x"}, r"broken/unet/config\.json, field 'block_out_channels': must be a list, .* 'x'"),
+        ({"mid_block_type": "x"}, r"broken/unet/config\.json, with .* describes no UNet2DConditionModel \("),
+    ],
+)
 def test_a_denoisers_configuration_that_builds_none_is_named(
-    base: TinyFolder, imported: Import, tmp_path: Path, field: dict[str, Any]
+    base: TinyFolder, imported: Import, tmp_path: Path, field: dict[str, Any], message: str
 ) -> None:
     """They ended in a traceback, or in a sentence of diffusers' that names no file."""
     broken = Path(shutil.copytree(base("sdxl"), tmp_path / "broken"))
     config = broken / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | field))
-    with pytest.raises(ImportRefused, match=r"broken/unet/config\.json, with .* describes no UNet2DConditionModel \("):
+    with pytest.raises((ImportRefused, BackboneError), match=message):
         imported("sdxl", base=str(broken))
 
 
