@@ -42,7 +42,7 @@ types: install
 	$(BIN)/mypy
 
 suite: install
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # mypy is a minute of one core: beside the tests the others do not wait for it.
 test: install style  ## everything that CI checks

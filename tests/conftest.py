@@ -24,3 +24,10 @@ def _one_thread_and_fixed_seed() -> None:
 
 settings.register_profile("any-machine", deadline=None, print_blob=True)
 settings.load_profile("any-machine")
+
+_LONG = ("engines", "training")  # folders whose files compile and train
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes go first, whatever they hold: the last ones of a run should keep no worker waiting."""
+    items.sort(key=lambda item: item.path.parent.name not in _LONG)
