@@ -6,7 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.engines import app
+from cli.main import app as everything
 from cli.numbers import buckets_option, whole_numbers
+from rmd.backbones.tiny import write_tiny_folder
 
 
 def test_an_empty_store_is_no_error(tmp_path: Path) -> None:
@@ -49,3 +51,15 @@ def test_buckets_are_read_and_checked() -> None:
     assert whole_numbers("--seeds", "0,3", least=0) == (0, 3)
     with pytest.raises(ValueError, match=r"--seeds '-1': every number must be at least 0"):
         whole_numbers("--seeds", "-1", least=0)
+
+
+def test_several_checkpoints_are_built_as_they_are_served(tmp_path: Path) -> None:
+    """The last one alone was built, without a word."""
+    folders = [write_tiny_folder(name, tmp_path / name) for name in ("sd3", "embedded")]
+    named = [part for folder in folders for part in ("--checkpoint", str(folder))]
+    asked = [*named, "--engines", str(tmp_path / "store"), "--backend", "eager", "--dtype", "float32", "--buckets", "1"]
+    built = CliRunner().invoke(everything, ["build", *asked])
+    assert built.exit_code == 0, built.output
+    assert [built.output.count(f"{folder}:") for folder in folders] == [1, 1]
+    listed = CliRunner().invoke(everything, ["build", *asked, "--plan"])
+    assert listed.output.count("  built    ") > 0 and "missing" not in listed.output
