@@ -158,11 +158,12 @@ def pools_live_markdown(content: Mapping[str, Any]) -> str:
             name,
             f"`{STAGES_OF[name]}`",
             f"{fmean(rates):.2f}",
+            ", ".join(f"{rate:.2f}" for rate in rates),
             f"{fmean(content['simulated'][name]):.2f}",
             "{:.2f} ({:.2f} to {:.2f})".format(*content["ratios"][name]),
             f"{content['simulated_ratios'][name]:.2f}",
         ]
         for name, rates in content["rates"].items()
     ]
-    head = ["layout", "`--stages`", "pictures/s", "simulated", "over whole replicas", "simulated"]
+    head = ["layout", "`--stages`", "pictures/s", "by round", "simulated", "over whole replicas", "simulated"]
     return "\n".join([*lines, *markdown_table(head, rows, left=2)])
