@@ -263,11 +263,16 @@ def pools(
     many: Annotated[str, typer.Option(help="Devices, by arithmetic alone; comma-separated.")] = "64,256,512",
     loads: Annotated[str, typer.Option(help="Shares of what whole replicas can make.")] = "0.5,0.7,0.85,0.95",
     seeds: Annotated[str, typer.Option(help="A trace each.")] = "5,6,7",
-    requests: Annotated[int, typer.Option(min=20, help="Of each run, or 20 a device where that is more.")] = 240,
+    requests: Annotated[
+        int | None, typer.Option(min=20, help="Of each run: 240, or 20 a device where that is more; live 96.")
+    ] = None,
     link_gbytes: Annotated[float, typer.Option(min=0.001, help="GB/s between pools (between hosts about 3).")] = 25.0,
     link_ms: Annotated[float, typer.Option(min=0.0, help="Of each message besides (between hosts about 1).")] = 0.2,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores if not given.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Real servers with two engines instead, on this CPU.")] = False,
+    checkpoint: Annotated[Path, typer.Option(help="Live: folder.")] = Path("models/embedded"),
+    engines: Annotated[Path, typer.Option(help="Live: its engines, built with --threads 1.")] = Path("engines-cache"),
+    rounds: Annotated[int, typer.Option(min=1, help="Live.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving/pools"),
 ) -> None:
     """Whole replicas or stages apart, at equal numbers of devices, on a virtual clock."""
@@ -281,7 +286,8 @@ def pools(
     console = Console()
     if live:
         with console.status("starting") as status:
-            content = run_pools_live(PoolLiveSettings(), lambda what: status.update(what))
+            told = PoolLiveSettings(checkpoint, engines, rounds=rounds, saturated=requests or 96)
+            content = run_pools_live(told, lambda what: status.update(what))
         write_report(content, pools_live_markdown(content), out, "live")
         console.print(pools_live_markdown(content), markup=False, soft_wrap=True)
         return
@@ -293,7 +299,7 @@ def pools(
         many=whole_numbers("--many", many),
         loads=tuple(float(load) for load in loads.split(",")),
         seeds=whole_numbers("--seeds", seeds, least=0),
-        count=requests,
+        count=requests or 240,
         bytes_per_second=link_gbytes * 1e9,
         seconds=link_ms / 1e3,
         workers=workers or os.cpu_count() or 1,

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -114,6 +115,7 @@ class Seen:
     pictures: dict[int, bytes] = field(default_factory=dict)
     films: dict[int, bytes] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    repeated: int = 0  # requests with an Idempotency-Key, each answered twice alike: the whole reply, or the same job
     asked_again: int = 0
     seconds: float = 0.0
 
@@ -146,10 +148,17 @@ class Clients:
         return self.seen
 
     def _draw(self, number: int) -> None:
-        linked = number % 2 == 1
-        reply = self._client.images.generate(
-            prompt="a red rocket", response_format="url" if linked else "b64_json", extra_body={"seed": number}
+        linked, repeated = number % 2 == 1, number % 8 < 2
+        ask = partial(
+            self._client.images.generate,
+            prompt="a red rocket",
+            response_format="url" if linked else "b64_json",
+            extra_body={"seed": number},
+            extra_headers={"Idempotency-Key": f"{id(self)} picture {number}"} if repeated else {},
         )
+        reply = ask()
+        if repeated:
+            self._count_repeated(number, ask() == reply)
         picture = (reply.data or [])[0]
         if linked:
             self.seen.pictures[number] = self._fetch(str(picture.url))
@@ -158,15 +167,27 @@ class Clients:
 
     def _film(self, number: int) -> None:
         headers = {"Idempotency-Key": f"{id(self)} {number}"}  # whoever asks again means the same film
-        job = self._client.videos.create(
-            prompt="a red rocket takes off", extra_body={"seed": number}, extra_headers=headers
+        ask = partial(
+            self._client.videos.create,
+            prompt="a red rocket takes off",
+            extra_body={"seed": number},
+            extra_headers=headers,
         )
+        job = ask()
+        self._count_repeated(number, ask().id == job.id)
         while job.status in ("queued", "in_progress"):
             time.sleep(0.25)
             job = self._client.videos.retrieve(job.id)
         if job.status != "completed":
             raise LookupError(f"film {number} {job.status}: {job.error}")
         self.seen.films[number] = self._again(lambda: self._client.videos.download_content(job.id).read())
+
+    def _count_repeated(self, number: int, alike: bool) -> None:
+        """A request with an `Idempotency-Key`, sent again to whichever server, was answered alike."""
+        if not alike:
+            raise LookupError(f"what was asked for again under the key of {number} is another one")
+        with self._lock:
+            self.seen.repeated += 1
 
     def _fetch(self, url: str) -> bytes:
         return self._again(lambda: self._http.get(url).raise_for_status().content)
@@ -193,6 +214,7 @@ class Outcome:
     undisturbed_seconds: float
     pictures: int
     films: int
+    repeated: int
     wrong: int
     lost: list[str]
     bodies_asked_for_again: int
@@ -224,6 +246,7 @@ def with_one_killed(house: House, calm: Seen, seed: int) -> Outcome:
         undisturbed_seconds=calm.seconds,
         pictures=len(seen.pictures),
         films=len(seen.films),
+        repeated=seen.repeated,
         wrong=sum(content != right[number] for found, right in pairs for number, content in found.items()),
         lost=seen.lost,
         bodies_asked_for_again=seen.asked_again,

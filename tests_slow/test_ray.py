@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ ray = pytest.importorskip("ray")
 from ray import serve  # noqa: E402
 
 from deploy.ray import app as application  # noqa: E402
+from tests.server.weed import free_ports  # noqa: E402
+from tests_slow.replicas import Program  # noqa: E402
 
 URL = "/v1/images/generations"
 SETTINGS = {
@@ -39,6 +42,7 @@ SETTINGS = {
     "serve_teacher": False, "engine_cpus": 0.5, "drain_seconds": 30, "log_level": "warning",
 }  # fmt: skip
 MANY = 32
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray of two CPUs; the address of its proxy."""
     with socket.create_server(("127.0.0.1", 0)) as free, pytest.MonkeyPatch.context() as patch:
         port = free.getsockname()[1]
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+        patch.setenv("PYTHONPATH", str(ROOT))
         free.close()
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _node_ip_address="127.0.0.1")
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -63,21 +67,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(checkpoint: Path) -> list[str]:
+def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What `rmd serve` makes of seeds 0 to MANY."""
-    from server.front.service import Service
-    from server.start.settings import ServerSettings
-    from tests.server.house import running
-
-    plain = {name: value for name, value in SETTINGS.items() if name != "engine_cpus"}
-    settings = ServerSettings.model_validate({**plain, "checkpoint": checkpoint, "build_missing": False, "port": 0})
-    with running(Service(settings, lambda *_: pytest.fail("it makes pictures"))) as house:  # type: ignore[arg-type]
-        return pictures(draw_all(house.url))
+    folder, (port,) = tmp_path_factory.mktemp("serve"), free_ports(1)
+    told = {f"RMD_{name.upper()}": str(value) for name, value in SETTINGS.items() if name != "engine_cpus"}
+    told |= {"RMD_CHECKPOINT": str(checkpoint), "RMD_PORT": str(port), "RMD_VIDEOS": str(folder / "videos")}
+    command = [sys.executable, "-c", "from cli.main import main; main()", "serve", "--no-build"]
+    server = Program(
+        command, {**told, "PYTHONPATH": str(ROOT)}, folder / "log", f"http://127.0.0.1:{port}/health/ready"
+    )
+    try:
+        server.start()
+        return pictures(draw_all(f"http://127.0.0.1:{port}"))
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="module")
-def fixed(cluster: str, checkpoint: Path) -> str:
-    """Two engines behind one front with a short queue."""
+def fixed(undisturbed: list[str], cluster: str, checkpoint: Path) -> str:
+    """Two engines behind one front with a short queue. `undisturbed` comes first, before Ray takes the CPUs."""
     serve.run(
         application.build(
             {**SETTINGS, "checkpoint": checkpoint, "min_engines": 2, "max_engines": 2, "queue_items": MANY}

@@ -21,6 +21,7 @@ from bench.serving.pools import LAYOUTS, simulate_cluster
 from bench.serving.servers import Server, plain, start_ours
 from bench.serving.tables import Machine
 from bench.serving.traces import make_trace
+from engines.errors import EngineMissing
 from server.front.engine import EngineProcess
 from server.start.settings import ServerSettings
 
@@ -28,7 +29,15 @@ WHOLE = "whole"
 STAGES_OF = {WHOLE: "all,all", "low, high": "low,high+decode", "decode apart": "low+high,decode"}
 """What `bench.serving.pools.LAYOUTS` names, as ``--stages`` has it; text is encoded where it is needed."""
 _THREADS = 1
-_TOLD = {"measure_teacher": "false", "serve_teacher": "false", "prompt_megabytes": "0", "log_level": "error"}
+_TOLD = {
+    "measure_teacher": "false",
+    "serve_teacher": "false",
+    "prompt_megabytes": "0",
+    "build_missing": "false",  # a builder beside it would be measured too
+    "watchdog_seconds": "1000000",  # a server that was stopped for long is not mended
+    "deadline_seconds": "600",
+    "log_level": "error",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ def run_pools_live(settings: PoolLiveSettings, say: Callable[[str], None] = lamb
 
     Raises:
         EngineGoneError, RuntimeError: an engine or a server does not get ready.
+        EngineMissing: engines for one thread are missing; the message says how they are built.
     """
     machine = _machine(settings, say)
     servers = dict[str, Server]()
@@ -109,6 +119,7 @@ def _machine(settings: PoolLiveSettings, say: Callable[[str], None]) -> Machine:
         threads=_THREADS,
         measure_teacher=False,
         serve_teacher=False,
+        build_missing=False,
         log_level="error",
     )
     engine = EngineProcess.start(server, "cpu")
@@ -117,8 +128,14 @@ def _machine(settings: PoolLiveSettings, say: Callable[[str], None]) -> Machine:
     finally:
         engine.stop()
         engine.close()
+    card = ready.cards[0]
+    if not card.complete or any(not card.compiled.get(key.label) for key in card.stations()):
+        raise EngineMissing(
+            f"{settings.engines} lacks engines of {settings.checkpoint} for one thread, and eager is not compared: "
+            f"rmd build --checkpoint {settings.checkpoint} --engines {settings.engines} --threads {_THREADS}"
+        )
     costs = {key: {w: s for k, w, s in ready.costs if k == key} for key, _, _ in ready.costs}
-    return Machine("here", "", ready.cards[0], costs)
+    return Machine("here", "", card, costs)
 
 
 def pools_live_markdown(content: Mapping[str, Any]) -> str:
@@ -141,11 +158,12 @@ def pools_live_markdown(content: Mapping[str, Any]) -> str:
             name,
             f"`{STAGES_OF[name]}`",
             f"{fmean(rates):.2f}",
+            ", ".join(f"{rate:.2f}" for rate in rates),
             f"{fmean(content['simulated'][name]):.2f}",
             "{:.2f} ({:.2f} to {:.2f})".format(*content["ratios"][name]),
             f"{content['simulated_ratios'][name]:.2f}",
         ]
         for name, rates in content["rates"].items()
     ]
-    head = ["layout", "`--stages`", "pictures/s", "simulated", "over whole replicas", "simulated"]
+    head = ["layout", "`--stages`", "pictures/s", "by round", "simulated", "over whole replicas", "simulated"]
     return "\n".join([*lines, *markdown_table(head, rows, left=2)])

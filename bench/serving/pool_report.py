@@ -30,8 +30,8 @@ def pool_markdown(content: Mapping[str, Any]) -> str:
         "2 s of every 10 s).",
         "",
         "The simulator's own check against a server (`benchmarks/serving/live.md`): throughput within 5 % in 47 of 48 "
-        "comparisons; p99 within 10 % in 39 % of them, mostly too low. Its latencies are not validated. It was never "
-        "checked against pools, nor against more than one device.",
+        "comparisons; p99 within 10 % in 39 % of them, mostly too low. Its latencies are not validated. Against "
+        "pools, on two real engines: `live.md` beside this.",
         "",
         "## What travels, and what a device holds",
         "",

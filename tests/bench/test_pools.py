@@ -136,5 +136,5 @@ def test_a_report_of_real_engines_sets_each_layout_against_whole_replicas() -> N
         "ratios": {name: [0.5, 0.4, 0.6] for name in rates},
         "simulated_ratios": dict.fromkeys(rates, 0.55),
     }
-    text = pools_live_markdown(content)
-    assert "| low, high | `low,high+decode` | 2.50 | 2.50 | 0.50 (0.40 to 0.60) | 0.55 |" in text.splitlines()
+    lines = pools_live_markdown(content).splitlines()
+    assert "| low, high | `low,high+decode` | 2.50 | 2.00, 3.00 | 2.50 | 0.50 (0.40 to 0.60) | 0.55 |" in lines

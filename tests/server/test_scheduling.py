@@ -19,6 +19,7 @@ from openai import OpenAI
 
 from rmd.size import Size
 from server.device.model import DeviceModel
+from server.http import streaming
 from tests.server.conftest import make_settings
 from tests.server.house import House, pixels, serving
 
@@ -188,6 +189,21 @@ def test_a_client_that_leaves_frees_its_places(house: House, stream: bool, caplo
     assert len(re.findall(r" client_gone [\d.]+s [0-9a-f]{32}", caplog.text)) == 1
     assert house.metric("rmd_dropped_items_total", outcome="client_gone") == 3
     assert house.metric("rmd_pictures_total") == 1
+
+
+def test_a_stream_is_never_silent_for_long_while_its_picture_waits(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies and clients give up what says nothing: nginx after a minute."""
+    monkeypatch.setattr(streaming, "_HEARTBEAT_SECONDS", 0.05)
+    with httpx.Client(base_url=house.url, timeout=60) as client, contextlib.ExitStack() as device:
+        device.enter_context(held(house))
+        body = {"prompt": "a", "seed": 1, "stream": True}
+        with client.stream("POST", "/v1/images/generations", json=body) as reply:
+            lines = reply.iter_lines()
+            assert [next(lines) for _ in range(4)] == [": still drawing", ""] * 2, "nothing is drawn meanwhile"
+            device.close()
+            assert "event: image_generation.completed" in list(lines)
 
 
 def test_a_client_that_leaves_while_its_step_runs_is_dropped_at_the_next(house: House) -> None:
