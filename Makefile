@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What is imported is compiled to bytecode then; all of torch and its like would be half a minute of the installation.
 INSTALL := $(BIN)/python -m pip install -q --no-compile
+# And it is kept, whatever containers like to set: else each process of the server and of the tests would compile it
+# again, seven seconds of a core a time.
+unexport PYTHONDONTWRITEBYTECODE
 SERVING := $(VENV)/.serving
 STAMP := $(VENV)/.installed
 
