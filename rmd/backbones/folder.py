@@ -113,16 +113,16 @@ class DiffusersFolder:
         Raises:
             BackboneError: its configuration describes no such network; see :func:`load_network` for its weights.
         """
+        if weights:
+            return load_network(self.path / component, target, dtype, device)
         config = self.config(component, target)
-        if not weights:
-            try:
-                return build_random(target, config, dtype, torch.device("meta"))
-            except Exception as error:  # whatever the class makes of an odd value
-                raise BackboneError(
-                    f"{self.path / component / 'config.json'} builds no {target.split(':')[1]} "
-                    f"({type(error).__name__}: {error}); copy it again"
-                ) from error
-        return load_network(self.path / component, target, dtype, device)
+        try:
+            return build_random(target, config, dtype, torch.device("meta"))
+        except Exception as error:  # whatever the class makes of an odd value
+            raise BackboneError(
+                f"{self.path / component / 'config.json'} builds no {target.split(':')[1]} "
+                f"({type(error).__name__}: {error}); copy it again"
+            ) from error
 
     def tokenizer(self, component: str) -> Any:
         """The tokenizer in a sub-folder; code from the folder is never run.
@@ -164,7 +164,8 @@ def load_network(folder: Path, target: str, dtype: torch.dtype, device: torch.de
         target, dtype, device: see :meth:`DiffusersFolder.load`.
 
     Raises:
-        BackboneError: its weights are missing, broken or no safetensors, or are not that class's.
+        BackboneError: its weights are missing, broken or no safetensors, or are not that class's; or its configuration
+            is not.
     """
     variant = _variant(folder)
     try:
@@ -174,6 +175,8 @@ def load_network(folder: Path, target: str, dtype: torch.dtype, device: torch.de
             check_index(file)
     except (ValueError, FileNotFoundError) as error:
         raise BackboneError(str(error)) from None
+    if (folder / "config.json").is_file():
+        check_config(folder / "config.json", read_object(folder / "config.json"), target)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
     from_transformers = target.startswith("transformers:")
     options["dtype" if from_transformers else "torch_dtype"] = dtype

@@ -83,10 +83,18 @@ def test_stages_apart_give_the_bytes_of_one_engine(checkpoint: Path, whole: dict
         until_all_ready(house)
         assert drawn(house, seed=3, n=2) == whole["two"]
         assert drawn(house, seed=4, schedule="teacher") == whole["teacher"]
-        assert streamed(house, seed=5, n=2, partial_images=2) == whole["watched"], "partial pictures too"
+        tries = 0
+
+        def watched() -> bool:
+            nonlocal tries
+            tries, seen = tries + 1, streamed(house, seed=5, n=2, partial_images=2)
+            assert set(seen) <= set(whole["watched"]), "a partial picture may come too late and be left out, no more"
+            return seen == whole["watched"]
+
+        house.until(watched, "partial pictures too")
         house.until_idle()
-        assert house.metric("rmd_steps_total") == 2 * 4 + 6 + 2 * 4, "no step twice"
-        assert house.metric("rmd_queue_depth") == 0 and house.metric("rmd_pictures_total") == 5
+        assert house.metric("rmd_steps_total") == 2 * 4 + 6 + tries * 2 * 4, "no step twice"
+        assert house.metric("rmd_queue_depth") == 0 and house.metric("rmd_pictures_total") == 3 + 2 * tries
         assert set(house.service.fleet.work().values()) == {0.0}
 
         def busy() -> dict[str, float]:
