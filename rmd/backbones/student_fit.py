@@ -84,7 +84,7 @@ def contradictions(preset: str, facts: FolderFacts) -> list[str]:
     """
     name = preset_backbone(preset)
     entry = STEP_LISTS.get(preset)
-    if (other := _other_class(name, facts)) is not None:
+    if (other := _other_class(name, facts.index)) is not None:
         return [other]
     found = list(_of_network(name, facts))
     base = BASES[name](facts.denoiser) if name in BASES else None
@@ -104,12 +104,12 @@ def _family(name: str) -> type[DiffusersBackbone]:
     return family
 
 
-def _other_class(name: str, facts: FolderFacts) -> str | None:
+def _other_class(name: str, index: Config) -> str | None:
     component = _family(name).denoiser_folder
     wanted = _family(name).components[component].split(":")[1]
-    entry = facts.index.get(component) or [None, None]
+    entry = index.get(component) or [None, None]
     found = SAME_CLASS.get(str(entry[1]), entry[1])
-    if not facts.index or found == wanted:
+    if not index or found == wanted:
         return None
     return f"it needs a {wanted} ({component}/), and model_index.json names {found or 'none'}"
 
@@ -152,6 +152,24 @@ def read_facts(folder: Path | str, preset: str) -> FolderFacts:
         return source.config(part) if (source.path / part).is_dir() else {}
 
     return FolderFacts(source.index, config(component), config("scheduler"), frozenset(names))
+
+
+def check_family(preset: str, name: str, index: Config, folder: str) -> None:
+    """Refuse another family's folder, before its configurations are held against the classes of this one.
+
+    They are not wrong, and none of their fields should be called so.
+
+    Args:
+        preset: its name, for the message.
+        name: the backbone.
+        index: the folder's ``model_index.json``.
+        folder: what was given, for the message.
+
+    Raises:
+        ValueError: the index names another class of denoiser.
+    """
+    if (other := _other_class(name, index)) is not None:
+        raise ValueError(f"preset {preset!r} does not fit {folder}: {other}")
 
 
 def fitting_family(preset: str, asked: str | None, denoiser: Config) -> type[DiffusersBackbone]:

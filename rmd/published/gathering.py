@@ -15,7 +15,7 @@ from rmd.backbones.family import DiffusersBackbone
 from rmd.backbones.folder import read_object
 from rmd.backbones.guidance_fold import FOLDED_WEIGHT, GUIDANCE_INPUT
 from rmd.backbones.registry import BACKBONES, get_backbone
-from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, contradictions, fitting_family
+from rmd.backbones.student_fit import SAME_CLASS, FolderFacts, check_family, contradictions, fitting_family
 from rmd.cascade import Cascade
 from rmd.presets import preset, preset_backbone
 from rmd.published.files import ImportRefused, WeightFiles
@@ -130,6 +130,7 @@ def _open(request: ImportRequest) -> Work:
     base = open_base(request.base, request.config, (*kind.components, *kind.tokenizers, "scheduler"))
     work = Work(request, kind, base, preset(request.preset))
     base.folder.require(kind.denoiser_folder, "scheduler")
+    check_family(request.preset, name, base.folder.index, request.base)
     for component in kind.components:
         if base.folder.has(component):
             work.configs[component] = base.folder.config(component, kind.components[component])

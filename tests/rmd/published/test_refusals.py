@@ -466,3 +466,27 @@ def test_a_denoisers_configuration_that_builds_none_is_named(
 def test_another_components_folder_as_network_is_named(base: TinyFolder, imported: Import) -> None:
     with pytest.raises(ImportRefused, match=r"text_encoder/config\.json, .* give the folder of the denoiser as --net"):
         imported("sdxl", network=base("sdxl") / "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        (
+            "wan-1.3b",
+            "sd3",
+            r"'wan' does not fit .*sd3: it needs a WanTransformer3DModel .*SD3Transformer2DModel",
+        ),
+        ("sd3", "wan-1.3b", r"'sd3' does not fit .*: it needs a SD3Transformer2DModel .*WanTransformer3DModel"),
+        (
+            "pixart",
+            "sd3",
+            r"'pixart' does not fit .*: it needs a PixArtTransformer2DModel .*SD3Transformer2DModel",
+        ),
+    ],
+)
+def test_a_base_of_another_family_is_named_and_none_of_its_fields(
+    base: TinyFolder, imported: Import, name: str, other: str, message: str
+) -> None:
+    """Its patch_size was said to be wrong, and the way out to copy the file again."""
+    with pytest.raises(ValueError, match=message):
+        imported(name, base=str(base(other)))
