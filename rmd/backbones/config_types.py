@@ -139,9 +139,19 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = origin or hint
     if kind in (list, tuple, Sequence):
         kinds = [one for one in inner if one is not Ellipsis]
-        return isinstance(value, list | tuple) and all(not kinds or any(_fits(v, k) for k in kinds) for v in value)
+        return isinstance(value, list | tuple) and all(not kinds or any(_fits_in(v, k) for k in kinds) for v in value)
     # Dictionaries, and what no file can hold (arrays, objects): not said here.
     return kind is not NoneType
+
+
+def _fits_in(value: Any, hint: Any) -> bool:
+    """Whether an item of a list fits; a number may stand for a list of equal ones (SSD-1B's layers)."""
+    if _fits(value, hint):
+        return True
+    if (get_origin(hint) or hint) not in (list, tuple, Sequence):
+        return False
+    kinds = [one for one in get_args(hint) if one is not Ellipsis]
+    return any(_fits_in(value, one) for one in kinds) if kinds else _is_number(value)
 
 
 def _takes_number(hint: Any) -> bool:

@@ -68,6 +68,14 @@ def test_full_size_configurations_are_taken(name: str) -> None:
         # null for a switch that is off (SDXL's UNet), for no shift, for no statistics; a word for a list of switches.
         ("UNet2DConditionModel", {"upcast_attention": None, "mid_block_only_cross_attention": None}),
         ("UNet2DConditionModel", {"attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10]}),
+        # SSD-1B's: one number for a list of equal ones.
+        (
+            "UNet2DConditionModel",
+            {
+                "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+                "transformer_layers_per_block": [0, [2, 2], [4, 4]],
+            },
+        ),
         ("UNet2DConditionModel", {"cross_attention_dim": [2048, 2048], "mid_block_scale_factor": 1, "freq_shift": 0}),
         (
             "AutoencoderKL",
@@ -110,6 +118,12 @@ _WRONG: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("sdxl", "vae/config.json", {"force_upcast": "no"}, "true or false, not 'no'"),
     ("sdxl", "unet/config.json", {"norm_eps": -1e-5}, "0 or more, not -1e-05"),
     ("sdxl", "unet/config.json", {"flip_sin_to_cos": "false"}, "true or false, not 'false'"),
+    (
+        "sdxl",
+        "unet/config.json",
+        {"reverse_transformer_layers_per_block": [[1], "1"]},
+        r"a list, each of it a list, each of it a whole number or null, not \[\[1\], '1'\]",
+    ),
     ("sdxl", "unet/config.json", {"norm_num_groups": 8.0}, "a whole number or null, not 8.0"),
     ("sdxl", "text_encoder/config.json", {"layer_norm_eps": float("inf")}, "finite, not inf"),
     ("sdxl", "text_encoder/config.json", {"num_hidden_layers": "2"}, "a whole number, not '2'"),
