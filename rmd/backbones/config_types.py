@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rmd.backbones.base import BackboneError
 from rmd.backbones.random_weights import resolve
 
-_DIVISORS = ("scaling_factor", "latents_std")
+_DIVISORS = ("scaling_factor", "latents_std", "mid_block_scale_factor", "resnet_out_scale_factor")
 _STATISTICS = ("latents_mean", "latents_std")
 _CHANNELS = ("latent_channels", "z_dim")
 _PLAIN = (bool, int, float, str)

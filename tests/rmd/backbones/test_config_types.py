@@ -124,6 +124,8 @@ _WRONG: tuple[tuple[str, str, dict[str, Any], str], ...] = (
         {"reverse_transformer_layers_per_block": [[1], "1"]},
         r"a list, each of it a list, each of it a whole number or null, not \[\[1\], '1'\]",
     ),
+    ("sdxl", "unet/config.json", {"mid_block_scale_factor": 0}, "above 0, not 0"),
+    ("sdxl", "unet/config.json", {"resnet_out_scale_factor": 0.0}, "above 0, not 0.0"),
     ("sdxl", "unet/config.json", {"norm_num_groups": 8.0}, "a whole number or null, not 8.0"),
     ("sdxl", "text_encoder/config.json", {"layer_norm_eps": float("inf")}, "finite, not inf"),
     ("sdxl", "text_encoder/config.json", {"num_hidden_layers": "2"}, "a whole number, not '2'"),
