@@ -100,6 +100,8 @@ class JobStore:
 
     def get(self, account: str, job_id: str, now: float = 0.0) -> VideoJob | None:
         """Return a job of this account, unless it had expired at ``now``."""
+        if not _is_name(job_id):
+            return None
         with self._begin() as session:
             mine = VideoJob.id == job_id, VideoJob.account == account
             return session.scalar(select(VideoJob).where(*mine, _is_there(now)))
@@ -112,6 +114,8 @@ class JobStore:
         Raises:
             KeyError: there is no such job.
         """
+        if after is not None and not _is_name(after):
+            raise KeyError(after)
         query = select(VideoJob).where(VideoJob.account == account, _is_there(now))
         order = VideoJob.number.desc() if newest_first else VideoJob.number.asc()
         known = VideoJob.account.in_((account, _DELETED))
@@ -282,6 +286,11 @@ class JobStore:
         with self._begin() as session:
             result = session.execute(update(VideoJob).where(*which).values(**values))
         return bool(result.rowcount)  # type: ignore[attr-defined]
+
+
+def _is_name(text: str) -> bool:
+    """Whether a job may be called so. PostgreSQL refuses to look for texts with a NUL: it would seem to have failed."""
+    return text.isascii() and text.isprintable()
 
 
 def _is_there(now: float) -> ColumnElement[bool]:

@@ -149,7 +149,7 @@ def _names(tags: str, etag: str, *, strong: bool) -> bool:
 def _date(text: str | None) -> float | None:
     try:
         return parsedate_to_datetime(text or "").timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter of an hour of twenty digits, say
         return None
 
 

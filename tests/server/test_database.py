@@ -136,6 +136,22 @@ def test_what_is_no_place_for_a_database_is_named_without_a_password(tmp_path: P
         assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["\0", "video_\0", "\ud800", "\n", "vidéo"])
+def test_a_name_that_no_job_can_have_is_nobody_s_and_no_fault(open_database: Callable[[], Database], name: str) -> None:
+    """PostgreSQL takes no NUL in a text: one GET of /v1/videos/%00 took the server's readiness."""
+    database = open_database()
+    store = JobStore(database)
+    assert store.get("", name) is None
+    with pytest.raises(KeyError):
+        store.page("", name, 9, newest_first=True)
+    assert database.fault is None
+    asked = job("m")
+    asked.request = {"prompt": "a\0 red rocket"}
+    kept = store.add(asked)
+    found = store.get("", kept.id)
+    assert found is not None and found.request["prompt"] == "a\0 red rocket", "a prompt may hold what a name may not"
+
+
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
 
 

@@ -209,6 +209,15 @@ def test_a_linked_picture_is_sent_once_to_who_has_it(open_house: House) -> None:
         assert again.status_code == 304 and again.content == b"" and again.headers["etag"] == etag
     assert open_house.client.get(url, headers={"If-None-Match": '"other"'}).status_code == 200
     refused(open_house.client.get(url, headers={"If-Match": '"other"'}), 412, "precondition_failed")
+    for moment in (
+        "1 Jan 2020 {}:00:00 GMT",
+        "{} Jan 2020 00:00:00 GMT",
+        "1 Jan {} 00:00:00 GMT",
+        "1 Jan 2020 0:0:0 +{}",
+    ):
+        for condition in ("If-Modified-Since", "If-Unmodified-Since"):  # a date that is none is ignored
+            odd = open_house.client.get(url, headers={condition: f"Wed, {moment.format('9' * 20)}"})
+            assert odd.status_code == 200 and odd.content == first.content, moment
     assert 3590 < int(first.headers["cache-control"].removeprefix("private, max-age=")) <= 3600
 
 
