@@ -208,14 +208,14 @@ class Engine:
             self._loop.raised(batch, error, last)
             if last:
                 self._door.send(Busy(_LONGEST_LOAD_SECONDS))  # it may probe
-                self._breakers[batch.key.model].failed(batch.key.kind, error)
+                self._breakers[batch.key.model].failed(batch.key, error)
             return error
         self._batch_over = time.perf_counter()
         self._finish(batch, done, self._batch_over - started, gap)
         return None
 
     def _finish(self, batch: Batch, done: Done, seconds: float, gap: float) -> None:
-        self._breakers[batch.key.model].succeeded(batch.key.kind)
+        self._breakers[batch.key.model].succeeded(batch.key)
         now = time.monotonic()
         if batch.key.kind == "encode":
             for request in {id(p.request): p.request for p in batch.pictures}.values():

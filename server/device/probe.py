@@ -9,7 +9,7 @@ import torch
 
 from rmd.sampler import initial_noise
 from server.core.stages import stations_in
-from server.core.stations import Kind
+from server.core.stations import StationKey
 from server.device.model import DeviceModel
 from server.device.steps import check_finite
 
@@ -50,9 +50,10 @@ def prove(model: DeviceModel) -> None:
 
 
 class Breaker:
-    """Counts requests that failed with no success between them, at each kind of station; then probes.
+    """Counts requests that failed with no success between them, at each station; then probes.
 
-    At each kind: a decoder that fails every picture comes after text and steps that went well.
+    At each station: a decoder that fails every picture comes after text and steps that went well, and so do the steps
+    of one size, which may have an engine of their own.
 
     Args:
         model: what is probed, see :func:`prove`.
@@ -60,22 +61,22 @@ class Breaker:
 
     def __init__(self, model: DeviceModel) -> None:
         self._model = model
-        self._failures: Counter[Kind] = Counter()
+        self._failures: Counter[StationKey] = Counter()
 
-    def succeeded(self, kind: Kind) -> None:
-        """A batch ran at a kind of station."""
-        self._failures[kind] = 0
+    def succeeded(self, key: StationKey) -> None:
+        """A batch ran at a station."""
+        self._failures[key] = 0
 
-    def failed(self, kind: Kind, error: Exception) -> None:
-        """A request failed at a kind of station.
+    def failed(self, key: StationKey, error: Exception) -> None:
+        """A request failed at a station.
 
         Raises:
             DeviceBroken: so did the probe.
         """
-        self._failures[kind] += 1
-        if self._failures[kind] < _FAILURES:
+        self._failures[key] += 1
+        if self._failures[key] < _FAILURES:
             return
-        self._failures[kind] = 0
+        self._failures[key] = 0
         log.warning("%d requests in a row failed, the last with %s; probing the device", _FAILURES, error)
         try:
             prove(self._model)

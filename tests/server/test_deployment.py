@@ -122,3 +122,9 @@ def test_compose_mounts_ports_and_times_fit() -> None:
             assert not source.startswith("./") or (ROOT / source).exists(), volume
     stop = ServerSettings().drain_seconds + LAST_BATCH_SECONDS + LAST_JOBS_SECONDS + LAST_REPLIES_SECONDS
     assert int(services["rmd"]["stop_grace_period"].removesuffix("s")) > stop
+
+
+def test_the_proxy_of_the_docs_waits_for_as_long_as_a_reply_may_take() -> None:
+    """No page named a proxy's read timeout, and nginx's own answered 504 to slow pictures."""
+    (seconds,) = re.findall(r"^\s*proxy_read_timeout (\d+)s;", (ROOT / "docs/deployment.md").read_text(), re.MULTILINE)
+    assert int(seconds) > ServerSettings().deadline_seconds

@@ -31,7 +31,9 @@ def open_house(checkpoint: Path, loaded: DeviceModel) -> Iterator[House]:
 
 @pytest.fixture(scope="module")
 def keyed_house(checkpoint: Path, loaded: DeviceModel) -> Iterator[House]:
-    settings = make_settings(checkpoint, api_keys="alice=sécret,plain", log_level="info", key_requests=1)
+    settings = make_settings(
+        checkpoint, api_keys="alice=sécret,plain", log_level="info", key_requests=1, allowed_origins=FRIEND
+    )
     with serving(loaded, settings) as running:
         yield running
 
@@ -234,6 +236,18 @@ def test_the_links_of_one_reply_live_together(checkpoint: Path, loaded: DeviceMo
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_browser_asks_for_leave_without_the_key_and_sends_it_afterwards(keyed_house: House) -> None:
+    """It was 401 before any page could send its key; and a page must be able to read that its key is wrong."""
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    preflight = keyed_house.client.options(URL, headers={"Origin": FRIEND, **asked})
+    assert preflight.status_code == 200 and preflight.headers["access-control-allow-origin"] == FRIEND
+    refused(keyed_house.client.options(URL, headers={"Origin": EVIL, **asked}), 403, "cross_site")
+    wrong = keyed_house.client.get("/v1/models", headers={"Origin": FRIEND, "Authorization": "Bearer x"})
+    refused(wrong, 401, "invalid_api_key")
+    assert wrong.headers["access-control-allow-origin"] == FRIEND
+    assert keyed_house.client.get("/v1/models", headers={"Origin": FRIEND, **OTHER}).status_code == 200
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
