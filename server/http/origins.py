@@ -8,6 +8,7 @@ whose name is made to point here (DNS rebinding) may read the replies too. Both 
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ CROWDED = "crowded"
 """In a connection's state: no connection is left but those kept for probes."""
 
 _SAFE = ("GET", "HEAD")
+_NO_HOST = re.compile(r"[/?#@\\]")  # a name and a port hold none, and URL parsers differ over which part is the name
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -91,6 +93,8 @@ class CheckDoor:
 
 
 def _known(host: str, hosts: Collection[str]) -> bool:
+    if _NO_HOST.search(host):
+        return False
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:

@@ -86,7 +86,22 @@ def test_addresses_and_localhost_are_this_servers_names(open_house: House, host:
     assert open_house.client.get("/v1/models", headers=own).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["", "a b", "[", "127.0.0.1.attacker.example", "localhost.attacker.example", "a@b"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "a b",
+        "[",
+        "127.0.0.1.attacker.example",
+        "localhost.attacker.example",
+        "a@b",
+        "attacker.example@localhost",
+        "attacker.example\\@localhost",
+        "localhost/attacker.example",
+        "localhost#.attacker.example",
+        "localhost?.attacker.example",
+    ],
+)
 def test_no_other_name_passes(open_house: House, host: str) -> None:
     refused(open_house.client.get("/v1/models", headers={"Host": host}), 403, "unknown_host")
 
