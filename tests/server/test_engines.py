@@ -76,7 +76,7 @@ def refuse_to_decode(component: str, size: Size | None, inputs: Mapping[str, tor
 
 def spoil(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
     if component == "denoiser":
-        inputs["hidden_states"].fill_(torch.nan)
+        inputs["latents"].fill_(torch.nan)
 
 
 def spoil_the_full_size(component: str, size: Size | None, inputs: Mapping[str, torch.Tensor]) -> None:
