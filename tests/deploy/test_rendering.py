@@ -346,7 +346,7 @@ def test_a_job_for_each_product_builds_what_its_servers_load() -> None:
             options = build.make_context("build", list(arguments)).params
             assert str(options["engines"]) == "/engines" and options["device"] == "cuda"
             assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
-            built.append(str(options["checkpoint"]))
+            built.extend(map(str, options["checkpoint"]))
         claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
         (server,) = (
             (pod, server)
