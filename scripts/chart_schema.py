@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engines.compilers import BACKENDS
 from server.start.settings import ServerSettings
 
 SCHEMA = Path(__file__).parents[1] / "deploy/helm/rmd/values.schema.json"
@@ -19,6 +20,7 @@ OWN = {
 _NUMBER = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)"
 # What the server refuses at its start is refused before anything is installed. Helm's patterns know no look-ahead.
 BOUNDS: dict[str, dict[str, Any]] = {
+    "backend": {"enum": list(BACKENDS)},
     "policy": {
         "pattern": rf"^(stagewise(:{_NUMBER})?|fifo|dynamic(:[1-9][0-9]*(:{_NUMBER})?)?|continuous(:[1-9][0-9]*)?)$"
     },

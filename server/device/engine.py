@@ -183,12 +183,12 @@ class Engine:
         if error is None:
             return
         log.warning("a batch of %d at %s raised (%s); trying each alone", len(batch.tickets), batch.key.label, error)
-        if isinstance(error, torch.OutOfMemoryError):
+        short = isinstance(error, torch.OutOfMemoryError)
+        del error  # whose traceback keeps the failed batch's tensors: what fits alone must not fail for lack of memory
+        if short:
             self._costs.narrow(batch.key, batch.rows)
-        # Out here no traceback keeps the failed batch's tensors: what fits alone must not fail for lack of memory.
-        del error
-        if self._models[batch.key.model].backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
+            if self._models[batch.key.model].backbone.device.type == "cuda":
+                torch.cuda.empty_cache()
         for ticket in batch.tickets:
             single = self._loop.again(ticket, batch.key)
             if single is not None:

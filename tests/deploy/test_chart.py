@@ -49,6 +49,7 @@ def test_every_set_of_values_is_taken(file: Path) -> None:
         ({"servers": [{"name": "a", "settings": {"queue_item": 64}}]}, "queue_item"),
         ({"server": {"settings": {"queue_items": "many"}}}, "many"),
         ({"server": {"settings": {"policy_": "fifo"}}}, "policy_"),
+        ({"server": {"settings": {"backend": "egaer"}}}, "egaer"),
         ({"server": {"settings": {"api_keys": "secret"}}}, "api_keys"),
         ({"hardware": [{"name": "a", "engines": {"built": True}}]}, "built"),
         ({"networkPolicy": {"enable": False}}, "enable"),
