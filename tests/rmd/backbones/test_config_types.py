@@ -15,34 +15,22 @@ from rmd.backbones.base import BackboneError
 from rmd.backbones.config_types import check_config, check_scheduler, check_tokenizer
 from rmd.backbones.configs import CONFIGURED, published_config
 from rmd.backbones.registry import get_backbone
-from rmd.backbones.tiny import write_tiny_folder
 from rmd.pipeline import CascadePipeline
 from rmd.published.gathering import ImportRequest
 from rmd.published.importing import import_model
 
 FILE = Path("model/part/config.json")
 Changed = Callable[[str, str, dict[str, Any]], Path]
+TinyFolder = Callable[[str], Path]
 _PRESETS = {"sdxl": "sdxl-turbo", "wan-1.3b": "wan"}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = write_tiny_folder(name, tmp_path_factory.mktemp("tiny") / name)
-        return made[name]
-
-    return get
-
-
 @pytest.fixture
-def changed(folders: Callable[[str], Path], tmp_path: Path) -> Changed:
+def changed(tiny_folder: TinyFolder, tmp_path: Path) -> Changed:
     """A tiny folder, without its record of digests, with other fields in one file."""
 
     def change(name: str, file: str, fields: dict[str, Any]) -> Path:
-        folder = Path(shutil.copytree(folders(name), tmp_path / "odd"))
+        folder = Path(shutil.copytree(tiny_folder(name), tmp_path / "odd"))
         content = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps({**content, **fields}))
         record = json.loads((folder / "cascade.json").read_text())
@@ -179,10 +167,10 @@ def test_what_its_class_itself_refuses_is_told_in_a_sentence(
             get_backbone("sdxl").load(folder, dtype=torch.float32, weights=weights)
 
 
-def test_a_small_decoder_and_a_students_own_configuration_too(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    unet = Path(shutil.copytree(folders("sdxl") / "unet", tmp_path / "unet"))
+def test_a_small_decoder_and_a_students_own_configuration_too(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    unet = Path(shutil.copytree(tiny_folder("sdxl") / "unet", tmp_path / "unet"))
     content = json.loads((unet / "config.json").read_text())
     (unet / "config.json").write_text(json.dumps({**content, "norm_eps": True}))
-    request = ImportRequest(base=str(folders("sdxl")), preset="sdxl-turbo", out=tmp_path / "out", network=unet)
+    request = ImportRequest(base=str(tiny_folder("sdxl")), preset="sdxl-turbo", out=tmp_path / "out", network=unet)
     with pytest.raises(BackboneError, match=r"unet/config\.json, field 'norm_eps': must be a number, not True"):
         import_model(request)
