@@ -52,6 +52,7 @@ def command(
     from pydantic import ValidationError
 
     from server.front.service import Service
+    from server.garbage import settle_heap
     from server.logs import configure_logging
     from server.start.films import open_jobs
     from server.start.progress import ProgressLine
@@ -107,6 +108,7 @@ def command(
     with ProgressLine() as line:
         service = Service(settings, open_jobs, on_failed=stop_at_failure, on_progress=line.update)
         server = make_server(service)
+        settle_heap()
         server.run()
     if failures:
         typer.secho(f"rmd serve: {failures[0]}", fg="red", err=True)

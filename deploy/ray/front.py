@@ -19,6 +19,7 @@ from deploy.ray.asking import Asking
 from deploy.ray.roster import Listing
 from server.front.remote import RemoteEngine
 from server.front.service import Service
+from server.garbage import settle_heap
 from server.http.app import create_app
 from server.start.films import open_jobs
 from server.start.settings import ServerSettings
@@ -50,6 +51,7 @@ class FrontReplica:
         """Called by Ray once the replica is constructed. The application's lifespan starts and stops the service."""
         app = create_app(self._service)
         app.add_api_route("/metrics/targets", self._targets, include_in_schema=False)
+        settle_heap()
         return app
 
     def _ask(self) -> None:

@@ -62,6 +62,7 @@ class Engine:
         policy: see :func:`server.core.policies.make_policy`.
         film_seconds: a film's time on the device.
         prompt_bytes: encoded texts that are kept.
+        settle: called when what was loaded stands, and again when engines have taken its place.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Engine:
         policy: str = "stagewise",
         film_seconds: float = 3600.0,
         prompt_bytes: int = 64_000_000,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
-        self._door, self._load = door, load
+        self._door, self._load, self._settle = door, load, settle
         self._policy, self._film_seconds, self._prompt_bytes = policy, film_seconds, prompt_bytes
         self._stopping = self._adopting = False
         self._batch_over: float | None = None  # when the last batch was, where the next follows upon it
@@ -107,6 +109,7 @@ class Engine:
             stages=loaded.stages,
             dump=dump_latents,
         )
+        self._settle()
         table = self._costs.table()
         costs = tuple((key, rows, each) for key, widths in table.items() for rows, each in widths.items())
         self._door.send(Ready(cards, costs, loaded.missing, time.time() - time.monotonic(), loaded.stages))
@@ -247,6 +250,8 @@ class Engine:
                     self._opened(model, lane, place)
                     return True
         self._adopting = False
+        if all(live.complete for model in self._models.values() for live in model.live.values()):
+            self._settle()
         return False
 
     def _opened(self, model: DeviceModel, lane: str, place: tuple[str, str | None]) -> None:

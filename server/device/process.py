@@ -15,6 +15,7 @@ import msgspec
 
 from server.device.door import Door, EngineDoor, ParentGone
 from server.device.settings import EngineSettings
+from server.garbage import settle_heap
 from server.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def make_engine(settings: EngineSettings, door: EngineDoor) -> Engine:
         settings.policy,
         settings.film_seconds,
         int(settings.prompt_megabytes * 1e6),
+        settle_heap,
     )
 
 
