@@ -148,8 +148,11 @@ class Replay:
         elif isinstance(message, Ended):
             self._idle_since = now
             if message.rows:
-                width = next((w for w in self._watch.widths.get(message.key, ()) if w >= message.rows), message.rows)
-                self._batches.add(message.key, message.rows, width, message.seconds)
+                # On one of n tracks it takes what n times as many rows take that have the whole device.
+                rows = message.rows * message.tracks
+                width = next((w for w in self._watch.widths.get(message.key, ()) if w >= rows), rows)
+                seconds = message.seconds / message.tracks
+                self._batches.add(message.key, message.rows, width // message.tracks, seconds)
                 self._watch.seconds.setdefault((message.key, width), []).append(message.seconds)
             if not any(moved.station for moved in message.moved) and not self._left:
                 self._idle_since = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engines.errors import EngineError, EngineInputError
 from engines.manifest import Manifest
+from engines.tracks import Track
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,42 @@ class Engine(ABC):
         """The recorded median of a run, None when it was never timed."""
         return self.manifest.latency_seconds.get(self.batch)
 
-    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def takes_tracks(self, count: int) -> bool:
+        """Whether ``count`` threads, each on its track, may run this engine at once, each its part of the batch."""
+        return False
+
+    def rows_on(self, track: Track | None) -> int:
+        """Rows of a run: the batch, or a track's part of it."""
+        return self.batch if track is None else self.batch // track.count
+
+    def run(self, inputs: Mapping[str, Tensor], track: Track | None = None) -> Tensor:
         """The network's output.
 
         Args:
             inputs: by name; names, shapes and dtypes as in the manifest, contiguous or not.
+            track: the calling thread's, of as many as the engine takes; the rows are its part of the batch.
 
         Raises:
             EngineInputError: a name, shape or dtype is wrong; the message says which and what is expected.
         """
-        self.check_inputs(inputs)
-        return self._run([inputs[name] for name, _, _ in self._expected])
+        if track is None:
+            self.check_inputs(inputs)
+            return self._run([inputs[name] for name, _, _ in self._expected])
+        self._check(inputs, self.rows_on(track))
+        return self._run_on(track, [inputs[name] for name, _, _ in self._expected])
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """See :meth:`run`. Compiled code itself would read wrong shapes silently."""
+        self._check(inputs, self.batch)
+
+    def _check(self, inputs: Mapping[str, Tensor], rows: int) -> None:
         if inputs.keys() != self._names:
             missing, extra = sorted(self._names - inputs.keys()), sorted(inputs.keys() - self._names)
             said = [f"lacks {', '.join(missing)}"] if missing else []
             said += [f"does not take {', '.join(extra)}"] if extra else []
             raise EngineInputError(f"engine {self.manifest.spec.title} {' and '.join(said)}")
-        for name, shape, dtype in self._expected:
-            given = inputs[name]
+        for name, full, dtype in self._expected:
+            given, shape = inputs[name], (rows, *full[1:])
             if given.shape != shape or given.dtype != dtype or given.device.type != self._device_type:
                 raise EngineInputError(
                     f"engine {self.manifest.spec.title}: input {name!r} is {tuple(given.shape)} {given.dtype} on "
@@ -92,6 +108,10 @@ class Engine(ABC):
     @abstractmethod
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
         """Runs on checked inputs in the manifest's order."""
+
+    def _run_on(self, track: Track, inputs: Sequence[Tensor]) -> Tensor:
+        """The same on a track, of engines that take any."""
+        raise EngineError(f"engine {self.manifest.spec.title} takes no tracks")
 
     @abstractmethod
     def refit(self, state: Mapping[str, Tensor]) -> None:

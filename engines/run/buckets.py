@@ -14,6 +14,7 @@ from engines.compilers.engine import Engine, EngineMemory
 from engines.errors import EngineError, EngineInputError, EngineMissing
 from engines.manifest import Manifest
 from engines.run.exhaustion import free_memory, is_out_of_memory
+from engines.tracks import Track, current_track
 from engines.weights.bank import WeightBank
 from rmd.size import Size
 
@@ -29,7 +30,7 @@ def place_of(component: str, size: Size | None) -> Place:
 
 
 class BucketExecutor:
-    """An :class:`~rmd.backbones.executor.Executor` over loaded engines. One thread at a time.
+    """An :class:`~rmd.backbones.executor.Executor` over loaded engines. One thread at a time, or one on each track.
 
     Args:
         engines: by place and batch.
@@ -63,7 +64,7 @@ class BucketExecutor:
             try:
                 return self._run(place, rows, inputs)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or current_track() is not None:  # others run these engines meanwhile
                     raise
                 if not self._drop_largest(place, rows):
                     raise
@@ -74,21 +75,38 @@ class BucketExecutor:
     def _run(self, place: Place, rows: int, inputs: Mapping[str, Tensor]) -> Tensor:
         outputs = []
         start = 0
-        for bucket in self.split(place, rows):
-            taken = min(bucket, rows - start)
+        engines, track = self._engines_for(place, rows, current_track())
+        for engine in engines:
+            taken = min(engine.rows_on(track), rows - start)
             part = {name: tensor[start : start + taken] for name, tensor in inputs.items()}
-            outputs.append(self._run_bucket(self._engines[place][bucket], taken, part))
+            outputs.append(self._run_bucket(engine, taken, part, track))
             start += taken
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _run_bucket(self, engine: Engine, rows: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        if self._padded and rows < engine.batch:
+    def _engines_for(self, place: Place, rows: int, track: Track | None) -> tuple[list[Engine], Track | None]:
+        """What runs ``rows`` rows, one after the other; and the track, where they take it."""
+        by_batch = self._engines[place]
+        if track is not None and by_batch[max(by_batch)].takes_tracks(track.count):
+            fitting = [engine for engine in by_batch.values() if engine.takes_tracks(track.count)]
+            whole, rest = divmod(rows, fitting[-1].rows_on(track))
+            last = [next(engine for engine in fitting if engine.rows_on(track) >= rest)] if rest else []
+            return [fitting[-1]] * whole + last, track
+        return [by_batch[bucket] for bucket in self.split(place, rows)], None
+
+    def _run_bucket(self, engine: Engine, rows: int, inputs: Mapping[str, Tensor], track: Track | None) -> Tensor:
+        lacking = engine.rows_on(track) - rows
+        if self._padded and lacking:
             # Copies of the last row, not zeros: an all-zero mask or prompt may give NaN.
             inputs = {
-                name: torch.cat([tensor, tensor[-1:].expand(engine.batch - rows, *tensor.shape[1:])])
+                name: torch.cat([tensor, tensor[-1:].expand(lacking, *tensor.shape[1:])])
                 for name, tensor in inputs.items()
             }
-        return engine.run(inputs)[:rows]
+        return engine.run(inputs, track)[:rows]
+
+    def takes_tracks(self, count: int) -> bool:
+        """Whether ``count`` threads, each on its track, may run the denoiser at once at every size."""
+        denoisers = [by_batch for (component, _), by_batch in self._engines.items() if component == "denoiser"]
+        return bool(denoisers) and all(by and by[max(by)].takes_tracks(count) for by in denoisers)
 
     # ---- what a batch costs -----------------------------------------------------------------------------------------
 

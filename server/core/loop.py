@@ -21,6 +21,7 @@ from server.core.policies.fifo import FifoPolicy
 from server.core.stages import ALL, Stages, costs_in, stations_in
 from server.core.stations import StationKey, Stations
 from server.core.tickets import Picture, Preview, Request, State, Ticket
+from server.core.tracks import TrackCosts
 from server.core.work import PictureState, Work
 
 log = logging.getLogger("rmd.server")
@@ -36,6 +37,7 @@ class Batch:
     Attributes:
         rows: of the device's batch (encode: texts).
         expected: seconds.
+        tracks: it has one of so many equal parts of the device.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Batch:
     tickets: Sequence[Ticket]
     rows: int
     expected: float
+    tracks: int = 1
 
     @property
     def pictures(self) -> list[Picture]:
@@ -62,6 +65,7 @@ class Loop:
         recall: gives a new request its encoded texts where the device has kept them, and says whether it did.
         stages: what is done here. Pictures are handed over behind that.
         dump: returns the shape and the bytes of what the device keeps of a picture, see :class:`PictureState`.
+        seen: the costs as the policy was given them, where it can choose for a track.
     """
 
     def __init__(
@@ -74,8 +78,9 @@ class Loop:
         recall: Callable[[Request], bool] = lambda request: False,
         stages: Stages = ALL,
         dump: Callable[[Any], tuple[tuple[int, ...], bytes]] = lambda data: ((), b""),
+        seen: TrackCosts | None = None,
     ) -> None:
-        self.costs, self.policy = costs, policy
+        self.costs, self.policy, self._seen = costs, policy, seen
         self._stages, self._dump = stages, dump
         self._cards, self._emit, self._film_seconds = {card.place: card for card in cards}, emit, film_seconds
         self._stations = Stations(key for card in cards for key in stations_in(card, stages))
@@ -152,6 +157,11 @@ class Loop:
         """True where nothing waits."""
         return next(self._stations.waiting(), None) is None
 
+    def crowded(self, least: int) -> bool:
+        """Whether at least so many tickets wait, none of which is to run with the device to itself."""
+        waiting = list(self._stations.waiting())
+        return len(waiting) >= least and not any(ticket.request.work.alone for ticket in waiting)
+
     @property
     def stations(self) -> Stations:
         """The queues, to look at."""
@@ -159,9 +169,15 @@ class Loop:
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def next_batch(self, now: float) -> Batch | Hold | None:
-        """Take the next batch out of its queue; say that it begins."""
+    def next_batch(self, now: float, tracks: int = 1) -> Batch | Hold | None:
+        """Take the next batch out of its queue; say that it begins.
+
+        Args:
+            tracks: of which it gets one.
+        """
         self._drop_late(now)
+        if self._seen is not None:
+            self._seen.count = tracks
         choice = self._choose(now)
         if not isinstance(choice, Choice):
             return choice
@@ -172,7 +188,7 @@ class Loop:
             ticket.state = State.RUNNING
             if isinstance(ticket, Picture):
                 ticket.record.queue += now - ticket.joined
-        return self._begin(key, tickets, rows)
+        return self._begin(key, tickets, rows, tracks)
 
     def _choose(self, now: float) -> Choice | Hold | None:
         """Ask the policy. Where it raises, whoever makes it raise has failed, and the others are served."""
@@ -225,8 +241,9 @@ class Loop:
             return None
         return self._begin(key, [ticket], ticket.rows if key.kind != "encode" else 1)
 
-    def _begin(self, key: StationKey, tickets: Sequence[Ticket], rows: int) -> Batch:
-        batch = Batch(next(self._numbers), key, tickets, rows, self.costs.seconds(key, max(rows, 1)))
+    def _begin(self, key: StationKey, tickets: Sequence[Ticket], rows: int, tracks: int = 1) -> Batch:
+        expected = self.costs.seconds(key, max(rows, 1) * tracks)
+        batch = Batch(next(self._numbers), key, tickets, rows, expected, tracks)
         members = tuple((t.request.work.id, t.index) for t in batch.pictures)
         previews = tuple(t.request.work.id for t in tickets if isinstance(t, Preview))
         self._emit(Began(batch.number, key, members, previews, batch.expected))
@@ -246,7 +263,7 @@ class Loop:
         """
         company = rows if batch.key.kind == "encode" else len(batch.tickets)
         if rows:
-            self.costs.observe(batch.key, rows, seconds + gap)
+            self.costs.observe(batch.key, rows * batch.tracks, seconds + gap)
             self._account(batch, seconds, rows, company)
         moved = []
         for ticket in batch.tickets:
@@ -256,7 +273,7 @@ class Loop:
                 ticket.step += 1
             moved.append(self._hand_on(ticket, batch.key, now))
         onward = tuple(each for each in moved if each is not None)
-        self._emit(Ended(batch.number, batch.key, rows, company, seconds, onward, at=now))
+        self._emit(Ended(batch.number, batch.key, rows, company, seconds, onward, at=now, tracks=batch.tracks))
         while self._leaving:
             self._emit(self._leaving.pop(0))
 
@@ -324,6 +341,7 @@ class Loop:
         for ticket in batch.tickets:
             own = ticket.rows if batch.key.kind == "denoise" else 1
             share = seconds * own / max(rows, len(batch.tickets) if batch.key.kind != "denoise" else rows)
+            share /= batch.tracks
             self._charge(ticket.request.work, share)
             if not isinstance(ticket, Picture):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -157,7 +157,7 @@ class Moved(_Struct, frozen=True):
 
 class Ended(_Struct, frozen=True):
     """A batch is over. ``failed``: it raised, and its tickets are "retried" alone, or "lost".
-    ``at``: when, in the engine's monotonic seconds; 0 where it raised."""
+    ``at``: when, in the engine's monotonic seconds; 0 where it raised. ``tracks``: it had that part of the device."""
 
     batch: int
     key: StationKey
@@ -167,6 +167,7 @@ class Ended(_Struct, frozen=True):
     moved: tuple[Moved, ...]
     failed: str = ""
     at: float = 0.0
+    tracks: int = 1
 
 
 class Encoded(_Struct, frozen=True):
@@ -220,6 +221,7 @@ Message: TypeAlias = _OfModel | _OfWork
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)
 _messages = msgspec.msgpack.Decoder(Message)
+_batches = msgspec.msgpack.Decoder(tuple[Began, ...])
 
 
 def pack(message: Command | Message) -> bytes:
@@ -245,3 +247,17 @@ def unpack_message(data: bytes) -> Message:
     """
     message: Message = _messages.decode(data)
     return message
+
+
+def pack_batches(batches: Sequence[Began]) -> bytes:
+    """Return the batches that run as bytes."""
+    return _encoder.encode(batches)
+
+
+def unpack_batches(data: bytes) -> tuple[Began, ...]:
+    """Read what :func:`pack_batches` wrote.
+
+    Raises:
+        msgspec.DecodeError: it is something else.
+    """
+    return _batches.decode(data)

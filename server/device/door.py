@@ -9,8 +9,9 @@ import numpy as np
 import zmq
 
 from rmd.pixels import Pixels
-from server.core.messages import Began, Command, Encoded, Ended, HandedOver, Message, pack, unpack_command
+from server.core.messages import Began, Command, Encoded, Ended, HandedOver, Message, pack, pack_batches, unpack_command
 from server.core.messages import Pixels as PixelsMessage
+from server.core.running import Running
 from server.device.settings import RECORD
 
 _PARENT_SECONDS = 1.0
@@ -25,6 +26,9 @@ class EngineDoor(Protocol):
 
     def send(self, message: Message, pixels: Pixels | None = None) -> None:
         """Send a message; pixels travel as they lie in memory."""
+
+    def flush(self) -> None:
+        """Send what is held back for company."""
 
     def receive(self, timeout: float) -> Command | None:
         """Return the next command, or None after ``timeout`` seconds."""
@@ -48,6 +52,7 @@ class Door:
         self._socket.connect(address)
         self._frames: list[bytes | memoryview] = []
         # What runs is also written to a file, which outlasts this process: a message may not have left before it dies.
+        self._running = Running()
         self._record = os.open(address.removeprefix("ipc://") + RECORD, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def send(self, message: Message, pixels: Pixels | None = None) -> None:
@@ -57,15 +62,17 @@ class Door:
         sending wakes two threads, on cores that have better things to do.
         """
         if isinstance(message, Began | Ended):
-            content = pack(message) if isinstance(message, Began) else b""
+            self._running.note(message)
+            content = pack_batches(self._running.batches)
             os.pwrite(self._record, len(content).to_bytes(4, "big") + content, 0)
         self._frames.append(pack(message))
         if pixels is not None:
             self._frames.append(np.ascontiguousarray(pixels).data)
         if not isinstance(message, Ended | Encoded | HandedOver | PixelsMessage):
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what is held back for company."""
         if self._frames:
             self._socket.send_multipart(self._frames, copy=False)
             self._frames = []
@@ -77,7 +84,7 @@ class Door:
             ParentGone: nobody is left to work for.
         """
         if timeout > 0:
-            self._flush()
+            self.flush()
         left = timeout
         while True:
             slice_seconds = min(left, _PARENT_SECONDS)
@@ -91,7 +98,7 @@ class Door:
 
     def close(self) -> None:
         """Send what is under way, then close."""
-        self._flush()
+        self.flush()
         self._socket.close()
         os.close(self._record)
         if self._parent is not None:

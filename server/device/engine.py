@@ -1,7 +1,7 @@
 """An engine: owns one device, runs the scheduler's loop on it, and hears of the world through its door only.
 
 One thread does everything, so no lock is held while a batch runs and nothing competes with it for Python: commands that
-come meanwhile wait in the socket.
+come meanwhile wait in the socket. Only where queues are long are batches left to threads, see `server.device.tracks`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from server.core.messages import (
     UsePolicy,
 )
 from server.core.policies import Hold, make_policy
+from server.core.policies.stagewise import StagewisePolicy
 from server.core.stages import stations_in
 from server.core.stations import STUDENT
 from server.core.tickets import Picture, Preview
+from server.core.tracks import TrackCosts
 from server.device.door import EngineDoor
 from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
 from server.device.model import DeviceModel, Loaded
 from server.device.probe import Breaker, DeviceBroken
 from server.device.steps import Done, StageRunner, dump_latents, load_latents
+from server.device.tracks import Tracks
 
 log = logging.getLogger("rmd.server")
 
@@ -51,6 +54,7 @@ ModelLoader = Callable[[Report], Loaded]
 _IDLE_SECONDS = 1.0
 _LONGEST_LOAD_SECONDS = 600.0  # of one engine, its check included
 _QUIET_SECONDS = 3.0  # without work before the teacher is timed again
+_ENTER_TRACKS, _LEAVE_TRACKS = 8, 4  # waiting tickets from which on, and below which no more, batches go on tracks
 
 
 class Engine:
@@ -63,6 +67,7 @@ class Engine:
         film_seconds: a film's time on the device.
         prompt_bytes: encoded texts that are kept.
         settle: called when what was loaded stands, and again when engines have taken its place.
+        tracks: batches at a time on a CPU, where engines take it and queues are long.
     """
 
     def __init__(
@@ -73,8 +78,10 @@ class Engine:
         film_seconds: float = 3600.0,
         prompt_bytes: int = 64_000_000,
         settle: Callable[[], None] = lambda: None,
+        tracks: int = 1,
     ) -> None:
-        self._door, self._load, self._settle = door, load, settle
+        self._door, self._load, self._settle, self._most_tracks = door, load, settle, tracks
+        self._tracks: Tracks | None = None
         self._policy, self._film_seconds, self._prompt_bytes = policy, film_seconds, prompt_bytes
         self._stopping = self._adopting = False
         self._batch_over: float | None = None  # when the last batch was, where the next follows upon it
@@ -99,15 +106,17 @@ class Engine:
         }
         self._breakers = {place: Breaker(model) for place, model in self._models.items()}
         cards = tuple(model.card for model in loaded.models)
+        self._seen = TrackCosts(self._costs)
         self._loop = Loop(
             cards,
             self._costs,
-            make_policy(self._policy, self._costs),
+            make_policy(self._policy, self._seen),
             self._door.send,
             self._film_seconds,
             recall=lambda request: self._runners[request.work.model].recall(request),
             stages=loaded.stages,
             dump=dump_latents,
+            seen=self._seen,
         )
         self._settle()
         table = self._costs.table()
@@ -122,6 +131,10 @@ class Engine:
     def _serve(self) -> None:
         last_work = time.monotonic()
         while not self._stopping:
+            if self._takes_tracks(_ENTER_TRACKS):
+                self._run_on_tracks()
+                last_work = time.monotonic()
+                continue
             now = time.monotonic()
             batch = self._loop.next_batch(now)
             if isinstance(batch, Batch):
@@ -168,7 +181,7 @@ class Engine:
             self._adopting = True
         elif isinstance(command, UsePolicy):
             try:
-                self._loop.policy = make_policy(command.policy, self._costs)
+                self._loop.policy = make_policy(command.policy, self._seen)
             except ValueError as error:
                 log.error("%s", error)
         elif isinstance(command, Stop):
@@ -183,13 +196,15 @@ class Engine:
             DeviceBroken: no later batch can succeed.
         """
         error = self._try(batch, last=False)
-        if error is None:
-            return
+        if error is not None:
+            self._retry(batch, error)
+
+    def _retry(self, batch: Batch, error: Exception) -> None:
         log.warning("a batch of %d at %s raised (%s); trying each alone", len(batch.tickets), batch.key.label, error)
         short = isinstance(error, torch.OutOfMemoryError)
-        del error  # whose traceback keeps the failed batch's tensors: what fits alone must not fail for lack of memory
+        error.__traceback__ = None  # which keeps the failed batch's tensors: what fits alone must not lack their memory
         if short:
-            self._costs.narrow(batch.key, batch.rows)
+            self._costs.narrow(batch.key, batch.rows * batch.tracks)
             if self._models[batch.key.model].backbone.device.type == "cuda":
                 torch.cuda.empty_cache()
         for ticket in batch.tickets:
@@ -234,6 +249,43 @@ class Engine:
             record = picture.record if number < 0 else None
             where = (ticket.request.work.id, picture.index, tuple(pixels.shape), str(batch.key.size), number)
             self._door.send(Pixels(*where, record), pixels)
+
+    # -- several batches at a time -------------------------------------------------------------------------------------
+
+    def _takes_tracks(self, least: int) -> bool:
+        """Whether so many wait, at engines that can be run by several threads, that batches go on tracks."""
+        if self._most_tracks < 2 or self._adopting or not self._loop.crowded(least):
+            return False
+        students = [model.live.get(STUDENT) for model in self._models.values()]
+        takes = all(live is not None and live.takes_tracks(self._most_tracks) for live in students)
+        return takes and isinstance(self._loop.policy, StagewisePolicy)
+
+    def _run_on_tracks(self) -> None:
+        """Run several batches at a time while the queues are long. In the end none runs.
+
+        A batch that raised is tried again, ticket by ticket, when the others are over.
+        """
+        tracks = self._tracks = self._tracks or Tracks(self._most_tracks, torch.get_num_threads())
+        failed: list[tuple[Batch, Exception]] = []
+        self._batch_over = None
+        while True:
+            while tracks.free and not (self._stopping or failed) and self._takes_tracks(_LEAVE_TRACKS):
+                batch = self._loop.next_batch(time.monotonic(), tracks.count)
+                if not isinstance(batch, Batch):
+                    break
+                tracks.start(batch, self._runners[batch.key.model].run)
+            if tracks.idle:
+                break
+            self._door.flush()
+            outcome = tracks.wait()
+            if isinstance(outcome.done, Exception):
+                self._loop.raised(outcome.batch, outcome.done, last=False)
+                failed.append((outcome.batch, outcome.done))
+            else:
+                self._finish(outcome.batch, outcome.done, outcome.seconds, 0.0)
+            self._heed_all(0.0)
+        for batch, error in failed:
+            self._retry(batch, error)
 
     # -- between batches -----------------------------------------------------------------------------------------------
 

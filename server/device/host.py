@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterable
 
 from server.device.open_door import OpenDoor
@@ -57,11 +56,9 @@ class EngineHost:
         """
         if not self._thread.is_alive():
             raise RuntimeError(self._door.unable.reason if self._door.unable else "the engine has ended")
-        if self._door.batch is not None:
-            batch, since = self._door.batch
-            took = time.monotonic() - since
-            if took > max(self._least, self._factor * batch.expected):
-                raise RuntimeError(f"the engine hangs: a batch at {batch.key.label} took {took:.0f} s")
+        hung = self._door.running.hung(self._least, self._factor)
+        if hung:
+            raise RuntimeError(f"the engine hangs: {hung}")
 
     def leave(self, timeout: float) -> bool:
         """Have it make what it was given, then end; False where ``timeout`` seconds did not suffice."""

@@ -39,6 +39,7 @@ from server.core.messages import (
     unpack_command,
 )
 from server.core.messages import Pixels as PixelsMessage
+from server.core.running import Running
 from server.device.front_seat import FrontSeat
 from server.device.settings import HEARTBEAT_MS, Contact
 
@@ -89,7 +90,7 @@ class OpenDoor:
         self._leaving = False
         self.ready = threading.Event()
         self.unable: Unable | None = None
-        self.batch: tuple[Began, float] | None = None
+        self.running = Running()
 
     # -- called from any thread ----------------------------------------------------------------------------------------
 
@@ -112,7 +113,8 @@ class OpenDoor:
 
         As through `server.device.door.Door`, what a batch gave goes out together with what follows upon it.
         """
-        counts = self._counting_seat() if isinstance(message, Ended) else None
+        began = self.running.note(message)
+        counts = None if began is None else self._counting_seat(began)
         self._note(message)
         if isinstance(message, Encoded | HandedOver | PixelsMessage | Lost):
             for seat in self._seats.values():
@@ -125,12 +127,12 @@ class OpenDoor:
             for seat in self._seats.values():
                 seat.frames.append(pack(seat.version(message, counts is None or seat is counts)))
         if not isinstance(message, Ended | Encoded | HandedOver | PixelsMessage):
-            self._flush()
+            self.flush()
 
     def receive(self, timeout: float) -> Command | None:
         """Return the next command, or None after ``timeout`` seconds."""
         if timeout > 0:
-            self._flush()
+            self.flush()
         end = time.monotonic() + timeout
         while True:
             if self._leave.is_set() and not self._leaving:
@@ -154,7 +156,7 @@ class OpenDoor:
 
     def close(self) -> None:
         """Send what is under way, then close."""
-        self._flush()
+        self.flush()
         self._socket.close()
         self._authenticator.stop()
         self._context.term()
@@ -171,10 +173,6 @@ class OpenDoor:
             self._told[Baselines, message.model] = message
         elif isinstance(message, Unable):
             self.unable = message
-        if isinstance(message, Began):
-            self.batch = message, time.monotonic()
-        elif isinstance(message, Ended):
-            self.batch = None
 
     def _heed(self, identity: bytes, command: Command) -> None:
         """Take in what a front says; what concerns the engine is left in ``_commands``."""
@@ -185,7 +183,7 @@ class OpenDoor:
             seat = self._seats[identity] = FrontSeat(command)
             told = [*self._told.values(), *([Leaving()] if self._leaving else [])]
             seat.frames.extend(pack(seat.version(message)) for message in told)
-            self._flush()
+            self.flush()
         elif isinstance(command, Stop):
             pass  # it is not one front's to end
         elif identity in self._seats:
@@ -201,7 +199,8 @@ class OpenDoor:
         seat = self._seats.pop(identity)
         self._commands.extend(Cancel(request_id) for request_id in seat.work)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what is held back for company."""
         for identity, seat in list(self._seats.items()):
             if not seat.frames:
                 continue
@@ -213,11 +212,10 @@ class OpenDoor:
                     raise
                 self._forget(identity)
 
-    def _counting_seat(self) -> FrontSeat | None:
-        """Return the one front that counts the batch that ran: that of its first request, if it is still here."""
+    def _counting_seat(self, began: Began) -> FrontSeat | None:
+        """Return the one front that counts a batch that ran: that of its first request, if it is still here."""
         seats = list(self._seats.values())
-        if self.batch is None or not seats:
+        if not seats:
             return None
-        began = self.batch[0]
         first = next(iter([*(request_id for request_id, _ in began.members), *began.previews]), "")
         return next((seat for seat in seats if seat.owns(first)), seats[0])

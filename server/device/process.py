@@ -55,6 +55,7 @@ def make_engine(settings: EngineSettings, door: EngineDoor) -> Engine:
         settings.film_seconds,
         int(settings.prompt_megabytes * 1e6),
         settle_heap,
+        settings.tracks,
     )
 
 

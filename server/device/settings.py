@@ -57,4 +57,5 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     prompt_megabytes: float
     log_level: str
     log_format: LogFormat = "text"
+    tracks: int = 1
     stages: Stages = ALL

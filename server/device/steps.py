@@ -7,6 +7,7 @@ as they were and each can be tried again alone.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -57,7 +58,7 @@ class Done:
 
 
 class StageRunner:
-    """Runs batches on the device that the calling thread owns.
+    """Runs batches on the device, or the track of it, that the calling thread owns.
 
     Args:
         model: the networks.
@@ -67,12 +68,14 @@ class StageRunner:
     def __init__(self, model: DeviceModel, prompt_bytes: int = 64 << 20) -> None:
         self._model = model
         self._texts = PromptCache(prompt_bytes)
+        self._encoding = threading.Lock()  # neither tokenizers nor what is kept bear two tracks at once
 
     @torch.inference_mode()
     def run(self, key: StationKey, tickets: Sequence[Ticket]) -> Done:
         """Do one batch's work. Raises whatever the network raises, before any ticket is changed."""
         if key.kind == "encode":
-            return Done(self._encode([ticket for ticket in tickets if isinstance(ticket, Picture)]))
+            with self._encoding:
+                return Done(self._encode([ticket for ticket in tickets if isinstance(ticket, Picture)]))
         if key.kind == "decode":
             assert key.size is not None
             return Done(len(tickets), pixels=self._decode(key.size, tickets))
@@ -82,6 +85,10 @@ class StageRunner:
 
     def recall(self, request: Request) -> bool:
         """Give a request its encoded texts where they are kept; False where they have to be computed."""
+        with self._encoding:
+            return self._recall(request)
+
+    def _recall(self, request: Request) -> bool:
         work = request.work
         text = self._texts.get(work.prompt)
         against = self._texts.get(work.negative_prompt, negative=True) if request.guided else None
@@ -98,7 +105,7 @@ class StageRunner:
             How many texts the network was run on: none where all were kept.
         """
         requests = list({id(picture.request): picture.request for picture in pictures}.values())
-        waiting = [request for request in requests if not self.recall(request)]
+        waiting = [request for request in requests if not self._recall(request)]
         # What is kept is taken out first: a small cache may let it go for what is computed now.
         kept = {r.work.prompt: self._texts.get(r.work.prompt) for r in waiting}
         kept_against = {r.work.negative_prompt: self._texts.get(r.work.negative_prompt, True) for r in waiting}

@@ -173,10 +173,10 @@ class Fleet:
             self._stopping = True
             running = set[str]()
             for member in self.members:  # what an engine wrote down itself is newer than what has been heard of it
-                batch = None if member.link is None else member.link.last_batch()
-                if batch is not None:
-                    self._last_batches[member.index] = batch.batch
-                    running.update(request_id for request_id, _ in batch.members)
+                batches = () if member.link is None else member.link.last_batches()
+                if batches:
+                    self._last_batches[member.index] = min(batch.batch for batch in batches)
+                running.update(request_id for batch in batches for request_id, _ in batch.members)
             for generation in self._ledger.all():
                 if generation.id not in running and not any(place.decoded for place in generation.places):
                     self._ledger.settle(generation, self._end_error())
@@ -297,12 +297,12 @@ class Fleet:
             member.began(message)
             self._ledger.began(message)
         elif isinstance(message, Ended):
-            members = () if member.batch is None else member.batch.members
-            if member.batch is not None:
-                self._ledger.trace(member.batch, message, member.time_of(message), member.index)
-            member.ended(message)
+            began = member.ended(message)
+            if began is not None:
+                self._ledger.trace(began, message, member.time_of(message), member.index)
             if message.rows:
-                self._metrics.device_busy_seconds.labels(str(member.index)).inc(message.seconds)
+                self._metrics.device_busy_seconds.labels(str(member.index)).inc(message.seconds / message.tracks)
+            members = () if began is None else began.members
             self._ledger.ended(message, members, member.cards.get(message.key.model))
             if self._stopping and message.batch >= self._last_batches.get(member.index, 0):
                 # The batches that run are finished, and no further ones of theirs.
@@ -359,8 +359,9 @@ class Fleet:
         """An engine has ended: hand its work out again."""
         leaving = member.health is Health.LEAVING  # then it was not its batch that ended it
         log.log(logging.INFO if leaving else logging.ERROR, "the engine on %s is lost: %s", member.device, reason)
-        batch = None if member.link is None or leaving else member.link.last_batch()
-        suspects = set() if batch is None else {*(request_id for request_id, _ in batch.members), *batch.previews}
+        batches = () if member.link is None or leaving else member.link.last_batches()
+        suspects = {request_id for batch in batches for request_id, _ in batch.members}
+        suspects.update(request_id for batch in batches for request_id in batch.previews)
         member.reason = member.reason or reason
         member.lost()
         for generation in self._ledger.all():

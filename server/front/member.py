@@ -13,6 +13,7 @@ import zmq
 from server.core.card import ModelCard
 from server.core.costs import CostTable
 from server.core.messages import Baselines, Began, Changed, Ended, Ready
+from server.core.running import Running
 from server.core.stages import ALL, Stages
 from server.front.engine import EngineLink
 
@@ -78,11 +79,11 @@ class Member:
         self.missing: Mapping[str, str] = {}
         self.clock = 0.0
         self.costs = CostTable({})
-        self.batch: Began | None = None
+        self.running = Running()
         self.reason = ""
         self.usage = False
         self.restarts = 0
-        self._since = self._heard = self._pinged = time.monotonic()
+        self._heard = self._pinged = time.monotonic()
         self._failures: deque[float] = deque(maxlen=_FAILURES)
         self._restart_at = self._excused = 0.0
 
@@ -90,7 +91,8 @@ class Member:
 
     def start(self) -> None:
         """Start its engine."""
-        self.health, self.batch, self.reason = Health.LOADING, None, ""
+        self.health, self.reason = Health.LOADING, ""
+        self.running.clear()
         try:
             self.link = self.start_link()
         except (OSError, ValueError, zmq.ZMQError) as error:  # such as a full disk, or a GPU that is not there
@@ -102,7 +104,8 @@ class Member:
         """Note that its engine has ended; say when it is to be started again, or that it is not."""
         if self.link is not None:
             self.link.close()
-        self.link, self.batch = None, None
+        self.link = None
+        self.running.clear()
         now = time.monotonic()
         self._failures.append(now)
         often = len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURE_WINDOW_SECONDS
@@ -124,7 +127,7 @@ class Member:
 
     def forgive(self, seconds: float) -> None:
         """The whole machine stood still for so long, the front too."""
-        self._since += seconds
+        self.running.forgive(seconds)
         self._heard += seconds
 
     def excuse(self, seconds: float) -> None:
@@ -134,24 +137,22 @@ class Member:
     def ping_due(self) -> bool:
         """Whether it is to be asked for a sign of life; notes that it is."""
         now = time.monotonic()
-        if self.health is not Health.READY or self.batch is not None or now - self._pinged < PING_SECONDS:
+        if self.health is not Health.READY or self.running.batches or now - self._pinged < PING_SECONDS:
             return False
         self._pinged = now
         return True
 
     @property
     def batch_seconds(self) -> tuple[float, float]:
-        """How long its batch has run, and should take; zeros where none runs."""
-        batch = self.batch
-        return (0.0, 0.0) if batch is None else (time.monotonic() - self._since, batch.expected)
+        """How long its oldest batch has run, and should take; zeros where none runs."""
+        oldest = self.running.oldest
+        return (0.0, 0.0) if oldest is None else (oldest[1], oldest[0].expected)
 
     def hung(self) -> str:
         """Return why its engine counts as hung; nothing where it does not."""
         now = time.monotonic()
-        if self.batch is not None:
-            limit = max(self._limits.seconds, self._limits.factor * self.batch.expected)
-            took = now - self._since
-            return f"a batch at {self.batch.key.label} took {took:.0f} s" if took > limit else ""
+        if self.running.batches:
+            return self.running.hung(self._limits.seconds, self._limits.factor)
         silent = now - self._heard - self._excused
         limit = _LOAD_SILENCE_SECONDS if self.health is Health.LOADING else self._limits.seconds + PING_SECONDS
         return f"it said nothing for {silent:.0f} s" if silent > limit else ""
@@ -189,13 +190,13 @@ class Member:
 
     def began(self, message: Began) -> None:
         """A batch runs."""
-        self.batch, self._since = message, time.monotonic()
+        self.running.note(message)
 
-    def ended(self, message: Ended) -> None:
-        """A batch is over."""
-        self.batch = None
+    def ended(self, message: Ended) -> Began | None:
+        """A batch is over; return how it began."""
         if message.rows:
-            self.costs.observe(message.key, message.rows, message.seconds)
+            self.costs.observe(message.key, message.rows * message.tracks, message.seconds)
+        return self.running.note(message)
 
     def time_of(self, message: Ended) -> float:
         """When a batch was over, seconds since 1970: by its engine's clock, or as heard now."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from server.core.messages import Began, Ended, Hello
+from server.core.messages import Began, Hello
+from server.core.running import Running
 from server.device.settings import HEARTBEAT_MS, Contact
 from server.front.engine import Line, Received
 
@@ -51,17 +53,15 @@ class RemoteEngine(Line):
         self._events = self.socket.get_monitor_socket()
         self._connected = self._broken = False
         self._begun = time.monotonic()
-        self._batch: Began | None = None
+        self._running = Running()
         self.socket.connect(contact.address)
         self.send(Hello(front, time.monotonic()))
 
     def receive(self, timeout: float = 0.0) -> Received | None:
         """Return the next message, and the pixels that came with it; None after ``timeout`` seconds."""
         received = super().receive(timeout)
-        if received is not None and isinstance(received[0], Began):
-            self._batch = received[0]
-        elif received is not None and isinstance(received[0], Ended):
-            self._batch = None
+        if received is not None:
+            self._running.note(received[0])
         return received
 
     @property
@@ -74,9 +74,9 @@ class RemoteEngine(Line):
         late = not self._connected and time.monotonic() - self._begun > _CONNECT_SECONDS
         return not (self._broken or late)
 
-    def last_batch(self) -> Began | None:
-        """Return the batch that runs, or ran when it died, as far as was heard."""
-        return self._batch
+    def last_batches(self) -> Sequence[Began]:
+        """Return the batches that run, or ran when it died, as far as was heard."""
+        return self._running.batches
 
     def kill(self) -> None:
         """Break with it: whoever started it has to end it."""

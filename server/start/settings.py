@@ -122,6 +122,7 @@ class ServerSettings(BaseSettings):
         None, description="batch sizes of the engines"
     )
     max_batch: int = Field(8, ge=1, description="widest batch tried at warm-up where no engine fixes it")
+    tracks: int = Field(2, ge=1, le=2, description="batches at a time on a CPU's engines while queues are long")
     prompt_megabytes: float = Field(64.0, ge=0, description="memory for encoded prompts, which are kept")
     watchdog_seconds: float = Field(10.0, gt=0, description="least time after which a silent engine is ended")
     watchdog_factor: float = Field(20.0, gt=1, description="a batch may take this many times what it should")

@@ -34,6 +34,7 @@ WITHOUT_A_SAY = {
     "engines.spec",
     "engines.stopwatch",
     "engines.target",
+    "engines.tracks",
 }
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from engines.build.one import build_engine
 from engines.compilers import get_compiler
 from engines.compilers.inductor.engine import PACKAGE
 from engines.compilers.inductor.streams import StreamedCode, _threads, streams_of
+from engines.errors import EngineError, EngineInputError
 from engines.manifest import Manifest
+from engines.run.buckets import BucketExecutor
 from engines.store import EngineStore
+from engines.tracks import Track, current_track, enter_track
 from engines.weights.bank import WeightBank
 from tests.engines.conftest import Net, net_inputs, net_request, net_spec
 
@@ -125,3 +129,36 @@ def test_code_that_calls_other_operators_stays_in_one_piece(tmp_path: Path) -> N
     assert manifest.streams == 1 and "operators" in manifest.note
     output = compiler.load(manifest, store.folder(manifest.key), WeightBank(module)).run(net_inputs(2))
     torch.testing.assert_close(output, module(**net_inputs(2)), rtol=1e-5, atol=1e-5)
+
+
+def test_two_tracks_run_at_once_each_with_streams_of_its_own(
+    streamed: tuple[EngineStore, Manifest], net: nn.Module
+) -> None:
+    store, manifest = streamed
+    bank = WeightBank(net)
+    engine = get_compiler("inductor").load(manifest, store.folder(manifest.key), bank)
+    assert engine.takes_tracks(2) and not engine.takes_tracks(3)
+    executor = BucketExecutor({("denoiser", None): {4: engine}}, {"denoiser": bank}, "inductor", True)
+    assert executor.takes_tracks(2) and not executor.takes_tracks(3)
+    rows = (1, 2, 3, 5)
+    inputs = {count: net_inputs(count) for count in rows}
+    whole = {count: executor.run("denoiser", None, inputs[count]) for count in rows}
+    tracks = [ThreadPoolExecutor(1, f"track {i}", enter_track, (Track(i, 2), 1)) for i in range(2)]
+    runs = [
+        (count, tracks[i].submit(executor.run, "denoiser", None, inputs[count]))
+        for _ in range(25)
+        for i in (0, 1)
+        for count in rows
+    ]
+    assert all(torch.equal(run.result(), whole[count]) for count, run in runs)
+    assert [track.submit(torch.get_num_threads).result() for track in tracks] == [1, 1]
+    assert torch.get_num_threads() == 2 and current_track() is None
+    with pytest.raises(EngineInputError, match=r"expected \(2, 8, 16\)"):
+        tracks[0].submit(engine.run, net_inputs(4), Track(0, 2)).result()
+
+
+def test_an_engine_in_one_piece_is_run_by_one_thread_at_a_time(compiled: tuple[Path, Manifest], net: nn.Module) -> None:
+    engine = get_compiler("inductor").load(compiled[1], compiled[0] / compiled[1].key, WeightBank(net))
+    assert not engine.takes_tracks(2)
+    with pytest.raises(EngineError, match="takes no tracks"):
+        engine.run(net_inputs(1), Track(0, 2))

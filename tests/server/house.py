@@ -162,7 +162,7 @@ def serving(model: DeviceModel, settings: ServerSettings, *others: DeviceModel) 
     inner, film_seconds = model.backbone.executor, settings.video_deadline_seconds
     gate = Gate(inner)
     model.backbone.executor = gate
-    told = {"policy": settings.policy, "film_seconds": film_seconds}
+    told = {"policy": settings.policy, "film_seconds": film_seconds, "tracks": settings.tracks}
     service = Service(settings, open_jobs, [("cpu", lambda: ThreadEngine(model, *others, **told))])
     try:
         with running(service, gate, model) as house:

@@ -20,6 +20,7 @@ class ThreadEngine(Doorway):
     Args:
         models: that are served.
         load: gives another, as an engine's own loading would.
+        tracks: batches at a time, where queues are long.
     """
 
     def __init__(
@@ -28,12 +29,13 @@ class ThreadEngine(Doorway):
         policy: str = "stagewise",
         film_seconds: float = 3600.0,
         load: ModelLoader | None = None,
+        tracks: int = 1,
     ) -> None:
         super().__init__()
         self.pid = os.getpid()
         if load is None:
             load = partial(_given, models)
-        self.engine = Engine(Door(self.address), load, policy, film_seconds)
+        self.engine = Engine(Door(self.address), load, policy, film_seconds, tracks=tracks)
         self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
         self._thread.start()
 

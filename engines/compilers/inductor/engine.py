@@ -15,6 +15,7 @@ from engines.compilers.engine import Engine, EngineMemory
 from engines.compilers.inductor.streams import StreamedCode
 from engines.errors import EngineError, EngineMismatch
 from engines.manifest import Manifest
+from engines.tracks import Track
 from engines.weights.bank import WeightBank, hollow
 from engines.weights.recipes import Recipe, strides_of
 
@@ -57,11 +58,21 @@ class InductorEngine(Engine):
             self.unload()
             raise
 
+    def takes_tracks(self, count: int) -> bool:
+        """See :meth:`Engine.takes_tracks`: where it runs in streams that they can share."""
+        return isinstance(self._code, StreamedCode) and self._code.takes_tracks(count)
+
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
         if self._code is None:
             raise EngineError(f"engine {self.manifest.spec.title} was unloaded")
         with torch.inference_mode():
             return self._code.run([_plain(tensor) for tensor in inputs])
+
+    def _run_on(self, track: Track, inputs: Sequence[Tensor]) -> Tensor:
+        if not isinstance(self._code, StreamedCode):
+            return super()._run_on(track, inputs)
+        with torch.inference_mode():
+            return self._code.run([_plain(tensor) for tensor in inputs], track)
 
     def refit(self, state: Mapping[str, Tensor]) -> None:
         """In place in the bank: every engine of the component follows."""

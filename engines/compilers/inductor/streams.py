@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import EngineError
+from engines.tracks import Track
 
 _PREFIX = "AOTInductorModelContainer"
 _GIVES_CONSTANTS = f"{_PREFIX}UpdateUserManagedConstantBufferPairs"
@@ -92,17 +93,27 @@ class StreamedCode:
         for code in self._codes:
             code.load_constants(constants)
 
-    def run(self, inputs: Sequence[Tensor]) -> Tensor:
+    def takes_tracks(self, count: int) -> bool:
+        """Whether each of ``count`` tracks gets as many of the streams."""
+        return len(self._codes) % count == 0
+
+    def run(self, inputs: Sequence[Tensor], track: Track | None = None) -> Tensor:
         """The one output of contiguous ``inputs``, whose rows the streams share evenly.
+
+        Args:
+            track: whose streams alone run, and share the rows; all of them where it is None.
 
         Raises:
             RuntimeError: the code failed; torch has written why on standard error.
         """
-        parts = zip(*(tensor.chunk(len(self._codes)) for tensor in inputs), strict=True)
-        threads = _threads(len(self._codes), self._threads, os.getpid())
-        running = [
-            thread.submit(code.run, part) for thread, code, part in zip(threads, self._codes, parts, strict=True)
-        ]
+        whole = Track(0, 1) if track is None else track
+        mine = slice(len(self._codes) * whole.index // whole.count, len(self._codes) * (whole.index + 1) // whole.count)
+        codes = self._codes[mine]
+        if track is not None and len(codes) == 1:
+            return codes[0].run(inputs)
+        parts = zip(*(tensor.chunk(len(codes)) for tensor in inputs), strict=True)
+        threads = _threads(len(self._codes), self._threads, os.getpid())[mine]
+        running = [thread.submit(code.run, part) for thread, code, part in zip(threads, codes, parts, strict=True)]
         # Every stream, also when one fails: what it reads must not be freed under it.
         failed = [error for error in [each.exception() for each in running] if error is not None]
         if failed:
