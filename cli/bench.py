@@ -142,6 +142,7 @@ def serve(
     against: Annotated[str | None, typer.Option(help="litserve: whole servers instead of policies.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of those.")] = 6,
     sizes: Annotated[str, typer.Option(help="Of the other server's batches, comma-separated.")] = "8,4",
+    workers: Annotated[int, typer.Option(min=1, help="The other server's, each with its part of the threads.")] = 1,
     packages: Annotated[Path | None, typer.Option(help="Folder that litserve is installed in.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/serving"),
 ) -> None:
@@ -167,6 +168,7 @@ def serve(
             threads=threads,
             mix=mixes.split(",")[0],
             sizes=whole_numbers("--sizes", sizes),
+            workers=workers,
             rounds=rounds,
             count=requests,
             saturated=saturated,

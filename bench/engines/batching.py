@@ -71,7 +71,7 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     progress("loading")
     dtype = parse_dtype(settings.dtype, device)
     settings = replace(settings, dtype=dtype_name(dtype))
-    subject = checkpoint_subject(settings.checkpoint, dtype, device)
+    subject = _as_built(checkpoint_subject(settings.checkpoint, dtype, device))
     backbone = subject.backbone
     eager = EagerExecutor(backbone.component_modules())
     opened: dict[str, EngineExecutor] = {}
@@ -92,7 +92,7 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     executors = {"eager": eager, **opened}
     loops = _loops(settings, subject, executors, device, progress)
     progress("pictures")
-    exact = checkpoint_subject(settings.checkpoint, torch.float32, device).backbone
+    exact = _as_built(checkpoint_subject(settings.checkpoint, torch.float32, device)).backbone
     pictures = picture_rows(subject, exact, executors, _default(subject), settings.buckets or DEFAULT_BUCKETS)
     rows = engine_rows(found, loaded)
     for row in rows:
@@ -121,6 +121,11 @@ def run_engines(settings: EngineBenchSettings, progress: Callable[[str], None] =
     write_report(settings.out, f"engines-{device.type}", content, engines_markdown(content))
     plot_engines(content, settings.out / f"engines-{device.type}.png")
     return content
+
+
+def _as_built(subject: Subject) -> Subject:
+    """The subject with the decoder that its engines have: the one that the checkpoint names."""
+    return subject if subject.small is None else replace(subject, backbone=subject.small)
 
 
 def _call(executor: Any, component: str, size: str | None, inputs: Mapping[str, torch.Tensor]) -> Callable[[], Any]:

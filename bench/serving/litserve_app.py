@@ -111,12 +111,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--window", type=float, default=0.02)
     parser.add_argument("--fast-queue", action="store_true")
+    parser.add_argument("--workers", type=int, default=1)
     told = parser.parse_args()
     settings = ServerSettings(
         checkpoint=told.checkpoint, engines=told.engines, backend=told.backend, threads=told.threads
     )
     api = Pictures(settings, max_batch_size=told.batch, batch_timeout=told.window, api_path="/v1/images/generations")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=300, fast_queue=told.fast_queue)
+    more = {"workers_per_device": told.workers, "timeout": 300, "fast_queue": told.fast_queue}
+    server = litserve.LitServer(api, accelerator="cpu", **more)
     server.run(host="127.0.0.1", port=told.port, num_api_servers=1, log_level="warning", generate_client_file=False)
 
 

@@ -111,6 +111,11 @@ def live_markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _workers(settings: Mapping[str, Any]) -> str:
+    count = settings.get("workers", 1)
+    return "" if count == 1 else f", by {count} processes, each with its part of the threads"
+
+
 def rivals_markdown(content: Mapping[str, Any]) -> str:
     """Return the report of a run against an outside server."""
     settings = content["settings"]
@@ -120,8 +125,8 @@ def rivals_markdown(content: Mapping[str, Any]) -> str:
         f"Written by `rmd bench serve --against litserve`: the same engines, {settings['mix']}, whole HTTP servers "
         f"turn about, {settings['rounds']} rounds, whichever is not measured is stopped. The rival gathers whole "
         f"requests: its best of the sweep, size and window {content['rival']} (s; the shortest of those that saturate "
-        f"within 2 % of the best). Loads are shares of its saturation, which {settings['clients']} clients in a closed "
-        "loop make. Latencies count from the intended send time. In "
+        f"within 2 % of the best){_workers(settings)}. Loads are shares of its saturation, which "
+        f"{settings['clients']} clients in a closed loop make. Latencies count from the intended send time. In "
         "brackets: 95 % intervals, bootstrap over rounds.",
         "",
     ]

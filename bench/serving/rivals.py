@@ -37,6 +37,7 @@ class RivalSettings:
         sizes: of the rival's batches; the one with the best saturation is measured, with the best of ``windows``: the
             shortest of those that saturate alike.
         loads: shares of the rival's saturation.
+        workers: the rival's processes, each with its part of the threads; engines for so many threads are to be there.
         rounds: each with a trace of its own, both servers in random order.
         clients: of the closed loop that saturation is measured with.
         warm: requests to a server that has stood still, before it is measured: a machine takes memory away meanwhile.
@@ -51,6 +52,7 @@ class RivalSettings:
     sizes: tuple[int, ...] = (8, 4)
     windows: tuple[float, ...] = (0.0, 0.02)
     fast_queue: bool = False
+    workers: int = 1
     loads: tuple[float, ...] = (0.3, 0.6, 0.8, 0.95)
     rounds: int = 6
     count: int = 120
@@ -198,7 +200,11 @@ def _start_theirs(settings: RivalSettings, size: int, window: float) -> Server:
     command = [sys.executable, "-m", "bench.serving.litserve_app", "--port", str(port)]
     command += ["--checkpoint", str(settings.checkpoint), "--engines", str(settings.engines)]
     command += ["--backend", settings.backend, "--batch", str(size), "--window", str(window)]
-    command += ["--threads", str(settings.threads)] if settings.threads is not None else []
+    threads = settings.threads
+    if settings.workers > 1:
+        threads = max((threads or len(os.sched_getaffinity(0))) // settings.workers, 1)
+        command += ["--workers", str(settings.workers)]
+    command += ["--threads", str(threads)] if threads is not None else []
     command += ["--fast-queue"] if settings.fast_queue else []
     return Server(THEIRS, command, port, _environment(settings))
 

@@ -129,6 +129,19 @@ class OpenDoor:
         if not isinstance(message, Ended | Encoded | HandedOver | PixelsMessage):
             self.flush()
 
+    def flush(self) -> None:
+        """Send what is held back for company."""
+        for identity, seat in list(self._seats.items()):
+            if not seat.frames:
+                continue
+            frames, seat.frames = seat.frames, []
+            try:
+                self._socket.send_multipart([identity, *frames], copy=False)
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                self._forget(identity)
+
     def receive(self, timeout: float) -> Command | None:
         """Return the next command, or None after ``timeout`` seconds."""
         if timeout > 0:
@@ -198,19 +211,6 @@ class OpenDoor:
         """A front is gone, and what it wanted with it."""
         seat = self._seats.pop(identity)
         self._commands.extend(Cancel(request_id) for request_id in seat.work)
-
-    def flush(self) -> None:
-        """Send what is held back for company."""
-        for identity, seat in list(self._seats.items()):
-            if not seat.frames:
-                continue
-            frames, seat.frames = seat.frames, []
-            try:
-                self._socket.send_multipart([identity, *frames], copy=False)
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                self._forget(identity)
 
     def _counting_seat(self, began: Began) -> FrontSeat | None:
         """Return the one front that counts a batch that ran: that of its first request, if it is still here."""

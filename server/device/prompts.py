@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class EncodedText:
 
 
 class PromptCache:
-    """The latest texts, bounded in bytes. Keys: the text, and whether it stands for 'no condition'.
+    """The latest texts, bounded in bytes; for any thread. Keys: the text, and whether it stands for 'no condition'.
 
     Args:
         max_bytes: beyond it the text that was used longest ago goes; one text alone always stays.
@@ -33,19 +34,22 @@ class PromptCache:
         self._max_bytes = max_bytes
         self._texts: OrderedDict[tuple[str, bool], EncodedText] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()
 
     def get(self, text: str, negative: bool = False) -> EncodedText | None:
         """Return a text, which is then the latest; None where it is not kept."""
-        found = self._texts.get((text, negative))
-        if found is not None:
-            self._texts.move_to_end((text, negative))
-        return found
+        with self._lock:
+            found = self._texts.get((text, negative))
+            if found is not None:
+                self._texts.move_to_end((text, negative))
+            return found
 
     def put(self, text: str, encoded: EncodedText, negative: bool = False) -> None:
         """Keep a text."""
-        replaced = self._texts.pop((text, negative), None)
-        self._bytes += encoded.bytes - (replaced.bytes if replaced else 0)
-        self._texts[text, negative] = encoded
-        while self._bytes > self._max_bytes and len(self._texts) > 1:
-            _, gone = self._texts.popitem(last=False)
-            self._bytes -= gone.bytes
+        with self._lock:
+            replaced = self._texts.pop((text, negative), None)
+            self._bytes += encoded.bytes - (replaced.bytes if replaced else 0)
+            self._texts[text, negative] = encoded
+            while self._bytes > self._max_bytes and len(self._texts) > 1:
+                _, gone = self._texts.popitem(last=False)
+                self._bytes -= gone.bytes

@@ -68,7 +68,7 @@ class StageRunner:
     def __init__(self, model: DeviceModel, prompt_bytes: int = 64 << 20) -> None:
         self._model = model
         self._texts = PromptCache(prompt_bytes)
-        self._encoding = threading.Lock()  # neither tokenizers nor what is kept bear two tracks at once
+        self._encoding = threading.Lock()  # tokenizers do not bear two tracks at once
 
     @torch.inference_mode()
     def run(self, key: StationKey, tickets: Sequence[Ticket]) -> Done:
@@ -85,10 +85,6 @@ class StageRunner:
 
     def recall(self, request: Request) -> bool:
         """Give a request its encoded texts where they are kept; False where they have to be computed."""
-        with self._encoding:
-            return self._recall(request)
-
-    def _recall(self, request: Request) -> bool:
         work = request.work
         text = self._texts.get(work.prompt)
         against = self._texts.get(work.negative_prompt, negative=True) if request.guided else None
@@ -105,7 +101,7 @@ class StageRunner:
             How many texts the network was run on: none where all were kept.
         """
         requests = list({id(picture.request): picture.request for picture in pictures}.values())
-        waiting = [request for request in requests if not self._recall(request)]
+        waiting = [request for request in requests if not self.recall(request)]
         # What is kept is taken out first: a small cache may let it go for what is computed now.
         kept = {r.work.prompt: self._texts.get(r.work.prompt) for r in waiting}
         kept_against = {r.work.negative_prompt: self._texts.get(r.work.negative_prompt, True) for r in waiting}

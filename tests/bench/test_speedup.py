@@ -352,8 +352,13 @@ def test_engine_rows_stand_beside_eager_and_loops_beside_diffusers(tmp_path: Pat
     assert next(row for row in loops if row["schedule"] == "2+2")["over_diffusers"] == pytest.approx(30.0)
 
 
-def test_built_engines_are_measured_beside_eager_and_the_diffusers_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [False, True])
+def test_built_engines_are_measured_beside_eager_and_the_diffusers_loop(tmp_path: Path, small: bool) -> None:
     folder = write_tiny_folder("embedded", tmp_path / "checkpoint")
+    if small:
+        write_tiny_decoder("embedded", tmp_path / "decoder")
+        card = json.loads((folder / "cascade.json").read_text())
+        (folder / "cascade.json").write_text(json.dumps({**card, "decoder": "../decoder"}))
     store = tmp_path / "engines"
     build_checkpoint(folder, store, "eager", dtype="float32", buckets=(1, 2))
     content = run_engines(
