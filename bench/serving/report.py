@@ -123,7 +123,8 @@ def rivals_markdown(content: Mapping[str, Any]) -> str:
         "# rmd serve beside LitServe",
         "",
         f"Written by `rmd bench serve --against litserve`: the same engines, {settings['mix']}, whole HTTP servers "
-        f"turn about, {settings['rounds']} rounds, whichever is not measured is stopped. The rival gathers whole "
+        f"turn about, {settings['rounds']} rounds, for each of which both are started anew, whichever is not measured "
+        f"is stopped. The rival gathers whole "
         f"requests: its best of the sweep, size and window {content['rival']} (s; the shortest of those that saturate "
         f"within 2 % of the best){_workers(settings)}. Loads are shares of its saturation, which "
         f"{settings['clients']} clients in a closed loop make. Latencies count from the intended send time. In "

@@ -1,6 +1,8 @@
 """``rmd bench serve --against litserve``: two whole HTTP servers over the same engines, turn about.
 
 Whichever is not measured is stopped (SIGSTOP), since an idle server may poll and so slow its rival on the same cores.
+Each round starts both anew: where a process's memory came to lie makes it a tenth quicker or slower for as long as it
+lives, so rounds of the same two processes would measure that again and again.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -79,39 +83,38 @@ def run_rivals(
         loads = _compared(rounds)
         return {"format": 1, "kind": "rivals", "settings": told, "sweep": sweep, "rival": best, "loads": loads}
 
-    say("starting rmd serve")
-    ours = _start_ours(settings)
-    theirs: Server | None = None
     sweep: dict[str, float] = {}
-    try:
-        ours.wait_until_ready()
-        ours.stand_still()
-        for size in settings.sizes:
-            for window in settings.windows:
-                say(f"litserve at {size}, {window:g} s")
-                with_these = _start_theirs(settings, size, window)
-                try:
-                    with_these.wait_until_ready()
-                    with_these.play(make_trace(settings.mix, 1.0, settings.clients, 999), settings.clients)
-                    rates = [_saturated(with_these, settings, seed) for seed in (100, 101)]
-                finally:
-                    with_these.end()
-                sweep[f"{size}:{window:g}"] = fmean(rates)
-        best = best_setting(sweep)
-        say(f"litserve at its best, {best}")
-        best_size, best_window = best.split(":")
-        theirs = _start_theirs(settings, int(best_size), float(best_window))
-        theirs.wait_until_ready()
-        theirs.stand_still()
-        rounds: Rounds = {}
-        for number in range(settings.rounds):
-            _play_round(number, rounds, settings, (ours, theirs), sweep[best], say)
-            on_round(content(rounds, best))
-    finally:
-        ours.end()
-        if theirs is not None:
-            theirs.end()
+    for size in settings.sizes:
+        for window in settings.windows:
+            say(f"litserve at {size}, {window:g} s")
+            with _running(partial(_start_theirs, settings, size, window)) as (server,):
+                server.go_on()
+                server.play(make_trace(settings.mix, 1.0, settings.clients, 999), settings.clients)
+                sweep[f"{size}:{window:g}"] = fmean(_saturated(server, settings, seed) for seed in (100, 101))
+    best = best_setting(sweep)
+    best_size, best_window = best.split(":")
+    rounds: Rounds = {}
+    for number in range(settings.rounds):
+        say(f"round {number + 1} of {settings.rounds}: starting both, litserve at its best, {best}")
+        starts = partial(_start_ours, settings), partial(_start_theirs, settings, int(best_size), float(best_window))
+        with _running(*starts) as servers:
+            _play_round(number, rounds, settings, servers, sweep[best], say)
+        on_round(content(rounds, best))
     return content(rounds, best)
+
+
+@contextmanager
+def _running(*starts: Callable[[], Server]) -> Iterator[list[Server]]:
+    """Start servers, one after the other; they are ready and stand still."""
+    with ExitStack() as stack:
+        servers = []
+        for start in starts:
+            server = start()
+            stack.callback(server.end)
+            server.wait_until_ready()
+            server.stand_still()
+            servers.append(server)
+        yield servers
 
 
 def best_setting(sweep: Mapping[str, float]) -> str:
