@@ -158,9 +158,12 @@ class Loop:
         return next(self._stations.waiting(), None) is None
 
     def crowded(self, least: int) -> bool:
-        """Whether at least so many tickets wait, none of which is to run with the device to itself."""
-        waiting = list(self._stations.waiting())
-        return len(waiting) >= least and not any(ticket.request.work.alone for ticket in waiting)
+        """Whether at least so many tickets wait, none of which is to run with the device to itself.
+
+        Nor a film: beside one on a track of its own, a picture alone would take twice its time.
+        """
+        works = [ticket.request.work for ticket in self._stations.waiting()]
+        return len(works) >= least and not any(work.alone or work.film for work in works)
 
     @property
     def stations(self) -> Stations:

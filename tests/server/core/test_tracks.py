@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from server.core.costs import CostTable
@@ -93,10 +95,11 @@ def test_a_request_pays_for_its_part_of_the_device_alone() -> None:
     assert charged[1] == pytest.approx(0.8 / 8)
 
 
-def test_a_crowd_is_none_while_somebody_has_to_run_alone() -> None:
+@pytest.mark.parametrize("more", [{"alone": True}, {"frames_per_second": 8}])
+def test_a_crowd_is_none_while_a_suspect_or_a_film_waits(more: dict[str, Any]) -> None:
     crowd = Crowd(8)
     assert crowd.loop.crowded(8) and not crowd.loop.crowded(9)
-    work = Work(id="suspect", prompt="s", schedule="2+2", seeds=(1,), arrived=0.0, deadline=1e9, alone=True)
+    work = Work(id="suspect", prompt="s", schedule="2+2", seeds=(1,), arrived=0.0, deadline=1e9, **more)
     crowd.loop.submit(work, 0.0)
     assert not crowd.loop.crowded(1)
     crowd.loop.cancel("suspect")
@@ -119,7 +122,7 @@ def test_the_batches_that_run_are_known_by_their_numbers(monkeypatch: pytest.Mon
     monkeypatch.setattr("server.core.running.time.monotonic", lambda: now[0])
     running = Running()
     first, second = (Began(number, LOW, ((f"r{number}", 0),), (), expected=0.5) for number in (1, 2))
-    assert (running.note(first) is None and running.oldest is None) or running.oldest == (first, 0.0)
+    assert running.note(first) is None and running.oldest == (first, 0.0)
     now[0] = 13.0
     running.note(second)
     assert running.batches == (first, second) and running.oldest == (first, 3.0)
