@@ -9,7 +9,7 @@ import pytest
 from tests.engines.rows import check_rows
 
 
-@pytest.mark.parametrize(("component", "own"), [("denoiser", False), ("decoder", True)])
+@pytest.mark.parametrize(("component", "own"), [("denoiser", False), ("text_encoder", False), ("decoder", True)])
 def test_the_batch_does_not_change_a_bit_of_a_row(
     tmp_path: Path, component: str, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ class WidthCosts:
         self._level = 1.0
         # Of the relative errors of the costs and, last, of the level.
         self._covariance = np.diag([*([_FIRST_COST**2] * len(first)), _FIRST_LEVEL**2])
+        self._growth = np.diag([*([_WEAR**2] * len(first)), _DRIFT**2])
         self._slow: dict[int, list[float]] = {width: [] for width in first}
 
     def seconds(self, width: int) -> float:
@@ -57,9 +58,8 @@ class WidthCosts:
         self._learn(width, seconds)
 
     def _learn(self, width: int, seconds: float) -> None:
-        place, known = self._places[width], self._covariance
+        place, known = self._places[width], self._covariance + self._growth
         error = min(seconds / max(self.seconds(width), 1e-9), _STALLED) - 1.0
-        known[np.diag_indices_from(known)] += [*([_WEAR**2] * len(self._costs)), _DRIFT**2]
         shared = known[:, place] + known[:, -1]
         gains = shared / (shared[place] + shared[-1] + _NOISE**2 / width**0.5)
         self._covariance = known - np.outer(gains, shared)

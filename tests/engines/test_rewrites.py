@@ -12,6 +12,7 @@ from torch import nn
 from engines.build.one import build_engine
 from engines.compilers import get_compiler
 from engines.compilers.base import EngineRequest
+from engines.compilers.inductor.attention import Attention, attention_by_products, fused_attention
 from engines.compilers.inductor.joined_sd3 import gelu_tanh
 from engines.compilers.inductor.rewrites import rewrite, rewriting
 from engines.store import EngineStore
@@ -33,7 +34,8 @@ def sd3(**overrides: object) -> nn.Module:
     return SD3Denoiser(SD3Transformer2DModel(**{**config, **overrides})).eval().requires_grad_(False)
 
 
-def test_the_joined_transformer_computes_the_same() -> None:
+@pytest.mark.parametrize("attend", [fused_attention, attention_by_products])
+def test_the_joined_transformer_computes_the_same(attend: Attention) -> None:
     module = sd3()
     inputs = {
         "latents": torch.randn(2, 4, 6, 8),
@@ -41,7 +43,7 @@ def test_the_joined_transformer_computes_the_same() -> None:
         "encoder_hidden_states": torch.randn(2, 5, 24),
         "pooled_projections": torch.randn(2, 24),
     }
-    joined = rewrite(module, inputs)
+    joined = rewrite(module, inputs, attend)
     assert joined.name == rewriting(module) != ""
     expected = module(**inputs)
     assert torch.linalg.vector_norm(joined.module(**inputs) - expected) < 1e-5 * torch.linalg.vector_norm(expected)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engines.build.one import build_engine
 from engines.compilers import get_compiler
 from engines.compilers.inductor.engine import PACKAGE
-from engines.compilers.inductor.streams import StreamedCode, _threads, streams_of
+from engines.compilers.inductor.streams import LEAST_ROWS, StreamedCode, _threads, streams_of
 from engines.errors import EngineError, EngineInputError
 from engines.manifest import Manifest
 from engines.run.buckets import BucketExecutor
@@ -55,6 +55,13 @@ def outside(manifest: Manifest, folder: Path) -> tuple[StreamedCode, dict[str, T
 def test_streams_share_rows_and_threads_evenly(threads: int, batch: int, streams: int) -> None:
     assert streams_of(threads, batch) == streams
     assert threads % streams == batch % streams == 0
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "streams"), [(2, 2, 1), (2, 4, 1), (2, 8, 2), (16, 8, 2), (16, 16, 4), (6, 8, 2), (1, 8, 1)]
+)
+def test_streams_of_onednns_products_have_four_rows_or_more(threads: int, batch: int, streams: int) -> None:
+    assert streams_of(threads, batch, LEAST_ROWS) == streams
 
 
 def test_a_batch_in_streams_has_the_bits_of_one_thread(

@@ -91,6 +91,17 @@ def test_it_has_an_engine_for_more_than_one_prompt_only_where_rows_stay_alike(tm
     assert batches("sd3", "eager") == {(1, 4)}
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_rewritten_one_has_it_with_either_librarys_products(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.compilers.inductor.settings.own_kernels", lambda dtype, cpu: own)
+    options = EngineOptions("inductor", dtype="bfloat16", buckets=(1, 2, 4, 8))
+    plan = CheckpointPlan.read(write_tiny_folder("embedded", tmp_path / "model"), options)
+    specs = [engine.spec for engine in plan.engines if engine.component == "text_encoder"]
+    assert {spec.batches for spec in specs} == {(1,), (4,)}
+
+
 def test_gelu_is_the_exact_form() -> None:
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
     assert (gelu(x) - 0.5 * x * (1 + torch.erf(x / 2**0.5))).abs().max() < 1e-12

@@ -20,7 +20,7 @@ from engines.compilers.inductor.engine import PACKAGE, InductorEngine, load_pack
 from engines.compilers.inductor.packing import UnexplainedConstantError, compile_packed
 from engines.compilers.inductor.rewrites import rewriting
 from engines.compilers.inductor.settings import options_of, settings_of, takes_templates
-from engines.compilers.inductor.streams import as_many_threads, streams_of, why_not_in_streams
+from engines.compilers.inductor.streams import LEAST_ROWS, as_many_threads, streams_of, why_not_in_streams
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from engines.spec import EngineSpec, TensorSpec, WeightsMode
@@ -39,6 +39,7 @@ class InductorCompiler(Compiler):
     name = "inductor"
     sources = (
         "engines.compilers.exported",
+        "engines.compilers.inductor.attention",
         "engines.compilers.inductor.compiler",
         "engines.compilers.inductor.engine",
         "engines.compilers.inductor.joined",
@@ -69,15 +70,17 @@ class InductorCompiler(Compiler):
         return Capabilities(True)
 
     def text_in_one_batch(self, spec: EngineSpec) -> bool:
-        """On a CPU, where its products are the library's, which chooses by shape."""
-        return spec.target.device == "cpu" and not takes_templates(spec.settings)
+        """On a CPU, where its products are the library's, which chooses by shape; a rewritten one's do not show it."""
+        return spec.target.device == "cpu" and "matrix_kernels" not in spec.settings
 
     def settings(self, request: EngineRequest) -> dict[str, str | int | float | bool]:
         """See :meth:`Compiler.settings`."""
         packed = self.weights_mode(request) is WeightsMode.PACKED
         settings = settings_of(request.target, request.dtype, rewriting(request.module) if packed else None)
-        if takes_templates(settings):
-            settings["streams"] = streams_of(int(settings["threads"]), max(t.shape[0] for t in request.inputs.values()))
+        if "matrix_kernels" in settings:
+            rows = max(t.shape[0] for t in request.inputs.values())
+            least = 1 if takes_templates(settings) else LEAST_ROWS
+            settings["streams"] = streams_of(int(settings["threads"]), rows, least)
         return settings
 
     def weights_mode(self, request: EngineRequest) -> WeightsMode:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engines.compilers.inductor.attention import Attention
 from engines.compilers.inductor.joined import Joined
 from engines.weights.recipes import Recipe
 
@@ -35,14 +36,16 @@ class JoinedSD3(Joined):
         transformer: an ``SD3Transformer2DModel`` or ``FilmTransformer`` without query-key norms and dual attention.
         prefix: of its parameters' names in the component.
         latents: of any batch and the size, (B, C, H, W) or (B, C, T, H, W).
+        attend: attention of query, key and value, each (B, H, N, D).
     """
 
     frequencies: Tensor
     positions: Tensor
     moments: Tensor
 
-    def __init__(self, transformer: Any, prefix: str, latents: Tensor) -> None:
+    def __init__(self, transformer: Any, prefix: str, latents: Tensor, attend: Attention) -> None:
         super().__init__(transformer, prefix)
+        self._attend = attend
         config = transformer.config
         self.heads = int(config.num_attention_heads)
         self.patch = int(config.patch_size)
@@ -154,7 +157,7 @@ class JoinedSD3(Joined):
             dim=1,
         )
         query, key, value = joint.view(batch, joint.shape[1], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, -1, self.width)
+        mixed = self._attend(query, key, value).transpose(1, 2).reshape(batch, -1, self.width)
         image = image + gate * _by_row(block["out"], mixed[:, :tokens])
         image = image + gate_up * block["down"](gelu_tanh(block["up"](self._modulate(image, scale_up, shift_up))))
         if not last:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.compilers.exported import package, user_inputs
+from engines.compilers.inductor.attention import attention_by_products, fused_attention
 from engines.compilers.inductor.rewrites import rewrite
 from engines.compilers.inductor.settings import options_of, takes_templates
 from engines.errors import EngineError
@@ -49,7 +50,7 @@ def compile_packed(
         UnexplainedConstantError: a constant's origin is unclear; the package must not be used.
     """
     stand_in = _with_random_weights(module)
-    rewritten = rewrite(stand_in, inputs)
+    rewritten = rewrite(stand_in, inputs, fused_attention if takes_templates(settings) else attention_by_products)
     with torch.no_grad():
         output = module(**inputs)
         program = torch.export.export(rewritten.module, (), kwargs=dict(inputs), strict=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from engines.compilers.inductor.attention import Attention, fused_attention
 from engines.compilers.inductor.joined_bert import JoinedBert, is_plain_bert
 from engines.compilers.inductor.joined_sd3 import JoinedSD3, is_plain_sd3
 from engines.weights.recipes import Recipe
@@ -33,11 +34,15 @@ class Rewritten:
     name: str = ""
 
 
-def rewrite(module: nn.Module, inputs: Mapping[str, Tensor]) -> Rewritten:
-    """The fastest known form of ``module`` for the CPU at the inputs' shapes; the module itself when none applies."""
+def rewrite(module: nn.Module, inputs: Mapping[str, Tensor], attend: Attention = fused_attention) -> Rewritten:
+    """The fastest known form of ``module`` for the CPU at the inputs' shapes; the module itself when none applies.
+
+    Args:
+        attend: how a denoiser's attention is computed.
+    """
     name = rewriting(module)
     if name == _SD3:
-        sd3 = JoinedSD3(module.transformer, "transformer.", inputs["latents"])
+        sd3 = JoinedSD3(module.transformer, "transformer.", inputs["latents"], attend)
         return Rewritten(sd3, sd3.sources, name)
     if name == _BERT:
         bert = JoinedBert(module.model, "model.", inputs["input_ids"].shape[1])
