@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rmd.size import Size
@@ -18,7 +19,7 @@ from server.device.engine import Engine
 from server.device.model import DeviceModel
 from server.front.engine import Doorway
 from tests.server.conftest import make_settings
-from tests.server.house import House, serving
+from tests.server.house import House, pixels, serving
 
 CROWD = 24
 
@@ -69,7 +70,9 @@ def test_a_crowd_is_served_by_two_batches_at_a_time(tracked: House) -> None:
     tracked.gate.before = lambda *_: None
     for seed in (0, 7, CROWD - 1):
         alone = tracked.draw(f"prompt {seed}", seed=seed).json()
-        assert base64.b64decode(alone["data"][0]["b64_json"]) == together[seed]
+        # To the level, and not to the byte: eager products are the library's, which rounds by the rows' number.
+        apart = pixels(alone["data"][0]["b64_json"]) - pixels(together[seed])
+        assert np.abs(apart).max() <= 1 and np.count_nonzero(apart) < 0.001 * apart.size
         assert all(stage["batch_sizes"] == [1, 1] for stage in alone["rmd"]["stages"])
 
 
