@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ from server.device.door import Door
 from server.device.engine import Engine
 from server.device.model import DeviceModel
 from server.front.engine import Doorway
-from tests.server.conftest import make_settings
+from tests.server.conftest import FixedCosts, make_settings
 from tests.server.house import House, pixels, serving
 
 CROWD = 24
 
 
+def long_enough(engine: Engine, least: int) -> bool:
+    return engine._most_tracks > 1 and engine._loop.crowded(least)
+
+
 @pytest.fixture
 def tracked(checkpoint: Path, model: DeviceModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     """Its networks are eager, which two threads may run as well; engines in streams say so for themselves."""
-
-    def long_enough(engine: Engine, least: int) -> bool:
-        return engine._most_tracks > 1 and engine._loop.crowded(least)
-
     monkeypatch.setattr(Engine, "_takes_tracks", long_enough)
     with serving(model, make_settings(checkpoint, tracks=2)) as house:
         yield house
@@ -74,6 +75,26 @@ def test_a_crowd_is_served_by_two_batches_at_a_time(tracked: House) -> None:
         apart = pixels(alone["data"][0]["b64_json"]) - pixels(together[seed])
         assert np.abs(apart).max() <= 1 and np.count_nonzero(apart) < 0.001 * apart.size
         assert all(stage["batch_sizes"] == [1, 1] for stage in alone["rmd"]["stages"])
+
+
+@pytest.fixture
+def row_by_row(model: DeviceModel) -> DeviceModel:
+    """Batches of one row alone, so that the library has no shapes to choose by."""
+    return replace(model, costs=FixedCosts({key: {1: 0.010} for key in model.card.stations()}))
+
+
+def test_a_track_does_not_change_a_bit(
+    checkpoint: Path, row_by_row: DeviceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "_takes_tracks", long_enough)
+    with serving(row_by_row, make_settings(checkpoint, tracks=2)) as house:
+        meeting = house.gate.before = Meeting()
+        together = drawn(house)
+        assert len(meeting.names) == 2, "both ran at the same time"
+        house.gate.before = lambda *_: None
+        for seed in (0, 7, CROWD - 1):
+            alone = house.draw(f"prompt {seed}", seed=seed).json()
+            assert base64.b64decode(alone["data"][0]["b64_json"]) == together[seed]
 
 
 def test_a_batch_that_raises_on_a_track_costs_nobody_a_picture(tracked: House) -> None:
