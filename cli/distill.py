@@ -142,6 +142,7 @@ def _run(
     from training.distill.run import PRECISIONS, Distillation
     from training.distill.teacher import Teacher, training_cascade
     from training.runtime.checkpoints import checkpoints
+    from training.runtime.memory import keep_freed_memory
     from training.runtime.processes import processes
 
     if not resume and checkpoints(run / "checkpoints"):
@@ -160,6 +161,7 @@ def _run(
     run.mkdir(parents=True, exist_ok=True)
     accelerator = processes(device, settings.tracker, run)
     place = accelerator.device if device in ("auto", "cpu", "cuda") else torch.device(device)
+    keep_freed_memory(place.type)
     dtype = parse_dtype(PRECISIONS[settings.precision], place)
     teacher = Teacher.open(teacher_folder, backbone, dtype, place)
     settings = _for_backbone(settings, teacher)

@@ -64,8 +64,10 @@ def command(
     from rmd.checkpoint import CheckpointFolder
     from training.decoder.run import DecoderRun, check_run
     from training.decoder.settings import DecoderSettings
+    from training.runtime.memory import keep_freed_memory
 
     use_threads(threads)
+    keep_freed_memory(device)
     usual_blocks, usual_width = default_shape(CheckpointFolder.read(checkpoint).backbone_name)
     try:
         settings = DecoderSettings(

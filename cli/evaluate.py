@@ -73,7 +73,9 @@ def embedded(
     from training.evaluate.embedded.models import EvaluationSettings
     from training.evaluate.embedded.run import evaluate
     from training.evaluate.embedded.sheets import draw_sheets
+    from training.runtime.memory import keep_freed_memory
 
+    keep_freed_memory(device)
     if compile and engines is not None:
         raise ValueError("--compile is for eager networks: leave it out, or leave out --engines")
     overrides: dict[str, float | str] = {}

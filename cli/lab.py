@@ -14,6 +14,8 @@ RootOption = Annotated[Path, typer.Option("--root", help="Everything large: teac
 ResultsOption = Annotated[Path, typer.Option("--results", help="The small results, to be committed.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 ROOT, RESULTS = Path("runs/lab"), Path("benchmarks/lab")
+SHIPPED_TEACHER = Path("models/embedded-lab-teacher")
+"""Whose results are committed."""
 
 
 def _grid_file(grid: Path | None) -> Path:
@@ -45,7 +47,9 @@ def teacher(
     """Train the lab's teacher at half the shipped one's sizes. SIGTERM saves and stops; the same command goes on."""
     from training.lab.grid import Grid
     from training.lab.teacher import train_lab_teacher
+    from training.runtime.memory import keep_freed_memory
 
+    keep_freed_memory(device)
     folder = train_lab_teacher(
         Grid.read(_grid_file(grid)), pictures, root, initial, minutes=minutes, device=device, say=typer.echo
     )
@@ -56,8 +60,16 @@ def teacher(
 def run(
     jobs: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Stop after so long; else when all is done.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="The lab's teacher; <root>/models/embedded-teacher.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Picture cache at the teacher's side; <root>/data.")] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"The lab's teacher; the one trained in --root by `rmd lab teacher`, else {SHIPPED_TEACHER}."
+        ),
+    ] = None,
+    pictures: Annotated[Path, typer.Option(help="Picture cache, as `rmd data` writes it.")] = Path("data"),
+    data: Annotated[
+        Path | None, typer.Option(help="Picture cache at the teacher's side; by default --pictures, halved.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process.")] = None,
     grid: GridOption = None,
     root: RootOption = ROOT,
@@ -66,13 +78,18 @@ def run(
 ) -> None:
     """Work on the queue; any number of these commands may share one --root. SIGTERM saves and stops."""
     from training.lab.queue import LabFolders, run_queue
+    from training.lab.teacher import halve_pictures
 
+    trained = root / "models" / "embedded-teacher"
+    if data is None:
+        data = root / "data"
+        halve_pictures(pictures, data)
     folders = LabFolders(
         grid=_grid_file(grid),
         root=root,
         results=results,
-        teacher=teacher or root / "models" / "embedded-teacher",
-        data=data or root / "data",
+        teacher=teacher or (trained if trained.is_dir() else SHIPPED_TEACHER),
+        data=data,
         device=device,
     )
     if not run_queue(folders, jobs, minutes, threads, typer.echo):

@@ -41,7 +41,9 @@ def command(
     A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on from its last state when the command is given again.
     """
     from training.embedded.film_run import FilmRun
+    from training.runtime.memory import keep_freed_memory
 
+    keep_freed_memory(device)
     job = FilmRun(films, run, model, threads=threads, device=device, log=typer.echo)
     trainer = job.train(
         minutes=minutes,

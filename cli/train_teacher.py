@@ -44,7 +44,9 @@ def command(
 
     PictureSet.load(data)  # a missing cache is said before torch and diffusers are imported
     from training.embedded.teacher_run import TeacherRun
+    from training.runtime.memory import keep_freed_memory
 
+    keep_freed_memory(device)
     job = TeacherRun(
         data, run, models, text_encoder=text_encoder, threads=threads, device=device, sheets=sheets, log=typer.echo
     )

@@ -117,6 +117,8 @@ class StageRunner:
         known = [EncodedText(row, *heard_and_cut) for row, heard_and_cut in zip(rows, counts, strict=True)]
         encoded = dict(zip(texts, known, strict=True))
         empty = EncodedText(backbone.encode_unconditional(1), 0, 0) if "" in against else None
+        if empty is not None:
+            check_finite(empty.conditioning.values(), "the text encoder's output for the empty prompt")
         for text in prompts:
             self._texts.put(text, encoded[text])
         for text in against:

@@ -117,6 +117,22 @@ def test_requests_that_fail_beside_others_do_not_break_the_device(house: House) 
     assert house.draw().status_code == 200 and house.metric("rmd_engine_restarts_total") == 0
 
 
+def test_an_empty_prompt_that_encodes_to_nan_is_not_kept(
+    checkpoint: Path, model: DeviceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands for 'no condition' in every guided request, and was kept for all that came after."""
+    sound = model.backbone.encode_unconditional
+    with serving(model, make_settings(checkpoint)) as house:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                model.backbone,
+                "encode_unconditional",
+                lambda rows: {name: value * torch.nan for name, value in sound(rows).items()},
+            )
+            assert house.draw(schedule="teacher").status_code == 500
+        assert house.draw(schedule="teacher").status_code == 200
+
+
 def test_a_device_that_is_never_well_again_is_given_up(house: House) -> None:
     house.gate.before = refuse
     house.until(lambda: house.draw().status_code == 503, "no engine to be left")

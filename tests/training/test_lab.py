@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,19 +17,24 @@ import pytest
 import torch
 import yaml
 
+from cli.lab import RESULTS, SHIPPED_TEACHER
+from rmd.backbones.registry import get_backbone
 from rmd.backbones.tiny import write_tiny_folder
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CheckpointFolder, TeacherSpec
 from tests.training.distil_setup import FULL, LOW, prompt_set, settings_for, tiny_backbone
 from training.distill.methods.rmd import RMD
+from training.distill.roles import fingerprint
 from training.distill.settings import DistillSettings
 from training.embedded.data.dataset import PictureSet, Record
-from training.lab.cost import row_cost, snapshots, update_cost
+from training.lab.cost import row_cost, snapshots, teacher_size, update_cost
 from training.lab.grid import Expectation, Grid, Row, Schedule
 from training.lab.job import JobStoppedError, Lab, Stop
 from training.lab.plan import plan_text
 from training.lab.queue import LabFolders, run_queue, work
 from training.lab.report import verdict, write_results
 from training.lab.statistics import Difference, paired_difference
-from training.lab.teacher import halve_pictures, halved
+from training.lab.teacher import halve_pictures, halved, write_lab_card
 
 TINY: dict[str, Any] = {
     "updates": 3,
@@ -48,6 +54,7 @@ TINY: dict[str, Any] = {
     },
     "rows": [
         {"key": "teacher", "title": "teacher", "weights": "teacher", "schedule": "teacher"},
+        {"key": "start", "title": "start", "weights": "start", "once": True},
         {"key": "rmd", "title": "RMD", "intensities": [0.5]},
         {"key": "low", "title": "RM alone", "schedule": "4@32 mapped", "settings": {"match_at": "64x64"},
          "start": {"match_at": "64x64"}},
@@ -128,9 +135,16 @@ def finished(folders: LabFolders) -> LabFolders:
 
 def test_two_processes_one_killed_do_every_job_once(finished: LabFolders) -> None:
     names = {path.stem for path in finished.results.glob("*-s*.json")}
-    assert names == {"teacher-s0", "rmd-s0", "rmd-s1", "low-s0", "low-s1"}
+    assert names == {"teacher-s0", "start-s0", "rmd-s0", "rmd-s1", "low-s0", "low-s1"}
     assert not list(finished.root.glob("runs/*/checkpoints")), "checkpoints are kept until there is a result, no longer"
-    assert {path.stem for path in (finished.results / "strips").iterdir()} == {"teacher", "rmd", "low"}
+    assert {path.stem for path in (finished.results / "strips").iterdir()} == {"teacher", "start", "rmd", "low"}
+
+
+def test_the_common_start_is_measured_as_it_was_exported(finished: LabFolders) -> None:
+    start, student = result(finished, "start-s0"), result(finished, "rmd-s0")
+    assert start["cascade"] == student["cascade"] | {"guidance_scale": start["cascade"]["guidance_scale"]}
+    assert start["snapshots"]["updates"]["sets"] != student["snapshots"]["updates"]["sets"]
+    assert start["settings"]["warm_start_iterations"] == 2 and "initial_student" not in start["settings"]
 
 
 def test_a_killed_jobs_result_is_that_of_one_that_ran_through(finished: LabFolders, tmp_path: Path) -> None:
@@ -178,7 +192,7 @@ def test_results_of_another_teacher_are_refused(finished: LabFolders, tmp_path: 
 def test_the_report_says_what_was_run_what_was_not_and_what_came_out(finished: LabFolders, tmp_path: Path) -> None:
     page, plots, sheet = write_results(Grid.read(finished.grid), finished.results, tmp_path / "results.md")
     text = page.read_text()
-    assert "5 of 5 runs are done." in text and "Preliminary" not in text
+    assert "6 of 6 runs are done." in text and "Preliminary" not in text
     assert "Not yet available with this version: `wish`" in text
     assert "| rmd better than wish | hope |  | not yet run |" in text
     assert "standard deviation) between training seeds" in text
@@ -188,7 +202,7 @@ def test_the_report_says_what_was_run_what_was_not_and_what_came_out(finished: L
     for name in ("sets.json", "rmd-s0.json"):
         (tmp_path / "part" / name).write_bytes((finished.results / name).read_bytes())
     write_results(Grid.read(finished.grid), tmp_path / "part", tmp_path / "part.md")
-    assert "**Preliminary**: 1 of 5 runs are done." in (tmp_path / "part.md").read_text()
+    assert "**Preliminary**: 1 of 6 runs are done." in (tmp_path / "part.md").read_text()
     other = json.loads((finished.results / "low-s0.json").read_text())
     other["settings"]["newer"] = 1
     (tmp_path / "part" / "low-s0.json").write_text(json.dumps(other))
@@ -196,12 +210,12 @@ def test_the_report_says_what_was_run_what_was_not_and_what_came_out(finished: L
     assert "not to be compared: rmd-s0; low-s0." in (tmp_path / "part.md").read_text()
     assert write_results(Grid.read(finished.grid), tmp_path, tmp_path / "none.md") == [tmp_path / "none.md"]
     none = (tmp_path / "none.md").read_text()
-    assert "0 of 5 runs are done." in none and none.count("not yet run") == 3
+    assert "0 of 6 runs are done." in none and none.count("not yet run") == 3
 
 
 def test_the_plan_names_costs_state_and_expectations(finished: LabFolders) -> None:
     text = plan_text(Grid.read(finished.grid), finished.root, finished.results)
-    assert "5 jobs: 3 rows" in text and "5 done" in text
+    assert "6 jobs: 4 rows" in text and "6 done" in text
     assert "not yet available: unknown setting 'wishful'" in text
     assert "- rmd better than low: of its sizes" in text
 
@@ -253,7 +267,7 @@ def test_a_broken_grid_is_one_error_that_names_the_place(tmp_path: Path) -> None
     only = {"tables": [], "expectations": []}
     assert "grid.yaml, updates" in refused({"updates": 0})
     assert "there is no row 'nobody'" in refused({"reference": "nobody"})
-    assert "there is no schedule '9+9'" in refused({**only, "rows": [{**TINY["rows"][1], "schedule": "9+9"}]})
+    assert "there is no schedule '9+9'" in refused({**only, "rows": [{**TINY["rows"][2], "schedule": "9+9"}]})
     assert "two rows have the same key" in refused({"rows": [*TINY["rows"], TINY["rows"][0]]})
     (tmp_path / "grid.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="is no grid"):
@@ -275,7 +289,7 @@ def test_costs_are_the_passes_counted_by_hand() -> None:
     assert update_cost(grid.cascade(grid.row("rmd-0+4")), five, size) == pytest.approx(10.5 + 4 * (1.5 + 1 + 3))
     dear, cheap = (snapshots(grid, grid.row(key)) for key in ("rmd-0+4", "own-64"))
     assert dear["compute"] < dear["updates"] == cheap["updates"] < cheap["compute"]
-    assert dear["compute"] * 10.5 == pytest.approx(400 * row_cost(grid, grid.row("rmd")), rel=0.01)
+    assert dear["compute"] * 10.5 == pytest.approx(grid.updates * row_cost(grid, grid.row("rmd")), rel=0.01)
 
 
 def test_a_constant_difference_has_no_interval_and_seeds_that_disagree_have_a_wide_one() -> None:
@@ -327,3 +341,28 @@ def test_halved_pictures_do_not_take_colour_from_what_is_transparent(tmp_path: P
     halve_pictures(folders.data, tmp_path / "half")
     assert np.load(tmp_path / "half" / "pictures.npy").shape[1:] == (32, 32, 4)
     assert PictureSet.load(tmp_path / "half").composite(0).shape == (32, 32, 3)
+
+
+def test_the_shipped_teacher_is_the_one_whose_results_are_committed() -> None:
+    folder = CheckpointFolder.read(SHIPPED_TEACHER)
+    assert folder.default_cascade.full_size == teacher_size(Grid.read())
+    sets = json.loads((RESULTS / "sets.json").read_text())
+    backbone = get_backbone(folder.backbone_name).load(SHIPPED_TEACHER, dtype=torch.float32, device="cpu")
+    assert sets["teacher"] == fingerprint(backbone.component_modules()["denoiser"])
+
+
+def test_an_exported_teacher_gets_the_labs_size_and_card(folders: LabFolders, tmp_path: Path) -> None:
+    shutil.copytree(folders.teacher, tmp_path / "teacher")
+    exported = CheckpointFolder.read(tmp_path / "teacher")
+    write_cascade_json(
+        tmp_path / "teacher",
+        backbone="embedded",
+        cascades=exported.cascades,
+        default=exported.default,
+        teacher=TeacherSpec(7, 2.5, folder="."),
+        distillation={"training": {"minutes": 3, "step": 40, "samples": 500, "device": "a machine"}},
+    )
+    write_lab_card(tmp_path / "teacher", Grid(**TINY))
+    cascade = CheckpointFolder.read(tmp_path / "teacher").default_cascade
+    assert (len(cascade.steps), cascade.guidance_scale, cascade.full_size) == (7, 2.5, FULL)
+    assert "3 minutes, 40 steps, 500 samples, on a machine" in (tmp_path / "teacher" / "README.md").read_text()

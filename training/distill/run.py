@@ -67,7 +67,9 @@ class Distillation:
         cascade = training_cascade(teacher, settings)
         scale = settings.guidance_scale if settings.guidance_scale is not None else teacher.guidance_scale
         method = METHODS[settings.method](teacher.backbone, cascade, settings, prompts, scale)
-        networks = Networks.build(teacher.backbone, settings, initial_denoiser(teacher, settings))
+        start = settings.initial_student
+        initial = None if start is None else initial_denoiser(teacher, start)
+        networks = Networks.build(teacher.backbone, settings, initial)
         if method.needs_samples:
             sizes = method.sample_sizes
             samples = None if to_export else clean_samples(teacher, prompts, sizes, settings, run, say, accelerator)
@@ -209,16 +211,14 @@ def keep_initial_record(settings: DistillSettings, run: Path) -> None:
         write_json(run / INITIAL_FILE, dict(CheckpointFolder.read(folder).distillation))
 
 
-def initial_denoiser(teacher: Teacher, settings: DistillSettings) -> torch.nn.Module | None:
-    """The denoiser that the settings let the student start from, None for the teacher's.
+def initial_denoiser(teacher: Teacher, initial_student: str) -> torch.nn.Module:
+    """The denoiser of the folder that a student starts from.
 
     Raises:
         FileNotFoundError, ValueError: the folder is none, or not of the teacher's kind.
     """
-    if settings.initial_student is None:
-        return None
     backbone = get_backbone(teacher.backbone.name).load(
-        Path(settings.initial_student), dtype=teacher.backbone.dtype, device=teacher.backbone.device
+        Path(initial_student), dtype=teacher.backbone.dtype, device=teacher.backbone.device
     )
     denoiser = backbone.component_modules()["denoiser"]
     shapes, own = (
@@ -228,7 +228,7 @@ def initial_denoiser(teacher: Teacher, settings: DistillSettings) -> torch.nn.Mo
     odd = [name for name in sorted(set(shapes) | set(own)) if shapes.get(name) != own.get(name)]
     if odd:
         raise ValueError(
-            f"initial_student {settings.initial_student}: its denoiser is not of the teacher's shape, "
+            f"initial_student {initial_student}: its denoiser is not of the teacher's shape, "
             f"{odd[0]!r} is {shapes.get(odd[0])} there and {own.get(odd[0])} in the teacher"
         )
     return denoiser

@@ -83,7 +83,7 @@ def snapshots(grid: Grid, row: Row) -> dict[str, int]:
 
 def training_passes(grid: Grid, row: Row) -> float:
     """All of a row's training with one seed, its common start left out."""
-    if row.weights == "teacher":
+    if row.weights != "student":
         return 0.0
     batch = grid.settings(row, 0).batch_size
     return batch * max(snapshots(grid, row).values()) * row_cost(grid, row)

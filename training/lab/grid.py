@@ -77,24 +77,26 @@ class Row(_Data):
     """One line of a table.
 
     Attributes:
-        weights: "teacher": nothing is trained, its own weights run the schedule.
+        weights: "teacher": nothing is trained, its own weights run the schedule; "start": those of the common start do.
         schedule: a key of :attr:`Grid.schedules`.
         config: a recipe's file in ``training/configs``, beneath :attr:`Grid.base`; its schedule is left to the row.
         settings: what it changes in :attr:`Grid.base`, the method included.
         start: what it changes in :attr:`Grid.start`; None: no common start, all updates from the teacher's weights.
         sample: fields of the cascade replaced at inference.
         intensities: further values of Eq. 10's `a` at inference to measure the finished student with.
+        once: with the first training seed alone.
     """
 
     key: str
     title: str
-    weights: Literal["student", "teacher"] = "student"
+    weights: Literal["student", "teacher", "start"] = "student"
     schedule: str = "2+2"
     config: str | None = None
     settings: dict[str, Any] = {}
     start: dict[str, Any] | None = {}
     sample: dict[str, Any] = {}
     intensities: tuple[float, ...] = ()
+    once: bool = False
 
 
 def _recipe(name: str) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class Grid(_Data):
         teacher_steps: of the teacher's samples, for the methods that need some.
         updates: generator updates of the column "equal updates".
         reference: the row that the column "equal compute" is cut at, and whose training seeds are run first.
-        seeds: training seeds; the teacher's rows have the first alone.
+        seeds: training seeds; the teacher's rows, and those that say so, have the first alone.
         base: settings of every distillation.
         start: settings of the common start, over ``base``.
     """
@@ -263,7 +265,7 @@ class Grid(_Data):
         ordered = [Job(row, seed) for row in able if row.key == self.reference for seed in self.seeds]
         for seed in self.seeds:
             for row in able:
-                once = row.weights == "teacher" and seed != self.seeds[0]
-                if row.key != self.reference and not once:
+                once = row.once or row.weights == "teacher"
+                if row.key != self.reference and not (once and seed != self.seeds[0]):
                     ordered.append(Job(row, seed))
         return ordered

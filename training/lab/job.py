@@ -23,7 +23,7 @@ from rmd.weight_files import file_digest
 from training.distill.prompt_files import caption_prompts
 from training.distill.prompts import PromptSet, encode_prompts
 from training.distill.roles import fingerprint, trained_parameters, with_weights
-from training.distill.run import PRECISIONS, Distillation
+from training.distill.run import PRECISIONS, Distillation, initial_denoiser
 from training.distill.settings import DistillSettings
 from training.distill.sheets import with_denoiser
 from training.distill.teacher import Teacher
@@ -177,9 +177,12 @@ class Lab:
         if row.weights == "teacher":
             content["cascade"] = cascade.to_dict()
             content["snapshots"] = {"updates": self._measured(job, cascade, weights=None)}
+        elif row.weights == "start":
+            content["settings"] = _record(self.grid.start_settings(row, job.seed))
+            content["cascade"] = cascade.to_dict()
+            content["snapshots"] = {"updates": self._measured(job, cascade, self._start(row, job.seed))}
         else:
-            content["settings"] = self.grid.settings(row, job.seed).to_record()
-            content["settings"].pop("initial_student")  # where the start lay is nobody's business
+            content["settings"] = _record(self.grid.settings(row, job.seed))
             content["cascade"], content["snapshots"] = self._distilled(job)
         write_text(self.result_file(job), json.dumps(content) + "\n")
         shutil.rmtree(self.run_folder(job) / "checkpoints", ignore_errors=True)
@@ -290,11 +293,20 @@ class Lab:
         return found
 
     def _student(self, weights: Path | None) -> tuple[Backbone, str]:
+        """The backbone with a snapshot's weights (a file), a start's (a checkpoint folder) or the teacher's (None)."""
         backbone = self.teacher.backbone
-        denoiser = backbone.component_modules()["denoiser"]
         if weights is None:
             return backbone, self.teacher_fingerprint
-        return with_denoiser(backbone, with_weights(denoiser, load_tensors(weights))), file_digest(weights)
+        if weights.is_dir():
+            denoiser = initial_denoiser(self.teacher, str(weights))
+            return with_denoiser(backbone, denoiser), fingerprint(denoiser)
+        student = with_weights(backbone.component_modules()["denoiser"], load_tensors(weights))
+        return with_denoiser(backbone, student), file_digest(weights)
+
+
+def _record(settings: DistillSettings) -> dict[str, Any]:
+    """The settings as a result tells them: where the start lay is nobody's business."""
+    return {name: value for name, value in settings.to_record().items() if name != "initial_student"}
 
 
 def _identity(value: Any) -> Any:

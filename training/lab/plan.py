@@ -44,7 +44,7 @@ def _row_line(grid: Grid, row: Row, root: Path, results: Path) -> str:
     head = f"{row.key:18} {row.schedule:14}"
     if reason := grid.unavailable(row):
         return f"{head} {'':5} {sampling:8.2f} {'':12} {'':5}  not yet available: {reason.split(';')[0]}"
-    if row.weights == "teacher":
+    if row.weights != "student":
         cost, updates, minutes = "", "", ""
     else:
         cost = f"{row_cost(grid, row):.1f}"

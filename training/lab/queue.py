@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from training.lab.grid import Grid, Job
 from training.lab.job import BusyError, JobStoppedError, Lab, Stop
 from training.runtime.interrupts import stopped_by_signals
+from training.runtime.memory import keep_freed_memory
 
 _WAIT_SECONDS = 5.0
 
@@ -133,6 +134,7 @@ def run_queue(
 
 def _work_here(folders: LabFolders, minutes: float | None, threads: int, say: Callable[[str], None]) -> bool:
     torch.set_num_threads(threads)
+    keep_freed_memory(folders.device)
     lab = folders.open(minutes, say)
     outcome = work(lab, lab.grid.jobs())
     ending = "stopped; the same command goes on" if outcome.stopped else "nothing left to do here"

@@ -11,11 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
+from rmd.cascade import Cascade
+from rmd.cascade_file import write_cascade_json
+from rmd.checkpoint import CheckpointFolder
+from rmd.timesteps import uniform_teacher_timesteps
 from training.embedded.data.dataset import META_FILE, PIXELS_FILE, RECORDS_FILE, PictureSet
 from training.embedded.teacher_run import TeacherRun
+from training.lab.cost import teacher_size
 from training.lab.grid import Grid
+from training.runtime.files import write_text
 
 
 def halved(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -36,11 +43,15 @@ def halve_pictures(source: Path, target: Path, batch: int = 256) -> None:
     Raises:
         FileNotFoundError: ``source`` is no picture cache.
     """
-    if (target / PIXELS_FILE).is_file():
-        return
+    target.mkdir(parents=True, exist_ok=True)
+    with FileLock(target / ".lock"):
+        if not (target / PIXELS_FILE).is_file():
+            _halve_pictures(source, target, batch)
+
+
+def _halve_pictures(source: Path, target: Path, batch: int) -> None:
     pictures = PictureSet.load(source)
     count, side = pictures.rgba.shape[:2]
-    target.mkdir(parents=True, exist_ok=True)
     for name in (META_FILE, RECORDS_FILE):
         shutil.copyfile(source / name, target / name)
     scratch = target / f"{PIXELS_FILE}.partial"
@@ -77,4 +88,59 @@ def train_lab_teacher(
     run.prepare(autoencoder_minutes=1.0, initial=initial)
     settings = {**grid.teacher, "initial": initial}
     trainer = run.train(**settings if minutes is None else {**settings, "minutes": minutes})
-    return run.export() if trainer.finished else None
+    if not trainer.finished:
+        return None
+    folder = run.export()
+    write_lab_card(folder, grid)
+    return folder
+
+
+def write_lab_card(folder: Path, grid: Grid) -> None:
+    """Give an exported teacher's folder the lab's size, at which it draws when nothing else is asked for, and its card.
+
+    Raises:
+        ValueError: it is no teacher's folder.
+    """
+    exported, size = CheckpointFolder.read(folder), teacher_size(grid)
+    spec = exported.teacher
+    if spec is None:
+        raise ValueError(f"{folder} names no teacher")
+    cascade = Cascade.from_steps(
+        "embedded-lab-teacher",
+        uniform_teacher_timesteps(spec.steps, spec.flow_shift),
+        [size] * spec.steps,
+        flow_shift=spec.flow_shift,
+        guidance_scale=spec.guidance_scale,
+        score_noise_intensity=0.0,
+    )
+    write_cascade_json(
+        folder,
+        backbone=exported.backbone_name,
+        cascades={cascade.schedule_name: cascade},
+        default=cascade.schedule_name,
+        teacher=spec,
+        distillation=exported.distillation,
+    )
+    trained = exported.distillation.get("training", {})
+    units = {"minutes": "minutes", "step": "steps", "samples": "samples"}
+    work = ", ".join(f"{trained.get(name)} {unit}" for name, unit in units.items())
+    write_text(
+        folder / "README.md",
+        f"""# The lab's teacher
+
+The embedded teacher (`models/embedded-teacher`) gone on with at half its sizes, 64 and 128 px, for the comparisons of
+`rmd lab` (docs/results.md), all of which distil this one. It is no better picture model than the one that it came from.
+
+- {work}, on {trained.get("device")}
+- sampling: {spec.steps} Euler steps at {size}, guidance {spec.guidance_scale:g}
+- everything but the transformer is the embedded model's, linked
+
+```
+rmd data
+rmd lab teacher
+```
+
+Trained for a time, not for a number of steps: another machine's teacher is another one, and its results are kept apart.
+Credits and licences: see NOTICE.
+""",
+    )
