@@ -17,7 +17,8 @@ from training.lab.grid import Grid, Row
 PIXELS_A_TOKEN = 16
 TEXT_TOKENS = EmbeddedBackbone.tokenizers["tokenizer"]
 PASSES_A_SECOND = 200
-"""Two AMX cores with nothing beside them, batch 32: 64 to 128 px took 1.17 s an update of 7.3 such passes a sample."""
+"""Two AMX cores with nothing beside them, batch 32: 64 to 128 px took 1.17 s an update of 7.3 such passes a sample. Two
+cores with AVX-512's bfloat16 alone, an EPYC: 1.45 s an update of 9 with compiled blocks, 1.82 s without."""
 
 
 def pass_cost(size: Size, full: Size) -> float:

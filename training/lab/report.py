@@ -31,7 +31,7 @@ Speed is counted likewise: one picture's passes over the guided teacher's, denoi
 
 ```
 rmd data
-rmd lab teacher                  # minutes of two cores, from the shipped teacher
+rmd lab teacher                  # only for a teacher of your own; models/embedded-lab-teacher is the one measured here
 rmd lab plan                     # the grid, its cost, what is expected
 rmd lab run --jobs 2 --minutes 60   # any number of these share the queue; the same command goes on
 rmd lab report                   # this page, from benchmarks/lab
