@@ -28,7 +28,7 @@ from training.distill.roles import fingerprint
 from training.distill.settings import DistillSettings
 from training.embedded.data.dataset import PictureSet, Record
 from training.lab.cost import row_cost, snapshots, teacher_size, update_cost
-from training.lab.grid import Expectation, Grid, Row, Schedule
+from training.lab.grid import Expectation, Grid, Job, Row, Schedule
 from training.lab.job import JobStoppedError, Lab, Stop
 from training.lab.plan import plan_text
 from training.lab.queue import LabFolders, run_queue, work
@@ -180,6 +180,20 @@ def test_a_failing_job_is_said_and_the_others_go_on(finished: LabFolders, tmp_pa
     outcome = work(lab, lab.grid.jobs())
     assert set(outcome.failed) == {"bad-s0", "bad-s1"} and "WIDTHxHEIGHT" in outcome.failed["bad-s0"]
     assert not outcome.stopped and not outcome.done
+
+
+def test_a_fault_of_our_own_in_one_job_does_not_end_the_others(folders: LabFolders, tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    class Faulty(Lab):
+        def run(self, job: Job) -> None:
+            tried.append(job.name)
+            raise KeyError("a weight")
+
+    lab = opened(replace(folders, root=tmp_path, results=tmp_path / "results"))
+    outcome = work(Faulty(**vars(lab)), lab.grid.jobs())
+    assert tried == [job.name for job in lab.grid.jobs()] == list(outcome.failed)
+    assert outcome.failed["rmd-s0"] == "KeyError: 'a weight'"
 
 
 def test_results_of_another_teacher_are_refused(finished: LabFolders, tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ def work(lab: Lab, jobs: list[Job]) -> Outcome:
                     waiting = True
                 except JobStoppedError:
                     break
-                except (ValueError, OSError, RuntimeError) as error:
-                    outcome.failed[job.name] = f"{error}"
-                    lab.say(f"{job.name} failed and is left for the next run: {error}")
+                except Exception as error:  # whatever it is: hours of other jobs are not to end with one
+                    outcome.failed[job.name] = f"{type(error).__name__}: {error}"
+                    lab.say(f"{job.name} failed and is left for the next run: {outcome.failed[job.name]}")
             else:
                 if not waiting:
                     return outcome
