@@ -217,11 +217,11 @@ def test_the_report_says_what_was_run_what_was_not_and_what_came_out(finished: L
         (tmp_path / "part" / name).write_bytes((finished.results / name).read_bytes())
     write_results(Grid.read(finished.grid), tmp_path / "part", tmp_path / "part.md")
     assert "**Preliminary**: 1 of 6 runs are done." in (tmp_path / "part.md").read_text()
-    other = json.loads((finished.results / "low-s0.json").read_text())
-    other["settings"]["newer"] = 1
-    (tmp_path / "part" / "low-s0.json").write_text(json.dumps(other))
-    write_results(Grid.read(finished.grid), tmp_path / "part", tmp_path / "part.md")
-    assert "not to be compared: rmd-s0; low-s0." in (tmp_path / "part.md").read_text()
+    own = json.loads((finished.results / "low-s0.json").read_text())
+    for other in ({**own, "settings": {**own["settings"], "newer": 1}}, {**own, "dtype": "bfloat16"}):
+        (tmp_path / "part" / "low-s0.json").write_text(json.dumps(other))
+        write_results(Grid.read(finished.grid), tmp_path / "part", tmp_path / "part.md")
+        assert "not to be compared: rmd-s0; low-s0." in (tmp_path / "part.md").read_text()
     assert write_results(Grid.read(finished.grid), tmp_path, tmp_path / "none.md") == [tmp_path / "none.md"]
     none = (tmp_path / "none.md").read_text()
     assert "0 of 6 runs are done." in none and none.count("not yet run") == 3

@@ -171,6 +171,7 @@ class Lab:
             "row": row.key,
             "seed": job.seed,
             "teacher": self.teacher_fingerprint,
+            "dtype": str(self.teacher.backbone.dtype).removeprefix("torch."),
             "sampling_cost": round(sampling_cost(self._sampled(cascade, row), self.full), 3),
             **environment(self.device),
         }

@@ -11,6 +11,8 @@ from training.lab.grid import Grid
 from training.lab.results import Results
 
 _LABEL = 190
+_PASSES = (2, 3, 4, 6, 10, 20, 40)
+"""Named on the axis of passes."""
 
 
 def draw_plots(grid: Grid, results: Results, path: Path) -> Path | None:
@@ -49,6 +51,9 @@ def _quality_over_speed(axes: Any, grid: Grid, results: Results) -> None:
         )
         axes.annotate(key, (cost, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set_xscale("log")
+    axes.margins(x=0.12)  # room for the last row's name
+    axes.minorticks_off()
+    axes.set_xticks(_PASSES, [f"{passes}" for passes in _PASSES])
     axes.set_xlabel("passes a picture, at the teacher's side (log)")
     axes.set_ylabel("log rank, text (lower is better); bars: range over training seeds")
     axes.set_title("Quality over speed")

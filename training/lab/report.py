@@ -89,7 +89,15 @@ def _standing(grid: Grid, results: Results) -> list[str]:
     if done < len(jobs):
         lines = [f"**Preliminary**: {lines[0]}"]
     if others := results.of_other_settings():
-        lines += ["", "**Made by several versions of the settings**, not to be compared: " + "; ".join(others) + "."]
+        lines += [
+            "",
+            "**Made by several versions of the settings or in several dtypes**, not to be compared: "
+            + "; ".join(others)
+            + ".",
+        ]
+    machines = sorted({content["device"]["name"] for seeds in results.files.values() for content in seeds.values()})
+    if machines:
+        lines += ["", f"Trained and measured on: {', '.join(machines)}."]
     if waiting:
         lines += ["", "Not yet available with this version: " + ", ".join(f"`{key}`" for key in waiting) + "."]
     return lines

@@ -55,12 +55,14 @@ class Results:
         return cls(common, files)
 
     def of_other_settings(self) -> list[str]:
-        """Where the students were distilled by versions that know different settings: the rows of each version."""
-        groups: dict[frozenset[str], list[str]] = {}
+        """Where the students were distilled by versions that know different settings, or in several dtypes: the rows of
+        each."""
+        groups: dict[tuple[str, frozenset[str]], list[str]] = {}
         for key, seeds in self.files.items():
             for seed, content in seeds.items():
                 if "settings" in content:
-                    groups.setdefault(frozenset(content["settings"]), []).append(f"{key}-s{seed}")
+                    kind = content["dtype"], frozenset(content["settings"])
+                    groups.setdefault(kind, []).append(f"{key}-s{seed}")
         return [", ".join(names) for names in groups.values()] if len(groups) > 1 else []
 
     @property
