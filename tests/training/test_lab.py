@@ -271,6 +271,17 @@ def test_a_recipe_lies_beneath_what_the_lab_fixes() -> None:
     assert (settings.batch_size, settings.guidance_scale, settings.seed, settings.decay_share) == (32, 3.0, 2, 0.0)
 
 
+def test_the_reference_row_is_the_papers_recipe() -> None:
+    grid = Grid.read()
+    row = grid.row(grid.reference)
+    cascade, intensities = grid.cascade(row), ("score_noise_intensity", "transition_noise_intensity")
+    recipe = grid.settings(Row(key="paper", title="", config="embedded/paper"), 0)
+    said = {name: getattr(recipe, name) for name in (*intensities, "inference_noise_intensity")}
+    assert grid.settings(row, 0).model_copy(update=said) == recipe
+    assert (cascade.score_noise_intensity, cascade.training_noise_intensity) == tuple(said[n] for n in intensities)
+    assert cascade.transition_noise_intensity == said["inference_noise_intensity"]
+
+
 def test_a_broken_grid_is_one_error_that_names_the_place(tmp_path: Path) -> None:
     def refused(change: dict[str, Any]) -> str:
         (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**TINY, **change}))
