@@ -329,7 +329,9 @@ def test_a_constant_difference_has_no_interval_and_seeds_that_disagree_have_a_wi
     assert apart is not None and not apart.seen and (apart.low, apart.high) == pytest.approx((-1, 1))
     assert paired_difference({0: values, 1: values}, {2: values, 3: values}, concepts) is None
     one = paired_difference({0: values}, row, concepts)
-    assert one is not None and one.seeds == 2, "a row with one seed stands against each of the other's"
+    assert one is not None and one.seeds == 1, "what else the other was trained with has no pair"
+    teacher = paired_difference({0: values}, row, concepts, untrained=True)
+    assert teacher is not None and teacher.seeds == 2, "the teacher stands against each of the other's"
 
 
 def test_the_interval_is_that_of_a_mean_over_concepts() -> None:

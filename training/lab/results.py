@@ -111,7 +111,10 @@ class Results:
     def difference(self, first: str, second: str, column: str = "updates", kind: str = "text") -> Difference | None:
         """Log rank of one row minus another's; below zero the first is better. None where one is missing."""
         a, b = self.log_ranks(first, column, kind), self.log_ranks(second, column, kind)
-        return paired_difference(a, b, self.concepts) if a and b else None
+        if not (a and b):
+            return None
+        untrained = not all("settings" in content for key in (first, second) for content in self.files[key].values())
+        return paired_difference(a, b, self.concepts, untrained=untrained)
 
     def sampling_cost(self, key: str) -> float:
         """Forward passes at the teacher's side that a picture costs."""

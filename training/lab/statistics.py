@@ -38,20 +38,26 @@ class Difference:
 
 
 def paired_difference(
-    first: Mapping[int, Tensor], second: Mapping[int, Tensor], concepts: Tensor, seed: int = 0
+    first: Mapping[int, Tensor],
+    second: Mapping[int, Tensor],
+    concepts: Tensor,
+    *,
+    untrained: bool = False,
+    seed: int = 0,
 ) -> Difference | None:
     """The difference of two rows' means with its bootstrap interval.
 
     Args:
-        first, second: by training seed, (N,) values of the same pictures, averaged over sampling seeds. A row with one
-            training seed alone, such as the teacher, stands against each of the other's.
+        first, second: by training seed, (N,) values of the same pictures, averaged over sampling seeds.
         concepts: (N,) the concept of each picture.
+        untrained: one of them, such as the teacher, is the same for every training seed, and stands against each of the
+            other's.
         seed: of the resampling.
 
     Returns:
         None when they have no training seed in common.
     """
-    pairs = _pairs(first, second)
+    pairs = _pairs(first, second, untrained)
     if not pairs:
         return None
     table = torch.stack([a.double() - b.double() for a, b in pairs])
@@ -67,8 +73,8 @@ def paired_difference(
     return Difference(float(table.mean()), low, high, len(table))
 
 
-def _pairs(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    if len(first) == 1 or len(second) == 1:
+def _pairs(first: Mapping[int, Tensor], second: Mapping[int, Tensor], untrained: bool) -> list[tuple[Tensor, Tensor]]:
+    if untrained:
         return [(a, b) for a in first.values() for b in second.values()]
     return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
