@@ -67,7 +67,9 @@ def _films(pictures: PictureSet, folder: Path, model: Path, films: int, singles:
     from training.embedded.data.films import FilmSource
     from training.embedded.film_latents import FilmEncoder, write_prompts, write_shards
     from training.runtime.interrupts import stopped_by_signals
+    from training.runtime.memory import keep_freed_memory
 
+    keep_freed_memory("cpu")
     encoder = FilmEncoder(model)
     source = FilmSource(pictures, fits=encoder.fits)
     stop = threading.Event()

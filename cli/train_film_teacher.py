@@ -24,7 +24,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Films a batch at 144 px.")] = 16,
     low_batch: Annotated[int, typer.Option(min=1, help="Films a batch at 96 px.")] = 48,
     picture_batch: Annotated[int, typer.Option(min=1, help="Single pictures a batch.")] = 64,
-    full_share: Annotated[float, typer.Option(min=0, max=1, help="Share of film batches at 144 px.")] = 0.25,
+    full_share: Annotated[float, typer.Option(min=0, max=1, help="Share of batches at 144 px.")] = 0.25,
     picture_share: Annotated[float, typer.Option(min=0, max=1, help="Share of batches of single pictures.")] = 0.15,
     thin_share: Annotated[float, typer.Option(min=0, max=1, help="Share of film batches of five frames.")] = 0.6,
     muon_rate: Annotated[float, typer.Option(min=0, help="Muon's rate, for the blocks' matrices.")] = 1e-3,

@@ -20,7 +20,7 @@ from torch import Tensor
 from rmd.backbones.autoencoder import EmbeddedAutoencoder
 from rmd.backbones.embedded import EmbeddedBackbone
 from rmd.dtypes import native_dtype
-from training.embedded.data.films import FRAMES, FilmSource, FilmSpec, render_films
+from training.embedded.data.films import FRAMES, RULES, FilmSource, FilmSpec, render_films
 from training.runtime.files import load_tensors, save_tensors, write_json
 from training.runtime.precision import native_autocast
 
@@ -93,17 +93,18 @@ def write_shards(
     Pictures come first: there are few of them.
 
     Raises:
-        ValueError: the folder was made from other pictures, sides or seed.
+        ValueError: the folder was made from other pictures, rules, sides or seed.
     """
     meta = {
         "pictures": source.pictures.meta,
         "split": source.split,
         "seed": source.seed,
+        "rules": RULES,
         "sides": list(sides),
         "frames": FRAMES,
     }
     if (folder / META_FILE).is_file() and json.loads((folder / META_FILE).read_text()) != meta:
-        raise ValueError(f"{folder} holds films of other pictures, sides or seed: choose another folder")
+        raise ValueError(f"{folder} holds films of other pictures, rules, sides or seed: choose another folder")
     write_json(folder / META_FILE, meta)
     jobs: list[tuple[Kind, int]] = [("pictures", n) for n in range(-(-pictures // SHARD["pictures"]))]
     jobs += [("films", n) for n in range(-(-films // SHARD["films"]))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ class FilmSettings(VelocitySettings):
     batch: int = Field(12, ge=1, description="films a batch at the full size")
     low_batch: int = Field(32, ge=1, description="films a batch at the low size")
     picture_batch: int = Field(64, ge=1, description="single pictures a batch, at either size")
-    full_share: float = Field(0.25, ge=0, le=1, description="share of the batches of films that are at the full size")
+    full_share: float = Field(0.25, ge=0, le=1, description="share of the batches that are at the full size")
     picture_share: float = Field(0.15, ge=0, le=1, description="share of the batches that are of single pictures")
     thin_share: float = Field(0.6, ge=0, le=1, description="share of the batches of films that see some frames only")
     thin_frames: int = Field(5, ge=2, description="how many frames those see")
@@ -42,6 +43,9 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
 
     Sizes and kinds of batches are mixed from the start, each batch's drawn by the shares in the settings. Shards that
     join the cache while the training goes on are taken up at the next save.
+
+    What starts from a picture teacher goes on drawing pictures as that one does: on single pictures the target is its
+    velocity (learning without forgetting, arXiv 1606.09282). Films alone, few and small, would cost it its nouns.
 
     Args:
         settings: of the run; ``initial`` is the picture teacher's folder, or a film teacher's.
@@ -62,17 +66,19 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
     ) -> None:
         model = initial_film_transformer(settings.initial)
         config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+        keeps = settings.initial is not None and not is_film_teacher(settings.initial)
+        before = copy.deepcopy(model).requires_grad_(False) if keeps else None
         super().__init__(settings, model, run, config, on_save, device)
+        self.picture_teacher = None if before is None else before.to(self.device, self.dtype).eval()
         self.data = data
         self.empty = tuple(part.to(self.device) for part in unconditional)
 
     def next_loss(self) -> Loss:
         """Of a random batch of random kind and size."""
         s = self.settings
-        of_pictures, at_full = (self._uniform(2) < torch.tensor([s.picture_share, s.full_share])).tolist()
+        of_pictures, at_full = (self._uniform(2).cpu() < torch.tensor([s.picture_share, s.full_share])).tolist()
         if of_pictures:
-            full = self._uniform(1).item() < 0.5
-            return self.loss("pictures", full, s.picture_batch)
+            return self.loss("pictures", at_full, s.picture_batch)
         return self.loss("films", at_full, s.batch if at_full else s.low_batch)
 
     def loss(self, kind: Kind, full: bool, count: int) -> Loss:
@@ -83,13 +89,14 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
         t = self.times(count, kind, full)
         latents, conditions = batch.latents, {}
         frames = latents.shape[2]
+        teacher = self.picture_teacher if kind == "pictures" else None
         if kind == "films" and s.thin_frames < frames and self._uniform(1).item() < s.thin_share:
             # Frames are much alike: fewer of them cost half, and teach the same motion.
             shuffled = self._uniform(frames).argsort()[: s.thin_frames]
             conditions["frame_numbers"] = shuffled.sort().values
             latents = latents[:, :, conditions["frame_numbers"]]
         noise = self._normal(tuple(latents.shape))
-        value = velocity_loss(self.model, latents, noise, t, tokens, pooled, **conditions)
+        value = velocity_loss(self.model, latents, noise, t, tokens, pooled, teacher, **conditions)
         name = "pictures" if kind == "pictures" else f"films_{'full' if full else 'low'}"
         return Loss(value, count, name)
 
@@ -130,8 +137,14 @@ def initial_film_transformer(folder: Path | None) -> FilmTransformer:
     if folder is None:
         return film
     options: dict[str, Any] = {"subfolder": "transformer", "use_safetensors": True, "torch_dtype": torch.float32}
-    if FilmTransformer.load_config(str(folder), subfolder="transformer")["_class_name"] == FilmTransformer.__name__:
+    if is_film_teacher(folder):
         film = FilmTransformer.from_pretrained(str(folder), **options)
     else:
         film = FilmTransformer.from_pictures(SD3Transformer2DModel.from_pretrained(str(folder), **options))
     return film
+
+
+def is_film_teacher(folder: Path) -> bool:
+    """Whether the teacher in a folder is one of films, not of pictures."""
+    config = FilmTransformer.load_config(str(folder), subfolder="transformer")
+    return bool(config["_class_name"] == FilmTransformer.__name__)

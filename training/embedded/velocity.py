@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rmd.dtypes import native_dtype
 from rmd.machine import device_name
 from training.distill.roles import compile_blocks
-from training.runtime.attention import training_attention
+from training.runtime.attention import scoring_attention, training_attention
 from training.runtime.interrupts import stopped_by_signals
 
 STATE_FILE = "state.safetensors"
@@ -311,7 +311,14 @@ class VelocityTrainer(ABC, Generic[S]):
 
 
 def velocity_loss(
-    model: Any, x0: Tensor, eps: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, **conditions: Tensor
+    model: Any,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    tokens: Tensor,
+    pooled: Tensor,
+    teacher: Any = None,
+    **conditions: Tensor,
 ) -> Tensor:
     """Mean squared error of the predicted velocity ``eps - x0`` at ``x_t = (1 - t) x0 + t eps``; a scalar.
 
@@ -319,21 +326,30 @@ def velocity_loss(
         x0, eps: (B, C, [T], H, W) float32 latents and noise.
         t: (B,) times in [0, 1].
         tokens, pooled: (B, L, D) and (B, D) text, in the model's dtype.
+        teacher: a network whose velocity there is wanted in place of ``eps - x0``, its mean.
         conditions: further arguments of the model.
     """
     w = t.view(-1, *(1,) * (x0.ndim - 1))
     patches = x0[0, 0].numel() // model.config.patch_size**2
-    with training_attention(x0.device.type, tokens.shape[1] + patches):
-        velocity = model(
-            hidden_states=((1 - w) * x0 + w * eps).to(tokens.dtype),
+    state = ((1 - w) * x0 + w * eps).to(tokens.dtype)
+
+    def velocity(network: Any) -> Tensor:
+        output: Tensor = network(
+            hidden_states=state,
             timestep=t * 1000,
             encoder_hidden_states=tokens,
             pooled_projections=pooled,
             **conditions,
             return_dict=False,
         )[0]
-    loss: Tensor = (velocity.float() - (eps - x0)).square().mean()
-    return loss
+        return output.float()
+
+    with training_attention(x0.device.type, tokens.shape[1] + patches):
+        target = eps - x0
+        if teacher is not None:
+            with torch.no_grad(), scoring_attention():
+                target = velocity(teacher)
+        return (velocity(model) - target).square().mean()
 
 
 def is_muon_matrix(name: str, parameter: Tensor) -> bool:

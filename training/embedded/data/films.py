@@ -24,12 +24,16 @@ from training.embedded.data.split import unit_hash
 FilmSplit = Literal["train", "unseen_pair", "unseen_concept", "unseen_motion"]
 FILM_SPLITS: tuple[FilmSplit, ...] = get_args(FilmSplit)
 FRAMES, FRAMES_PER_SECOND = 9, 8
+RULES = 2
+"""Of how a film is drawn from its number: counted up when they change, so that no cache mixes two."""
 
 MOTION_SHARE = 0.06
 """Share of the (concept, motion) pairs that no training film shows: the set ``unseen_motion``."""
 CROSSING_SHARE, COLOURED_SHARE = 0.1, 0.3
 _TRIES = 200
-_SCALES = {CROSSING: (0.35, 0.48), "bouncing": (0.4, 0.58), "growing": (0.55, 0.85), "shrinking": (0.55, 0.85)}
+_SCALES = {CROSSING: (0.42, 0.56), "bouncing": (0.5, 0.68), "growing": (0.7, 1.0), "shrinking": (0.7, 1.0)}
+_SCALE = (0.58, 0.86)
+"""Of all other motions, in frame sides: as large as leaves a way to go, for a small thing has few patches to be told by."""
 _DOUBLE = ("right", "left", "up", "down")
 """Asked for most, and drawn twice as often as the others."""
 
@@ -152,7 +156,7 @@ class FilmSource:
         row = rng.choice(self.rows)
         record, ground = self.pictures.records[row], self._ground(rng)
         caption = compose_caption(record.label, record.style, record.tags, rng, ground)
-        scale = rng.uniform(0.5, 1.0)
+        scale = rng.uniform(0.75, 1.0)
         centre = self._centre(rng, 0.3 * (1 - scale) + 0.02)
         return FilmSpec((row,), PICTURE, "", (scale,), (centre,), ground, caption)
 
@@ -170,7 +174,7 @@ class FilmSource:
         speed: Speed = rng.choices(SPEEDS, (2, 1, 1))[0] if MOTIONS[motion].speeds else ""
         ground = self._ground(rng)
         rows: tuple[int, ...] = (row,)
-        scales: tuple[float, ...] = (rng.uniform(*_SCALES.get(motion, (0.42, 0.7))),)
+        scales: tuple[float, ...] = (rng.uniform(*_SCALES.get(motion, _SCALE)),)
         centres: tuple[tuple[float, float], ...] = (self._centre(rng, 0.07),)
         if motion == CROSSING:
             rows = (row, self._companion(rng, row))
