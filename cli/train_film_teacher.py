@@ -17,6 +17,12 @@ def command(
     initial: Annotated[Path, typer.Option(help="Start from this picture or film teacher.")] = Path(
         "models/embedded-teacher"
     ),
+    picture_teacher: Annotated[
+        Path | None, typer.Option(help="Whose pictures it goes on drawing; without: --initial's, if of pictures.")
+    ] = None,
+    picture_weight: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of --picture-teacher's weights in the start.")
+    ] = 0.0,
     out: Annotated[Path, typer.Option(help="Where the finished teacher is exported.")] = Path(
         "models/embedded-video-teacher"
     ),
@@ -26,6 +32,7 @@ def command(
     picture_batch: Annotated[int, typer.Option(min=1, help="Single pictures a batch.")] = 64,
     full_share: Annotated[float, typer.Option(min=0, max=1, help="Share of batches at 144 px.")] = 0.25,
     picture_share: Annotated[float, typer.Option(min=0, max=1, help="Share of batches of single pictures.")] = 0.15,
+    frame_share: Annotated[float, typer.Option(min=0, max=1, help="Share of batches of single frames of films.")] = 0.0,
     thin_share: Annotated[float, typer.Option(min=0, max=1, help="Share of film batches of five frames.")] = 0.6,
     muon_rate: Annotated[float, typer.Option(min=0, help="Muon's rate, for the blocks' matrices.")] = 1e-3,
     adam_rate: Annotated[float, typer.Option(min=0, help="AdamW's rate, for everything else.")] = 4e-4,
@@ -48,11 +55,14 @@ def command(
     trainer = job.train(
         minutes=minutes,
         initial=initial,
+        picture_teacher=picture_teacher,
+        picture_weight=picture_weight,
         batch=batch,
         low_batch=low_batch,
         picture_batch=picture_batch,
         full_share=full_share,
         picture_share=picture_share,
+        frame_share=frame_share,
         thin_share=thin_share,
         muon_rate=muon_rate,
         adam_rate=adam_rate,

@@ -116,6 +116,24 @@ def test_it_starts_as_the_picture_teacher_and_learns(cache: Path, model: Path, t
     assert set(teacher.kinds) == {"films_low", "films_full", "pictures"}
 
 
+def test_a_film_teacher_is_moved_towards_the_pictures_that_it_goes_on_drawing(
+    cache: Path, model: Path, tmp_path: Path
+) -> None:
+    run = job(cache, model, tmp_path / "run")
+    run.train(**{**SETTINGS, "initial": model, "minutes": 1e-6, "muon_rate": 0.1, "adam_rate": 0.1})
+    film = run.export(tmp_path / "film")
+    mixed = trainer(cache, film, tmp_path / "mixed", picture_teacher=model, picture_weight=0.25)
+    weights = {name: dict(initial_film_transformer(folder).named_parameters())
+               for name, folder in (("film", film), ("pictures", model))}  # fmt: skip
+    for name, weight in mixed.master.items():
+        share = 0.0 if name == "temporal_embed" else 0.25
+        torch.testing.assert_close(weight, torch.lerp(weights["film"][name], weights["pictures"][name], share))
+    assert mixed.loss("pictures", full=True, count=4).value > 1e-4  # the picture teacher's velocity is the target
+    with pytest.raises(ValueError, match="--picture-teacher"):
+        trainer(cache, film, tmp_path / "mixed", picture_weight=0.25)
+    assert trainer(cache, film, tmp_path / "mixed").picture_teacher is None
+
+
 def test_batches_of_some_frames_know_which(cache: Path, model: Path, tmp_path: Path) -> None:
     teacher = trainer(cache, model, tmp_path, thin_share=1.0)
     seen: list[tuple[int, ...]] = []
@@ -127,6 +145,17 @@ def test_batches_of_some_frames_know_which(cache: Path, model: Path, tmp_path: P
         teacher.loss("films", full=False, count=2)
     assert all(frames == 5 and list(numbers) == sorted(set(numbers)) for frames, *numbers in seen)
     assert len(set(seen)) > 1
+
+
+def test_single_frames_of_films_are_drawn_as_pictures(cache: Path, model: Path, tmp_path: Path) -> None:
+    teacher = trainer(cache, model, tmp_path, picture_share=0.0, frame_share=1.0, full_share=1.0)
+    seen: list[dict[str, Any]] = []
+    teacher.model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs), with_kwargs=True)
+    teacher.update(teacher.next_loss())
+    assert seen[0]["hidden_states"].shape == (4, 8, 1, 6, 6) and "frame_numbers" not in seen[0]
+    assert teacher.kinds == {"frames": 4}
+    with pytest.raises(ValueError, match="more than all"):
+        trainer(cache, model, tmp_path, picture_share=0.5, frame_share=0.6)
 
 
 def test_times_lean_to_noise_for_films_and_more_at_the_full_size(cache: Path, model: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class FilmRun:
 
         Raises:
             FileNotFoundError: the cache holds no films yet.
-            ValueError: the run's state started from another teacher.
+            ValueError: the run's state started from another teacher, or the settings contradict each other.
         """
         data = FilmData(self.cache, self.device)
         self.trainer = FilmTrainer(
@@ -96,8 +96,9 @@ class FilmRun:
         """How the teacher was trained, for ``cascade.json``."""
         settings = trainer.settings.model_dump(mode="json")
         initial = trainer.settings.initial
-        if initial is not None and initial.is_absolute():
-            settings["initial"] = initial.name  # where it lay is nobody's business
+        for name in ("initial", "picture_teacher"):
+            if settings[name] is not None and Path(settings[name]).is_absolute():
+                settings[name] = Path(settings[name]).name  # where it lay is nobody's business
         before = CheckpointFolder.read(initial).distillation.get("training", {}) if initial is not None else {}
         return {
             "settings": settings,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from diffusers import SD3Transformer2DModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rmd.backbones.film_transformer import FilmTransformer
-from training.embedded.film_latents import FilmBatch, FilmData, Kind
+from training.embedded.film_latents import FilmBatch, FilmData
 from training.embedded.velocity import Loss, VelocitySettings, VelocityTrainer, velocity_loss
+
+BatchKind = Literal["films", "pictures", "frames"]
 
 
 class FilmSettings(VelocitySettings):
@@ -27,15 +28,28 @@ class FilmSettings(VelocitySettings):
     picture_batch: int = Field(64, ge=1, description="single pictures a batch, at either size")
     full_share: float = Field(0.25, ge=0, le=1, description="share of the batches that are at the full size")
     picture_share: float = Field(0.15, ge=0, le=1, description="share of the batches that are of single pictures")
+    frame_share: float = Field(0.0, ge=0, le=1, description="share of the batches that are of single frames of films")
     thin_share: float = Field(0.6, ge=0, le=1, description="share of the batches of films that see some frames only")
     thin_frames: int = Field(5, ge=2, description="how many frames those see")
     film_time_shift: float = Field(
         2.2, ge=1, description="shift of the times towards noise of films at the low size; the full size has more of it"
     )
+    picture_teacher: Path | None = Field(
+        None, description="whose pictures are kept; None for ``initial``, where that is a picture teacher"
+    )
+    picture_weight: float = Field(
+        0.0, ge=0, le=1, description="share of the picture teacher's weights in a start from a film teacher"
+    )
     cooldown_share: float = Field(0.2, gt=0, le=1)
     muon_rate: float = Field(1e-3, gt=0)
     adam_rate: float = Field(4e-4, gt=0)
     ema_decay: float = Field(0.998, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.picture_share + self.frame_share > 1:
+            raise ValueError(f"picture_share {self.picture_share} and frame_share {self.frame_share} are more than all")
+        return self
 
 
 class FilmTrainer(VelocityTrainer[FilmSettings]):
@@ -44,8 +58,9 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
     Sizes and kinds of batches are mixed from the start, each batch's drawn by the shares in the settings. Shards that
     join the cache while the training goes on are taken up at the next save.
 
-    What starts from a picture teacher goes on drawing pictures as that one does: on single pictures the target is its
-    velocity (learning without forgetting, arXiv 1606.09282). Films alone, few and small, would cost it its nouns.
+    The network goes on drawing pictures as the picture teacher does: on single ones the target is that one's velocity
+    (learning without forgetting, arXiv 1606.09282). Films alone, few and small, cost it its nouns; a film teacher to
+    which that happened gets some of them back by a share of the picture teacher's weights (arXiv 2109.01903).
 
     Args:
         settings: of the run; ``initial`` is the picture teacher's folder, or a film teacher's.
@@ -53,6 +68,9 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
         run: the folder of the state.
         on_save: called after each save.
         device: where everything lies.
+
+    Raises:
+        ValueError: a share of a picture teacher's weights, and no picture teacher.
     """
 
     def __init__(
@@ -65,9 +83,15 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
         device: torch.device | str = "cpu",
     ) -> None:
         model = initial_film_transformer(settings.initial)
+        pictures = settings.picture_teacher
+        if pictures is None and settings.initial is not None and not is_film_teacher(settings.initial):
+            pictures = settings.initial
+        before = None if pictures is None else initial_film_transformer(pictures).requires_grad_(False)
+        if settings.picture_weight:
+            if before is None:
+                raise ValueError("picture_weight needs a picture teacher: name it, with --picture-teacher")
+            mix_weights(model, before, settings.picture_weight)
         config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
-        keeps = settings.initial is not None and not is_film_teacher(settings.initial)
-        before = copy.deepcopy(model).requires_grad_(False) if keeps else None
         super().__init__(settings, model, run, config, on_save, device)
         self.picture_teacher = None if before is None else before.to(self.device, self.dtype).eval()
         self.data = data
@@ -76,19 +100,26 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
     def next_loss(self) -> Loss:
         """Of a random batch of random kind and size."""
         s = self.settings
-        of_pictures, at_full = (self._uniform(2).cpu() < torch.tensor([s.picture_share, s.full_share])).tolist()
-        if of_pictures:
+        kind, size = self._uniform(2).tolist()
+        at_full = size < s.full_share
+        if kind < s.picture_share:
             return self.loss("pictures", at_full, s.picture_batch)
+        if kind < s.picture_share + s.frame_share:
+            return self.loss("frames", at_full, s.picture_batch)
         return self.loss("films", at_full, s.batch if at_full else s.low_batch)
 
-    def loss(self, kind: Kind, full: bool, count: int) -> Loss:
-        """Of ``count`` random films or pictures at one of the sizes."""
+    def loss(self, kind: BatchKind, full: bool, count: int) -> Loss:
+        """Of ``count`` random films, pictures or frames at one of the sizes."""
         s = self.settings
-        batch = self.data.draw(kind, s.side if full else s.low_side, count, self.random)
+        batch = self.data.draw(
+            "pictures" if kind == "pictures" else "films", s.side if full else s.low_side, count, self.random
+        )
         tokens, pooled = self._drop_text(batch)
         t = self.times(count, kind, full)
         latents, conditions = batch.latents, {}
         frames = latents.shape[2]
+        if kind == "frames":  # one of each film: as a picture of a thing of that size at that place
+            latents = latents[torch.arange(count, device=self.device), :, self._integers(frames, count)].unsqueeze(2)
         teacher = self.picture_teacher if kind == "pictures" else None
         if kind == "films" and s.thin_frames < frames and self._uniform(1).item() < s.thin_share:
             # Frames are much alike: fewer of them cost half, and teach the same motion.
@@ -97,7 +128,7 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
             latents = latents[:, :, conditions["frame_numbers"]]
         noise = self._normal(tuple(latents.shape))
         value = velocity_loss(self.model, latents, noise, t, tokens, pooled, teacher, **conditions)
-        name = "pictures" if kind == "pictures" else f"films_{'full' if full else 'low'}"
+        name = f"films_{'full' if full else 'low'}" if kind == "films" else kind
         return Loss(value, count, name)
 
     def _drop_text(self, batch: FilmBatch) -> tuple[Tensor, Tensor]:
@@ -107,7 +138,7 @@ class FilmTrainer(VelocityTrainer[FilmSettings]):
         pooled = torch.where(dropped[:, None], self.empty[1], batch.pooled)
         return tokens.to(self.dtype), pooled.to(self.dtype)
 
-    def times(self, count: int, kind: Kind, full: bool) -> Tensor:
+    def times(self, count: int, kind: BatchKind, full: bool) -> Tensor:
         """(B,) times: logit-normal, a share uniform, then shifted towards noise: of more pixels, and of nine alike
         frames, more can be told at the same time."""
         s = self.settings
@@ -142,6 +173,16 @@ def initial_film_transformer(folder: Path | None) -> FilmTransformer:
     else:
         film = FilmTransformer.from_pictures(SD3Transformer2DModel.from_pretrained(str(folder), **options))
     return film
+
+
+def mix_weights(film: FilmTransformer, pictures: FilmTransformer, share: float) -> None:
+    """Moves a film network's weights towards a picture network's by ``share`` of the way, in place; which frame is
+    which stays its own knowledge."""
+    other = dict(pictures.named_parameters())
+    with torch.no_grad():
+        for name, weight in film.named_parameters():
+            if name != "temporal_embed":
+                weight.lerp_(other[name], share)
 
 
 def is_film_teacher(folder: Path) -> bool:
