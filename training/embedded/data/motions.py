@@ -57,10 +57,10 @@ MOTIONS: Mapping[str, Motion] = {
 }
 """By name. A linear classifier on the text encoder's token states tells all of these phrases apart."""
 
-_DISTANCE: Mapping[Speed, float] = {"": 0.42, "slowly": 0.22, "fast": 0.75}
+_DISTANCE: Mapping[Speed, float] = {"": 0.3, "slowly": 0.16, "fast": 0.5}
 _TURN: Mapping[Speed, float] = {"": 135.0, "slowly": 60.0, "fast": 270.0}
 _SMALLEST: Mapping[Speed, float] = {"": 0.5, "slowly": 0.7, "fast": 0.33}
-_HEIGHT = 0.3
+_HEIGHT = 0.22
 _CROSSED = 0.7
 
 X, Y, SCALE, ANGLE, OPACITY = range(5)
