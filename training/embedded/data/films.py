@@ -33,7 +33,7 @@ CROSSING_SHARE, COLOURED_SHARE = 0.1, 0.3
 _TRIES = 200
 _SCALE = (0.8, 1.0)
 """Of a thing, in frame sides: as large as the picture teacher draws it. At .6 of the frame and off its middle it has
-lost most shapes (frames drawn alone after 50,000 of them: a floppy disk became a purse)."""
+lost most shapes (frames drawn alone after 46,000 of them: a floppy disk became a purse)."""
 _SCALES = {CROSSING: (0.46, 0.58), "bouncing": (0.72, 0.92), "growing": (0.85, 1.05), "shrinking": (0.85, 1.05)}
 _OFF_CENTRE = 0.04
 _DOUBLE = ("right", "left", "up", "down")
