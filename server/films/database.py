@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
@@ -132,15 +132,16 @@ class Database:
 
         Raises:
             DatabaseError: it failed, and nothing was changed.
+            SQLAlchemyError: it works, and refused this work: its values, or a statement that is none.
         """
         try:
             if self._identify() != self._identity:
                 raise DatabaseError("its file was removed or replaced; restart the server")
             with Session(self._engine, expire_on_commit=False) as session, session.begin():
                 yield session
-        except IntegrityError:
-            raise
         except (OSError, SQLAlchemyError) as error:
+            if not _is_its_own(error):
+                raise
             self._note(reason_of(error), error)
             raise DatabaseError(reason_of(error)) from error
         except DatabaseError as fault:
@@ -232,6 +233,13 @@ class Database:
         except FileNotFoundError:
             return None
         return found.st_dev, found.st_ino
+
+
+def _is_its_own(error: Exception) -> bool:
+    """Whether the database failed; what it only refused would fail on a healthy one, and others' work goes on."""
+    if isinstance(error, (IntegrityError, DataError)):
+        return False
+    return isinstance(error, (OSError, DBAPIError, PoolTimeout))
 
 
 def reason_of(error: Exception) -> str:

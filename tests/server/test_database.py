@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, make_url, select, update
+from sqlalchemy import create_engine, make_url, select, text, update
+from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from server.device.model import DeviceModel
 from server.films import database as database_module
@@ -150,6 +152,16 @@ def test_a_name_that_no_job_can_have_is_nobody_s_and_no_fault(open_database: Cal
     kept = store.add(asked)
     found = store.get("", kept.id)
     assert found is not None and found.request["prompt"] == "a\0 red rocket", "a prompt may hold what a name may not"
+
+
+def test_work_that_no_database_would_do_is_no_fault_of_this_one(open_database: Callable[[], Database]) -> None:
+    """One value that it does not take, or one mistaken statement, made the server unready for everybody."""
+    database = open_database()
+    with pytest.raises(SQLAlchemyError), database.begin() as session:
+        session.execute(text("SELECT :missing"))
+    with contextlib.suppress(DataError), database.begin() as session:  # SQLite takes it
+        session.execute(text("SELECT CAST(:name AS TEXT)"), {"name": "\0"})
+    assert database.fault is None
 
 
 # -- PostgreSQL --------------------------------------------------------------------------------------------------------
