@@ -54,7 +54,7 @@ ModelLoader = Callable[[Report], Loaded]
 _IDLE_SECONDS = 1.0
 _LONGEST_LOAD_SECONDS = 600.0  # of one engine, its check included
 _QUIET_SECONDS = 3.0  # without work before the teacher is timed again
-_ENTER_TRACKS, _LEAVE_TRACKS = 8, 4  # waiting tickets from which on, and below which no more, batches go on tracks
+_ENTER_TRACKS, _LEAVE_TRACKS = 16, 8  # waiting tickets from which on, and below which no more, batches go on tracks
 
 
 class Engine:

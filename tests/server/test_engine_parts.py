@@ -36,6 +36,7 @@ from server.core.messages import (
 from server.core.stations import StationKey
 from server.core.tickets import Request
 from server.core.work import PictureRecord, Work
+from server.device import door as door_module
 from server.device.door import Door
 from server.device.model import DeviceModel
 from server.device.prompts import EncodedText, PromptCache
@@ -128,6 +129,46 @@ def test_pixels_pass_the_door_unchanged_and_all_in_its_order() -> None:
             assert received[0].index == index and (values == pixels[index:, ::2]).all()
         way.send(Submit(WORK))
         assert door.receive(10) == Submit(WORK) and door.receive(0.0) is None
+    finally:
+        door.close()
+        way.close()
+
+
+def test_the_front_is_not_woken_for_every_short_batch_and_never_late_for_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(door_module.time, "monotonic", clock)
+    way = Doorway()
+    door = Door(way.address)
+
+    def heard() -> list[int]:
+        found = []
+        while (received := way.receive(0.05)) is not None:
+            assert isinstance(received[0], Began | Ended | Pixels)
+            found.append(received[0].batch if isinstance(received[0], Began | Ended) else -1)
+        return found
+
+    def short(number: int) -> Began:
+        return Began(number, LOW, (), (), 0.02)
+
+    try:
+        door.send(short(1))
+        assert heard() == [1], "where none ran before"
+        door.send(Ended(1, LOW, 1, 1, 0.02, ()))
+        door.send(short(2))
+        assert heard() == [] and [batch.batch for batch in way.last_batches()] == [2], "it is written down at once"
+        door.send(Ended(2, LOW, 1, 1, 0.02, ()))
+        clock.now += 0.06
+        door.send(short(3))
+        assert heard() == [1, 2, 2, 3], "nothing is held back for long"
+        door.send(Ended(3, LOW, 1, 1, 0.02, ()))
+        door.send(Began(4, LOW, (), (), 0.2))
+        assert heard() == [3, 4], "a long one may hang for long"
+        door.send(Ended(4, LOW, 1, 1, 0.2, ()))
+        door.send(Pixels("a", 0, (1, 1, 3), "1x1"), np.zeros((1, 1, 3), np.uint8))
+        door.send(short(5))
+        assert heard() == [4, -1, 5], "a picture leaves before the next batch"
     finally:
         door.close()
         way.close()

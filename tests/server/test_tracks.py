@@ -22,7 +22,7 @@ from server.front.engine import Doorway
 from tests.server.conftest import FixedCosts, make_settings
 from tests.server.house import House, pixels, serving
 
-CROWD = 24
+CROWD = 40
 
 
 def long_enough(engine: Engine, least: int) -> bool:
