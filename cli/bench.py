@@ -224,6 +224,7 @@ def simulate(
     seeds: Annotated[str, typer.Option(help="A trace each.")] = "5,6,7,8,9",
     requests: Annotated[int, typer.Option(min=20, help="Of each trace.")] = 2000,
     devices: Annotated[int, typer.Option(min=1, help="Engines behind one front.")] = 1,
+    tracks: Annotated[int, typer.Option(min=1, help="Batches at a time on an engine while many wait.")] = 1,
     noise: Annotated[float, typer.Option(help="Standard deviation of the logarithm of a batch's seconds.")] = 0.0,
     batch_ms: Annotated[float, typer.Option(help="The device's idle time between two batches.")] = 0.0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores if not given.")] = None,
@@ -245,7 +246,7 @@ def simulate(
         arrivals=arrivals,
         seeds=whole_numbers("--seeds", seeds, least=0),
         count=requests,
-        world=World(devices=devices, noise=noise, batch_seconds=batch_ms / 1e3),
+        world=World(devices=devices, tracks=tracks, noise=noise, batch_seconds=batch_ms / 1e3),
         workers=workers or os.cpu_count() or 1,
     )
     with console.status("simulating") as status:

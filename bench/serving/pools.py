@@ -125,8 +125,8 @@ class Cluster(Simulation):
             self._parts[schedule, pool] = sum(seconds[stage] for stage in self._layout[pool])
         return self._parts[schedule, pool]
 
-    def _end(self, device: Device, batch: Batch) -> None:
-        super()._end(device, batch)
+    def _end(self, device: Device, batch: Batch, seconds: float) -> None:
+        super()._end(device, batch, seconds)
         if len(self._layout) == 1:
             return
         for ticket in batch.tickets:

@@ -18,8 +18,10 @@ from server.core.faults import RequestError
 from server.core.loop import Batch, Loop
 from server.core.messages import Ended, Lost, Message
 from server.core.policies import Hold, Policy, make_policy
+from server.core.policies.stagewise import StagewisePolicy
 from server.core.stations import StationKey
 from server.core.tickets import Picture, Preview
+from server.core.tracks import ENTER_TRACKS, LEAVE_TRACKS, TrackCosts
 
 PolicyMaker = Callable[[CostTable], Policy]
 
@@ -30,6 +32,7 @@ class World:
 
     Attributes:
         devices: engines; a request goes where it will be finished first.
+        tracks: batches at a time on a device while many wait, under the stage-wise rule alone, as the server has it.
         truth: what batches really cost; the machine's own table where None.
         noise: standard deviation of the logarithm of a batch's seconds over the truth's.
         batch_seconds: of the host between two batches, device idle.
@@ -39,6 +42,7 @@ class World:
     """
 
     devices: int = 1
+    tracks: int = 1
     truth: Costs | None = None
     noise: float = 0.0
     batch_seconds: float = 0.0
@@ -50,13 +54,13 @@ class World:
 
 @dataclass
 class Device:
-    """One engine: its loop, and the batch that runs until ``free``."""
+    """One engine: its loop, and the batches that run."""
 
     loop: Loop
     messages: list[Message] = field(default_factory=list)
-    batch: Batch | None = None
-    free: float = 0.0
-    seconds: float = 0.0
+    running: dict[int, float] = field(default_factory=dict)
+    """Batch number -> when it will be over."""
+    tracked: bool = False
     backlog: float = 0.0
     """Seconds of admitted work in the best company."""
     wake: float = math.inf
@@ -109,8 +113,9 @@ class Simulation:
 
     def _device(self, make: PolicyMaker) -> Device:
         costs = CostTable(self._machine.costs)
+        seen = TrackCosts(costs)
         messages: list[Message] = []
-        return Device(Loop([self._machine.card], costs, make(costs), messages.append), messages)
+        return Device(Loop([self._machine.card], costs, make(seen), messages.append, seen=seen), messages)
 
     def _push(self, at: float, rank: int, happen: Callable[[], None]) -> None:
         """At one time the lower rank goes first: batches end (0), requests arrive (1), devices look (2)."""
@@ -138,7 +143,7 @@ class Simulation:
         device.backlog += cost
         self._permits[name] = (permit, device, cost)
         self._left[name] = ask.pictures
-        if device.batch is None:
+        if not device.running or device.tracked:
             self._push(now + self.world.front_seconds, 2, partial(self._turn, device))
 
     def _entrance(self) -> Sequence[Device]:
@@ -157,7 +162,7 @@ class Simulation:
         return ask.pictures * step_costs(device.loop.costs, schedule.cascade, schedule.lane, how="shared")[0]
 
     def _finish(self, device: Device) -> float:
-        return device.backlog + (max(device.free - self._now, 0.0) if device.batch is not None else 0.0)
+        return device.backlog + max((over - self._now for over in device.running.values()), default=0.0)
 
     def _settle(self, outcome: Outcome, status: int) -> None:
         outcome.status, outcome.finished = status, self._now
@@ -168,34 +173,43 @@ class Simulation:
 
     # -- devices -------------------------------------------------------------------------------------------------------
 
-    def _over(self, device: Device) -> None:
-        """A device's batch is over."""
-        assert device.batch is not None
-        self._end(device, device.batch)
+    def _over(self, device: Device, batch: Batch, seconds: float) -> None:
+        """One of a device's batches is over."""
+        self._end(device, batch, seconds)
         self._turn(device)
 
     def _turn(self, device: Device) -> None:
         """Something may be there for a device to do."""
-        if device.batch is not None:
-            return
-        batch = device.loop.next_batch(self._now)
-        self._listen(device)
-        if isinstance(batch, Hold):
-            if batch.until < device.wake or device.wake <= self._now:
-                device.wake = batch.until
-                self._push(batch.until, 2, partial(self._turn, device))
-            return
-        if batch is None:
-            return
-        width, seconds = self._cost_of(batch.key, batch.rows)
+        while self._has_room(device):
+            tracks = self.world.tracks if device.tracked else 1
+            batch = device.loop.next_batch(self._now, tracks)
+            self._listen(device)
+            if isinstance(batch, Hold):
+                if batch.until < device.wake or device.wake <= self._now:
+                    device.wake = batch.until
+                    self._push(batch.until, 2, partial(self._turn, device))
+                return
+            if batch is None:
+                return
+            self._start(device, batch)
+
+    def _has_room(self, device: Device) -> bool:
+        """Whether another batch may begin, as `server.device.engine` has it: tracks are left when all are idle."""
+        if not device.running:
+            many = self.world.tracks > 1 and isinstance(device.loop.policy, StagewisePolicy)
+            device.tracked = many and device.loop.crowded(ENTER_TRACKS)
+            return True
+        return device.tracked and len(device.running) < self.world.tracks and device.loop.crowded(LEAVE_TRACKS)
+
+    def _start(self, device: Device, batch: Batch) -> None:
+        width, seconds = self._cost_of(batch.key, batch.rows * batch.tracks)
         if self.world.noise:
             seconds *= self._dice.lognormvariate(-(self.world.noise**2) / 2, self.world.noise)
-        self.batches.add(batch.key, batch.rows, width, seconds)
+        self.batches.add(batch.key, batch.rows, width // batch.tracks, seconds / batch.tracks)
         if self.world.batch_seconds:
             self.batches.gaps.append(self.world.batch_seconds)
-        device.batch, device.free = batch, self._now + seconds + self.world.batch_seconds
-        device.seconds = seconds
-        self._push(device.free, 0, partial(self._over, device))
+        over = device.running[batch.number] = self._now + seconds + self.world.batch_seconds
+        self._push(over, 0, partial(self._over, device, batch, seconds))
 
     def _cost_of(self, key: StationKey, rows: int) -> tuple[int, float]:
         known = self._true.get((key, rows))
@@ -204,8 +218,8 @@ class Simulation:
             known = self._true[key, rows] = (width, self._truth.seconds(key, rows))
         return known
 
-    def _end(self, device: Device, batch: Batch) -> None:
-        device.batch = None
+    def _end(self, device: Device, batch: Batch, seconds: float) -> None:
+        del device.running[batch.number]
         shown: dict[Picture, None] = {}
         if batch.key.kind == "encode":
             for ticket in batch.tickets:
@@ -217,7 +231,8 @@ class Simulation:
                     outcome.first_partial = self._now
             elif batch.key.kind == "denoise" and isinstance(ticket, Picture) and ticket.preview_due:
                 shown[ticket] = None
-        device.loop.ended(batch, device.seconds, self._now, shown, batch.rows, self.world.batch_seconds)
+        gap = 0.0 if batch.tracks > 1 else self.world.batch_seconds
+        device.loop.ended(batch, seconds, self._now, shown, batch.rows, gap)
         self._listen(device)
 
     def _listen(self, device: Device) -> None:

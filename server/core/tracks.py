@@ -5,6 +5,9 @@ from __future__ import annotations
 from server.core.costs import CostTable
 from server.core.stations import StationKey
 
+ENTER_TRACKS, LEAVE_TRACKS = 24, 12
+"""Waiting tickets from which on, and below which no more, batches go on tracks: see docs/engines.md, Tracks."""
+
 
 class TrackCosts(CostTable):
     """A table as it looks from one of ``count`` tracks, each of which has its equal part of the device.

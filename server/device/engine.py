@@ -38,7 +38,7 @@ from server.core.policies.stagewise import StagewisePolicy
 from server.core.stages import stations_in
 from server.core.stations import STUDENT
 from server.core.tickets import Picture, Preview
-from server.core.tracks import TrackCosts
+from server.core.tracks import ENTER_TRACKS, LEAVE_TRACKS, TrackCosts
 from server.device.door import EngineDoor
 from server.device.measuring import COMPONENTS, compiled_buckets, measure_station
 from server.device.model import DeviceModel, Loaded
@@ -54,7 +54,6 @@ ModelLoader = Callable[[Report], Loaded]
 _IDLE_SECONDS = 1.0
 _LONGEST_LOAD_SECONDS = 600.0  # of one engine, its check included
 _QUIET_SECONDS = 3.0  # without work before the teacher is timed again
-_ENTER_TRACKS, _LEAVE_TRACKS = 16, 8  # waiting tickets from which on, and below which no more, batches go on tracks
 
 
 class Engine:
@@ -131,7 +130,7 @@ class Engine:
     def _serve(self) -> None:
         last_work = time.monotonic()
         while not self._stopping:
-            if self._takes_tracks(_ENTER_TRACKS):
+            if self._takes_tracks(ENTER_TRACKS):
                 self._run_on_tracks()
                 last_work = time.monotonic()
                 continue
@@ -269,7 +268,7 @@ class Engine:
         failed: list[tuple[Batch, Exception]] = []
         self._batch_over = None
         while True:
-            while tracks.free and not (self._stopping or failed) and self._takes_tracks(_LEAVE_TRACKS):
+            while tracks.free and not (self._stopping or failed) and self._takes_tracks(LEAVE_TRACKS):
                 batch = self._loop.next_batch(time.monotonic(), tracks.count)
                 if not isinstance(batch, Batch):
                     break

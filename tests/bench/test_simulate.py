@@ -56,6 +56,20 @@ def test_two_devices_do_twice_the_work_and_an_idle_host_costs_its_time() -> None
     assert two == pytest.approx(2 * alone, rel=0.05) and slow < 0.9 * alone and noisy == pytest.approx(alone, rel=0.05)
 
 
+def test_tracks_are_for_crowds_and_make_as_much_by_batches_of_half_the_width() -> None:
+    known, tracked = machine("avx2"), World(tracks=2)
+    alone, trace = make_trace("2+2", 0.5, 40, 0), make_trace("2+2", 1.0, 400, 0)
+    apart = [simulate(known, "stagewise", alone, world).outcomes for world in (World(), tracked)]
+    assert [o.latency for o in apart[0]] == [o.latency for o in apart[1]], "a picture alone has the whole device"
+    whole, halves = (simulate(known, "stagewise", trace, world, clients=32) for world in (World(), tracked))
+    assert whole_rate(halves.outcomes) == pytest.approx(whole_rate(whole.outcomes), rel=0.03)
+    assert halves.busy == pytest.approx(1.0, abs=0.03)
+    widest = [max(rows for (label, rows) in run.batches.widths if label == "256x256") for run in (whole, halves)]
+    assert widest == [8, 4]
+    baseline = [simulate(known, "dynamic:8:0", trace, world, clients=32).outcomes for world in (World(), tracked)]
+    assert whole_rate(baseline[0]) == whole_rate(baseline[1]), "other rules have none, as in the server"
+
+
 def test_what_is_too_much_is_refused_and_what_is_late_is_given_up() -> None:
     world = World(queue_items=16, deadline_seconds=1.0)
     figures = summary(
